@@ -1,0 +1,1 @@
+"""JOB: a conversation, without a screen."""

@@ -1,0 +1,35 @@
+"""A folder of alternatives is its own registry: list its modules, load one by name."""
+
+import difflib
+import importlib
+import pkgutil
+from types import ModuleType
+
+from kvrun.errors import MissingExtra, NotFound
+
+
+def names(package: str) -> list[str]:
+    """The public modules and packages inside `package`, sorted; nothing of them is imported."""
+    paths = importlib.import_module(package).__path__
+    return sorted(m.name for m in pkgutil.iter_modules(paths) if not m.name.startswith("_"))
+
+
+def load(package: str, name: str) -> ModuleType:
+    """Import the alternative `name` of `package`.
+
+    Raises NotFound for a name the folder does not hold, with the names it does hold, and
+    MissingExtra when the alternative needs an optional package that is not installed.
+    """
+    known = names(package)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        room = package.rsplit(".", 1)[-1]
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+        raise NotFound(f"'{name}' is not in {room}.", hint=hint)
+    try:
+        return importlib.import_module(f"{package}.{name}")
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing in {"", "kvrun"}:
+            raise
+        raise MissingExtra(f"'{name}' needs the package '{missing}'.", missing) from error

@@ -1,0 +1,1 @@
+"""JOB: a model's name -> a local folder."""

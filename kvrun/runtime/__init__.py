@@ -1,0 +1,1 @@
+"""JOB: token ids in, token ids out."""

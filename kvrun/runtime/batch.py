@@ -1,0 +1,33 @@
+"""Batch: all tensors of one forward."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from kvrun.runtime.attention import Backend
+
+
+@dataclass
+class Batch:
+    """One step: `T` tokens of `B` sequences, packed one sequence after the other.
+
+    Sequence b has its query tokens at rows cu_seqlens[b] : cu_seqlens[b + 1] and context_lens[b]
+    tokens of context, the query tokens included. Page p of sequence b lies in block
+    block_tables[b, p]; rows are padded with block 0, which belongs to nobody. The lists of plain
+    ints say the same to the host, so that planning never waits for a device.
+    """
+
+    ids: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64
+    slot_mapping: torch.Tensor  # [T] int64: block * block_size + offset of each token's K and V
+    block_tables: torch.Tensor  # [B, pages] int64
+    cu_seqlens: torch.Tensor  # [B + 1] int64
+    context_lens: torch.Tensor  # [B] int64
+    last_rows: torch.Tensor  # [S] int64: rows whose logits are wanted
+    query_lens_host: list[int]
+    context_lens_host: list[int]
+    block_size: int
+    backend: "Backend"
+    plan: Any = field(default=None)  # the backend's own

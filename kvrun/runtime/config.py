@@ -1,0 +1,56 @@
+"""EngineConfig: everything that is fixed when an engine starts."""
+
+from dataclasses import dataclass
+
+from kvrun.errors import InvalidRequest
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What `LLM`, `EngineClient` and the commands start an engine with.
+
+    `kv_memory` is bytes (an int above 1) or a fraction of the memory that is free after the
+    weights are read (a float in (0, 1]); None takes a default by device. `None` sizes are chosen
+    from the model and the machine and printed with their reason. `step_timeout` is in seconds.
+    """
+
+    model: str  # a local folder with config.json
+    device: str = "auto"
+    dtype: str = "auto"
+    attention: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    kv_memory: int | float | None = None
+    prefix_caching: bool = True
+    seed: int = 0
+    load_format: str = "auto"
+    threads: int | None = None  # torch threads on CPU; None: every core
+    step_timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        _one_of("device", self.device.split(":")[0], DEVICES)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("load_format", self.load_format, LOAD_FORMATS)
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            _at_least_one(name, getattr(self, name))
+        for name in ("max_model_len", "threads"):
+            if getattr(self, name) is not None:
+                _at_least_one(name, getattr(self, name))
+        if self.kv_memory is not None and self.kv_memory <= 0:
+            raise InvalidRequest(f"kv_memory is {self.kv_memory}; it must be above 0.")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InvalidRequest(f"{name} is '{value}'.", hint=f"one of: {', '.join(known)}")
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise InvalidRequest(f"{name} is {value}; it must be at least 1.")

@@ -1,0 +1,1 @@
+"""JOB: who runs when."""

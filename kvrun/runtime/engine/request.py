@@ -1,0 +1,74 @@
+"""What crosses the border of the engine process: requests in, deltas out; ids, never text."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from kvrun.runtime.sampling.params import SamplingParams
+
+
+class Logprob(msgspec.Struct, frozen=True, array_like=True):
+    """The log-probability of one generated token, and of the likeliest tokens at its place.
+
+    Values are the model's own (natural logarithm, before any sampling option changed them).
+    """
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One generation: token ids and what the sampler shall do. `id` is unique while it runs."""
+
+    id: str
+    prompt_ids: Sequence[int]
+    params: SamplingParams
+    adapter: str | None = None  # part of the prefix-cache key
+
+
+class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """New tokens of one choice of one request.
+
+    `finish_reason` is set on the last delta of a choice: "stop" (an end-of-text or stop token, the
+    last of `token_ids`), "length", "abort" or "error" (then `error` says why).
+    `cached_tokens` (on the first delta) counts prompt tokens found in the prefix cache.
+    """
+
+    request_id: str
+    index: int = 0
+    token_ids: list[int] = []
+    logprobs: list[Logprob] | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+    cached_tokens: int = 0
+
+
+class Stats(msgspec.Struct, kw_only=True):
+    """Counters of a running engine, all since its start unless named otherwise."""
+
+    running: int = 0  # now
+    waiting: int = 0  # now
+    blocks_total: int = 0
+    blocks_active: int = 0  # now: named by a running sequence
+    blocks_cached: int = 0  # now: free, but still holding a prefix that can be hit
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    failed_steps: int = 0
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine says of itself once it can take requests."""
+
+    plan: str  # one line for people: weights, KV, tokens
+    max_model_len: int
+    vocab_size: int
+    kv_tokens: int
+    block_size: int
+    device: str
+    dtype: str
+    attention: str
+    load_seconds: float

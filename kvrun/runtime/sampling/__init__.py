@@ -1,0 +1,1 @@
+"""JOB: logits -> tokens."""

@@ -15,7 +15,9 @@ class EngineConfig:
 
     `kv_memory` is bytes (an int above 1) or a fraction of the memory that is free after the
     weights are read (a float in (0, 1]); None takes a default by device. `None` sizes are chosen
-    from the model and the machine and printed with their reason. `step_timeout` is in seconds.
+    from the model and the machine. `run_ahead` is how many steps are submitted beyond the one whose
+    tokens are awaited; None: 0 on CPU. A step longer than `step_timeout` seconds ends the engine
+    process.
     """
 
     model: str  # a local folder with config.json
@@ -31,7 +33,9 @@ class EngineConfig:
     seed: int = 0
     load_format: str = "auto"
     threads: int | None = None  # torch threads on CPU; None: every core
-    step_timeout: float = 60.0
+    run_ahead: int | None = None
+    # A long prompt of a large model takes minutes on a CPU; nothing honest takes longer than this.
+    step_timeout: float = 600.0
 
     def __post_init__(self) -> None:
         _one_of("device", self.device.split(":")[0], DEVICES)

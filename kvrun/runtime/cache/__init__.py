@@ -1,0 +1,1 @@
+"""JOB: where keys, values and states are kept."""

@@ -1,0 +1,187 @@
+"""EngineClient: the engine in a child process, behind async calls; owns the request queues."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from types import TracebackType
+from typing import IO
+
+from kvrun.errors import EngineDead, InvalidRequest, KvrunError
+from kvrun.runtime.config import EngineConfig
+from kvrun.runtime.engine import wire
+from kvrun.runtime.engine.request import Delta, Ready, Request, Stats
+
+_Item = Delta | KvrunError
+
+
+class EngineClient:
+    """Starts the engine at once, so that the caller can do other things while it loads.
+
+    All methods belong to the event loop in which `start` was awaited. Every request gets exactly
+    one end: a delta with a finish reason for each of its choices, or an exception.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in `close`
+        debug = bool(os.environ.get("KVRUN_DEBUG"))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "kvrun.runtime.engine.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if debug else self._errors,
+            # Ctrl+C in the terminal must reach this process only.
+            start_new_session=True,
+        )
+        assert self._process.stdin
+        assert self._process.stdout
+        self._outlet = self._process.stdin
+        self._source = self._process.stdout
+        with suppress(BrokenPipeError):
+            wire.send(self._outlet, config)  # type: ignore[arg-type]  # a dataclass encodes alike
+        self._queues: dict[str, asyncio.Queue[_Item]] = {}
+        self._stats: list[asyncio.Future[Stats]] = []
+        self._dead: KvrunError | None = None
+        self._closing = False
+
+    async def start(self) -> Ready:
+        """Wait until the engine can take requests. Raises the engine's own error if it cannot."""
+        self._loop = asyncio.get_running_loop()
+        self._started: asyncio.Future[Ready] = self._loop.create_future()
+        self._ended = asyncio.Event()
+        threading.Thread(target=self._listen, daemon=True, name="engine-listen").start()
+        return await self._started
+
+    async def stream(self, request: Request) -> AsyncIterator[Delta]:
+        """Deltas of all choices as they come; leaving the loop early aborts the request.
+
+        Raises InvalidRequest when the engine refuses it, EngineDead when the engine ends.
+        """
+        if self._dead:
+            raise self._dead
+        if request.id in self._queues:
+            raise InvalidRequest(f"a request with the id '{request.id}' is running already.")
+        queue: asyncio.Queue[_Item] = asyncio.Queue()
+        self._queues[request.id] = queue
+        open_choices = request.params.n
+        try:
+            self._send(wire.Submit(request))
+            while open_choices:
+                item = await queue.get()
+                if isinstance(item, KvrunError):
+                    open_choices = 0
+                    raise item
+                open_choices -= item.finish_reason is not None
+                yield item
+        finally:
+            del self._queues[request.id]
+            if open_choices:
+                self._send(wire.Abort(request.id))
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its stream gets a last delta with the reason "abort"."""
+        self._send(wire.Abort(request_id))
+
+    async def stats(self) -> Stats:
+        """The engine's counters now."""
+        if self._dead:
+            raise self._dead
+        future: asyncio.Future[Stats] = self._loop.create_future()
+        self._stats.append(future)
+        self._send(wire.AskStats())
+        return await future
+
+    async def close(self) -> None:
+        """End the engine process; what still streams gets EngineDead."""
+        self._closing = True
+        with suppress(OSError):
+            self._outlet.close()
+        if hasattr(self, "_ended"):
+            await self._ended.wait()
+        else:
+            self._process.wait()
+        self._source.close()
+        self._errors.close()
+
+    async def __aenter__(self) -> "EngineClient":
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    # -- the pipe ---------------------------------------------------------------------------
+
+    def _send(self, message: wire.ToEngine) -> None:
+        # A pipe that is broken or closed says nothing here: the listener tells everybody.
+        with suppress(OSError, ValueError):
+            wire.send(self._outlet, message)
+
+    def _listen(self) -> None:
+        """Runs in a thread: frames to the event loop, then the end of the process."""
+        fault: wire.Fault | None = None
+        for frame in wire.frames(self._source):
+            message = wire.from_engine.decode(frame)
+            if isinstance(message, wire.Died):
+                fault = message.fault
+            else:
+                self._call(self._deliver, message)
+        code = self._process.wait()
+        self._call(self._end, self._obituary(code, fault))
+
+    def _call(self, function: object, *arguments: object) -> None:
+        # The loop may be gone already when a program ends without `close`.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *arguments)  # type: ignore[arg-type]
+
+    def _deliver(self, message: wire.FromEngine) -> None:
+        if isinstance(message, wire.Deltas):
+            for delta in message.deltas:
+                if queue := self._queues.get(delta.request_id):
+                    queue.put_nowait(delta)
+        elif isinstance(message, wire.Rejected):
+            if queue := self._queues.get(message.request_id):
+                queue.put_nowait(message.fault.error())
+        elif isinstance(message, wire.Statistics):
+            future = self._stats.pop(0)
+            if not future.done():
+                future.set_result(message.stats)
+        elif isinstance(message, wire.Started):
+            self._started.set_result(message.ready)
+
+    def _end(self, error: KvrunError) -> None:
+        self._dead = error
+        for queue in self._queues.values():
+            queue.put_nowait(error)
+        for future in [self._started, *self._stats]:
+            if not future.done():
+                future.set_exception(error)
+        # An error that nobody is left to wait for is not worth a warning at exit.
+        if self._started.done() and not self._started.cancelled():
+            self._started.exception()
+        self._stats.clear()
+        self._ended.set()
+
+    def _obituary(self, code: int, fault: wire.Fault | None) -> KvrunError:
+        if fault:
+            return fault.error()
+        if self._closing:
+            return EngineDead("the engine was closed.")
+        how = f"it was killed by signal {-code}" if code < 0 else f"it ended with code {code}"
+        self._errors.seek(0)
+        words = self._errors.read().decode(errors="replace").strip().splitlines()
+        said = f"; its last words: {words[-1]}" if words else ""
+        return EngineDead(
+            "the engine process has ended.",
+            cause=how + said,
+            hint="start again; KVRUN_DEBUG=1 shows the engine's own messages",
+        )

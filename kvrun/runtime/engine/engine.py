@@ -1,0 +1,218 @@
+"""Engine: the step loop. Requests in, deltas out; one bad request never takes others with it."""
+
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from kvrun.errors import EngineDead, InvalidRequest
+from kvrun.runtime.engine.request import Delta, Ready, Request, Stats
+from kvrun.runtime.engine.scheduler import Row, Schedule, Scheduler
+from kvrun.runtime.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from kvrun.runtime.engine.runner import Ticket
+
+# So many steps in a row that fail for everybody, and the engine gives up.
+MAX_BAD_STEPS = 3
+
+
+class Runner(Protocol):
+    """What the engine asks of a ModelRunner; tests put a scripted one in its place."""
+
+    def submit(self, schedule: Schedule) -> "Ticket": ...
+
+    def probe(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for."""
+
+    vocab_size: int
+    max_model_len: int
+
+
+class Engine:
+    """Up to `run_ahead` steps are submitted beyond the one whose tokens are being awaited."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        limits: Limits,
+        *,
+        ready: Ready,
+        seed: int = 0,
+        run_ahead: int = 0,
+    ) -> None:
+        self.scheduler = scheduler
+        self.ready = ready
+        self._runner = runner
+        self._limits = limits
+        self._random = random.Random(seed)
+        self._run_ahead = run_ahead
+        self._open: deque[Ticket] = deque()
+        self._choices: dict[str, int] = {}  # request id -> choices that have not ended
+        self._bad_steps = 0
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises InvalidRequest for one that can never be served."""
+        if request.id in self._choices:
+            raise InvalidRequest(f"a request with the id '{request.id}' is running already.")
+        max_length = self._admissible_length(request)
+        params = request.params
+        seed = self._random.getrandbits(63) if params.seed is None else params.seed
+        prefix = self.scheduler.prefix
+        root = prefix.root(request.adapter) if prefix else b""
+        sequences = [
+            Sequence(request, index, seed=seed, max_length=max_length, root=root)
+            for index in range(params.n)
+        ]
+        for sequence in sequences[1:]:
+            sequence.leader = sequences[0]
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+        self._choices[request.id] = params.n
+
+    def abort(self, request_id: str) -> None:
+        """End a request; unknown ids (ended a moment ago, say) are ignored."""
+        self.scheduler.abort(request_id)
+
+    @property
+    def idle(self) -> bool:
+        return self.scheduler.idle and not self._open
+
+    def stats(self) -> Stats:
+        """The counters now."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        stats = scheduler.stats
+        stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
+        stats.blocks_active = pool.total - pool.free
+        stats.blocks_cached = pool.kept
+        return stats
+
+    def step(self) -> list[Delta]:
+        """Submit what can be submitted, take in the oldest step, return what it has brought.
+
+        Raises EngineDead when steps keep failing with no request to blame.
+        """
+        deltas = self.scheduler.take_deltas()
+        schedule: Schedule = []
+        while len(self._open) <= self._run_ahead and (schedule := self.scheduler.schedule()):
+            if not self._submit(schedule):
+                break
+        while self._open:
+            ticket = self._open.popleft()
+            deltas += self.scheduler.commit(ticket.schedule, ticket.read())
+            if len(self._open) <= self._run_ahead:
+                break
+        deltas += self.scheduler.take_deltas()
+        for delta in deltas:
+            if delta.finish_reason:
+                self._ended(delta.request_id)
+        return deltas
+
+    # -- admission --------------------------------------------------------------------------
+
+    def _admissible_length(self, request: Request) -> int:
+        """Prompt and generated tokens together, once the request is known to be servable."""
+        count, limit = len(request.prompt_ids), self._limits.max_model_len
+        if count == 0:
+            raise InvalidRequest("the prompt is empty.", hint="give at least one token")
+        if count >= limit:
+            raise InvalidRequest(
+                f"the prompt has {count:,} tokens; the context holds {limit:,}, the answer "
+                "included.",
+                hint="shorten the prompt, or start with a larger max_model_len if the model and "
+                "the memory allow it",
+            )
+        wrong = [i for i in request.prompt_ids if not 0 <= i < self._limits.vocab_size]
+        if wrong:
+            raise InvalidRequest(
+                f"token id {wrong[0]} is outside the vocabulary of {self._limits.vocab_size:,}."
+            )
+        asked = request.params.max_tokens
+        if asked is None:
+            return limit
+        if count + asked > limit:
+            raise InvalidRequest(
+                f"{count:,} prompt tokens and max_tokens={asked:,} make {count + asked:,}; the "
+                f"context holds {limit:,}.",
+                hint=f"max_tokens={limit - count:,} fits",
+            )
+        return count + asked
+
+    def _ended(self, request_id: str) -> None:
+        self._choices[request_id] -= 1
+        if self._choices[request_id] == 0:
+            del self._choices[request_id]
+
+    # -- steps that raise -------------------------------------------------------------------
+
+    def _submit(self, schedule: Schedule) -> bool:
+        """Whether the step went well as a whole."""
+        try:
+            self._open.append(self._runner.submit(schedule))
+        except Exception as error:
+            self.scheduler.stats.failed_steps += 1
+            self._isolate(schedule, error)
+            return False
+        self._bad_steps = 0
+        return True
+
+    def _isolate(self, schedule: Schedule, error: Exception) -> None:
+        """Retry a failed step in halves until the rows that are to blame stand alone.
+
+        Retrying is safe: the same tokens write the same cache slots again.
+        """
+        tickets: list[Ticket] = []
+        guilty: list[tuple[Row, Exception]] = []
+        _bisect(self._runner.submit, schedule, error, tickets, guilty)
+        self._open.extend(tickets)
+        if len(guilty) == len(schedule) and not self._healthy():
+            self._bad_steps += 1
+            for row, _ in guilty:
+                self.scheduler.undo(row)
+            if self._bad_steps >= MAX_BAD_STEPS:
+                raise EngineDead(
+                    f"{MAX_BAD_STEPS} steps in a row have failed.", cause=describe(error)
+                ) from error
+            return
+        self._bad_steps = 0
+        for row, cause in guilty:
+            self.scheduler.undo(row)
+            self.scheduler.fail(row.sequence, describe(cause))
+
+    def _healthy(self) -> bool:
+        """Whether the model still runs at all, so that failing rows are to blame themselves."""
+        try:
+            self._runner.probe()
+        except Exception:
+            return False
+        return True
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _bisect(
+    submit: Callable[[Schedule], "Ticket"],
+    schedule: Schedule,
+    error: Exception,
+    tickets: "list[Ticket]",
+    guilty: list[tuple[Row, Exception]],
+) -> None:
+    """`schedule` has raised `error`: sort its rows into tickets that went well and guilty rows."""
+    if len(schedule) == 1:
+        guilty.append((schedule[0], error))
+        return
+    middle = len(schedule) // 2
+    for half in (schedule[:middle], schedule[middle:]):
+        try:
+            tickets.append(submit(half))
+        except Exception as half_error:
+            _bisect(submit, half, half_error, tickets, guilty)

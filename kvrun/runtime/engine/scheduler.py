@@ -1,0 +1,295 @@
+"""Scheduler: owns waiting and running sequences; decides a step, and what its tokens mean."""
+
+from collections import deque
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+from kvrun.runtime.cache.blocks import BlockPool
+from kvrun.runtime.cache.prefix import PrefixCache
+from kvrun.runtime.engine.request import Delta, Logprob, Stats
+from kvrun.runtime.engine.sequence import Sequence, State
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """`count` tokens of a sequence from position `start`; `sample` when they are its last."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a landed step says of one sampled row. `finite` is false when its logits were not."""
+
+    token_id: int
+    finite: bool = True
+    logprob: Logprob | None = None
+
+
+Schedule = list[Row]
+
+
+class Scheduler:
+    """First come first served, decode first; chunked prefill shares the step's token budget.
+
+    Blocks are taken when a token needs them. When none is left the youngest running sequence is
+    preempted: it loses its blocks and is computed again later. Steps may be scheduled ahead of
+    what has landed; blocks that an open ticket names are not given to anybody else.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        prefix: PrefixCache | None,
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        eos_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self.pool = pool
+        self.prefix = prefix
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self.leaving: list[Sequence] = []  # finished, but named by an open ticket
+        self._size = block_size
+        self._max_seqs = max_num_seqs
+        # Every running sequence can decode in every step.
+        self._budget = max(max_num_batched_tokens, max_num_seqs)
+        self._slots = list(range(max_num_seqs - 1, -1, -1))
+        self._eos = eos_ids
+        self._deltas: list[Delta] = []  # made outside `commit`, sent with the next step
+        self.stats = Stats(blocks_total=pool.total)
+
+    # -- requests come and go ---------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """End every choice of a request, whatever its state; each gets a last delta."""
+        for sequence in [*self.running, *self.waiting]:
+            if sequence.request.id == request_id and sequence.state is not State.FINISHED:
+                self._emit(sequence, [], None, "abort")
+                self._leave(sequence)
+
+    def fail(self, sequence: Sequence, why: str) -> None:
+        """End one sequence with an error; what it computed is never offered to others."""
+        if sequence.state is State.FINISHED:
+            return
+        if self.prefix:
+            self.prefix.forget(sequence.blocks[sequence.hit_blocks :])
+        self._emit(sequence, [], None, "error", why)
+        self._leave(sequence)
+
+    @property
+    def idle(self) -> bool:
+        return not (self.waiting or self.running or self.leaving or self._deltas)
+
+    def take_deltas(self) -> list[Delta]:
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    # -- one step ---------------------------------------------------------------------------
+
+    def schedule(self) -> Schedule:
+        """The next step: decode rows, then chunks of running prompts, then new sequences."""
+        budget = self._budget
+        rows: Schedule = []
+        for sequence in [s for s in self.running if s.remaining == 1]:
+            if budget and self._may_run(sequence) and self._grow(sequence):
+                rows.append(self._row(sequence, 1))
+                budget -= 1
+        for sequence in [s for s in self.running if s.remaining > 1]:
+            if budget and self._may_run(sequence):
+                count = min(budget, sequence.remaining)
+                rows.append(self._row(sequence, count))
+                budget -= count
+        while budget and (admitted := self._admit()):
+            count = min(budget, admitted.remaining)
+            rows.append(self._row(admitted, count))
+            budget -= count
+        for row in rows:
+            row.sequence.scheduled += row.count
+            row.sequence.in_flight += row.sample
+            row.sequence.open_tickets += 1
+        self.stats.steps += bool(rows)
+        return rows
+
+    def commit(self, schedule: Schedule, drawn: Rows[Drawn | None]) -> list[Delta]:
+        """Take in what a step has drawn; `drawn[i]` belongs to row i (None: nothing sampled)."""
+        for row, draw in zip(schedule, drawn, strict=True):
+            sequence = row.sequence
+            sequence.open_tickets -= 1
+            self.stats.prompt_tokens += max(
+                0, min(row.start + row.count, sequence.prompt_len) - row.start
+            )
+            if draw is not None:
+                sequence.in_flight -= 1
+                if sequence.state is not State.FINISHED:
+                    self._accept(sequence, draw)
+            self._settle(sequence)
+        return self.take_deltas()
+
+    def undo(self, row: Row) -> None:
+        """Take back a row whose step raised, so that it can be scheduled again."""
+        sequence = row.sequence
+        sequence.scheduled -= row.count
+        sequence.in_flight -= row.sample
+        sequence.open_tickets -= 1
+        self._settle(sequence)
+
+    # -- tokens -----------------------------------------------------------------------------
+
+    def _accept(self, sequence: Sequence, draw: Drawn) -> None:
+        if not draw.finite:
+            self.fail(sequence, "the model's output is not finite (NaN or infinity)")
+            return
+        sequence.tokens.append(draw.token_id)
+        self.stats.generated_tokens += 1
+        self._register(sequence)
+        reason = self._finish_reason(sequence, draw.token_id)
+        self._emit(sequence, [draw.token_id], draw.logprob, reason)
+        if reason:
+            self._leave(sequence)
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
+        params = sequence.request.params
+        if sequence.generated > params.min_tokens or not params.min_tokens:
+            if token_id in self._eos and not params.ignore_eos:
+                return "stop"
+            if token_id in params.stop_token_ids:
+                return "stop"
+        return "length" if len(sequence.tokens) >= sequence.max_length else None
+
+    def _register(self, sequence: Sequence) -> None:
+        """Offer full blocks to others: only now, when a finite draw has vouched for them."""
+        if not self.prefix or sequence.draining:
+            return
+        computed = len(sequence.tokens) - 1
+        for index in range(len(sequence.keys) - 1, computed // self._size):
+            chunk = sequence.tokens[index * self._size : (index + 1) * self._size]
+            parent = sequence.keys[-1]
+            sequence.keys.append(self.prefix.register(parent, chunk, sequence.blocks[index]))
+
+    def _emit(
+        self,
+        sequence: Sequence,
+        token_ids: list[int],
+        logprob: Logprob | None,
+        reason: str | None,
+        error: str | None = None,
+    ) -> None:
+        first = sequence.generated == len(token_ids)
+        self._deltas.append(
+            Delta(
+                request_id=sequence.request.id,
+                index=sequence.index,
+                token_ids=token_ids,
+                logprobs=[logprob] if logprob else None,
+                finish_reason=reason,
+                error=error,
+                cached_tokens=sequence.hit_tokens if first else 0,
+            )
+        )
+
+    # -- blocks and slots -------------------------------------------------------------------
+
+    def _row(self, sequence: Sequence, count: int) -> Row:
+        return Row(sequence, sequence.scheduled, count, count == sequence.remaining)
+
+    def _may_run(self, sequence: Sequence) -> bool:
+        if sequence.state is not State.RUNNING or sequence.draining:
+            return False
+        return not (sequence.in_flight and sequence.needs_host)
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Make sure the next position has a block; preempt younger sequences if need be."""
+        while len(sequence.blocks) * self._size <= sequence.scheduled:
+            if self.pool.free:
+                sequence.blocks += self.pool.take(1)
+                continue
+            if any(s.draining for s in self.running):
+                return False  # blocks are on their way
+            victim = next(s for s in reversed(self.running) if not s.draining)
+            self._preempt(victim)
+            if victim is sequence or not self.pool.free:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.stats.preemptions += 1
+        sequence.draining = True
+        self._settle(sequence)
+
+    def _admit(self) -> Sequence | None:
+        """The first waiting sequence, if it can start now."""
+        if len(self.running) + len(self.leaving) >= self._max_seqs:
+            return None
+        for sequence in self.waiting:
+            if not self._waits_for_sibling(sequence):
+                break
+        else:
+            return None
+        blocks, keys = self._known_prefix(sequence)
+        missing = -(-sequence.length // self._size) - len(blocks)
+        dormant = sum(self.pool.owners(block) == 0 for block in blocks)
+        # One block in a hundred stays free, so that what runs does not preempt at once.
+        spare = self.pool.total // 100 if self.running else 0
+        if missing + dormant + spare > self.pool.free:
+            return None
+        self.waiting.remove(sequence)
+        self.pool.share(blocks)
+        sequence.blocks = blocks + self.pool.take(missing)
+        sequence.keys += keys
+        sequence.hit_blocks = len(blocks)
+        sequence.scheduled = len(blocks) * self._size
+        if sequence.generated == 0:
+            sequence.hit_tokens = sequence.scheduled
+            self.stats.prefix_hit_tokens += sequence.scheduled
+        sequence.slot = self._slots.pop()
+        sequence.state = State.RUNNING
+        self.running.append(sequence)
+        return sequence
+
+    def _waits_for_sibling(self, sequence: Sequence) -> bool:
+        """n > 1: the first choice computes the prompt, the others then share its blocks."""
+        leader = sequence.leader
+        return bool(leader and leader.state is not State.FINISHED and not leader.generated)
+
+    def _known_prefix(self, sequence: Sequence) -> tuple[list[int], list[bytes]]:
+        if self.prefix:
+            return self.prefix.lookup(sequence.keys[0], sequence.tokens)
+        leader = sequence.leader
+        if leader and leader.state is State.RUNNING and not leader.draining:
+            shared = min(sequence.prompt_len - 1, leader.scheduled) // self._size
+            return leader.blocks[:shared], []
+        return [], []
+
+    def _leave(self, sequence: Sequence) -> None:
+        if sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+            sequence.state = State.FINISHED
+            return
+        self.running.remove(sequence)
+        self.leaving.append(sequence)
+        sequence.state = State.FINISHED
+        sequence.draining = True
+        self._settle(sequence)
+
+    def _settle(self, sequence: Sequence) -> None:
+        """Once no open ticket names a draining sequence, its blocks and its slot are free."""
+        if not sequence.draining or sequence.open_tickets:
+            return
+        self.pool.release(sequence.blocks)
+        self._slots.append(sequence.slot)
+        sequence.restart()
+        if sequence.state is State.FINISHED:
+            self.leaving.remove(sequence)
+        else:
+            self.running.remove(sequence)
+            self.waiting.appendleft(sequence)
+            sequence.state = State.WAITING

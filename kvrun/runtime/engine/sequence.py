@@ -1,0 +1,75 @@
+"""Sequence: how far one choice of one request has come."""
+
+from enum import Enum
+
+from kvrun.runtime.engine.request import Request
+
+
+class State(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Known tokens, scheduled positions, block table.
+
+    `tokens` are those the host knows. `in_flight` more have been sampled by steps that have not
+    landed, so the sequence is `length` long although its last ids may still be on the device only.
+    `scheduled` positions have been handed to the runner; the rest of `length` is work to do.
+    """
+
+    def __init__(
+        self, request: Request, index: int, *, seed: int, max_length: int, root: bytes
+    ) -> None:
+        self.request = request
+        self.index = index  # which of the request's choices
+        self.seed = seed
+        self.max_length = max_length  # prompt and generated tokens together
+        self.tokens = list(request.prompt_ids)
+        self.prompt_len = len(self.tokens)
+        self.state = State.WAITING
+        self.scheduled = 0
+        self.in_flight = 0
+        self.open_tickets = 0
+        self.draining = False  # preempted or finished; blocks go when the last ticket has landed
+        self.slot = -1  # row of the runner's state on the device
+        self.blocks: list[int] = []
+        self.keys = [root]  # the prefix-cache key behind each full block, the root first
+        self.hit_blocks = 0  # how many of `blocks` came from the prefix cache or a sibling
+        self.hit_tokens = 0  # prompt tokens not computed, counted once per request
+        self.leader: Sequence | None = None  # the sibling that computes the shared prompt
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute before the next one can be sampled; 0 when nothing is to be done."""
+        if self.length >= self.max_length:
+            return 0
+        return self.length - self.scheduled
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether sampling the next token needs all former ones on the host."""
+        params = self.request.params
+        return (
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+        )
+
+    def restart(self) -> None:
+        """Forget everything computed; the tokens stay and are computed again."""
+        self.scheduled = 0
+        self.blocks = []
+        del self.keys[1:]
+        self.hit_blocks = 0
+        self.slot = -1
+        self.draining = False

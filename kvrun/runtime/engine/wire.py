@@ -1,0 +1,97 @@
+"""The pipe between EngineClient and its worker: length-prefixed msgpack, both ways."""
+
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import msgspec
+
+from kvrun import errors
+from kvrun.runtime.engine.request import Delta, Ready, Request, Stats
+
+_LENGTH = struct.Struct("<I")
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """A KvrunError on its way through the pipe."""
+
+    kind: str
+    what: str
+    cause: str = ""
+    hint: str = ""
+
+    @classmethod
+    def of(cls, error: errors.KvrunError) -> "Fault":
+        return cls(type(error).__name__, error.what, error.cause, error.hint)
+
+    def error(self) -> errors.KvrunError:
+        """The error again. A kind that cannot be rebuilt arrives as a plain KvrunError."""
+        kind = getattr(errors, self.kind, None)
+        if not isinstance(kind, type) or not issubclass(kind, errors.KvrunError):
+            kind = errors.KvrunError
+        if kind is errors.MissingExtra:
+            kind = errors.Unsupported
+        return kind(self.what, cause=self.cause, hint=self.hint)
+
+
+class Submit(msgspec.Struct, tag=True):
+    request: Request
+
+
+class Abort(msgspec.Struct, tag=True):
+    request_id: str
+
+
+class AskStats(msgspec.Struct, tag=True):
+    pass
+
+
+class Started(msgspec.Struct, tag=True):
+    ready: Ready
+
+
+class Deltas(msgspec.Struct, tag=True):
+    deltas: list[Delta]
+
+
+class Rejected(msgspec.Struct, tag=True):
+    request_id: str
+    fault: Fault
+
+
+class Statistics(msgspec.Struct, tag=True):
+    stats: Stats
+
+
+class Died(msgspec.Struct, tag=True):
+    """The last message of a worker that cannot go on (or never could start)."""
+
+    fault: Fault
+
+
+ToEngine = Submit | Abort | AskStats
+FromEngine = Started | Deltas | Rejected | Statistics | Died
+
+_encoder = msgspec.msgpack.Encoder()
+to_engine = msgspec.msgpack.Decoder(ToEngine)
+from_engine = msgspec.msgpack.Decoder(FromEngine)
+
+
+def send(pipe: BinaryIO, message: msgspec.Struct) -> None:
+    """Write one message as one frame."""
+    body = _encoder.encode(message)
+    pipe.write(_LENGTH.pack(len(body)) + body)
+    pipe.flush()
+
+
+def frames(pipe: BinaryIO) -> Iterator[bytes]:
+    """The bodies of the frames that arrive, until the other side has gone."""
+    while True:
+        head = pipe.read(_LENGTH.size)
+        if len(head) < _LENGTH.size:
+            return
+        (length,) = _LENGTH.unpack(head)
+        body = pipe.read(length)
+        if len(body) < length:
+            return
+        yield body

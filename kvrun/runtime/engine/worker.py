@@ -1,0 +1,141 @@
+"""The engine process: requests from stdin, deltas to stdout, until stdin ends.
+
+Started by EngineClient as `python -m kvrun.runtime.engine.worker`. It ends by itself when its
+parent does (stdin ends), when the engine gives up, and when one step takes longer than
+`step_timeout`.
+"""
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from queue import Empty, SimpleQueue
+from typing import BinaryIO
+
+import msgspec
+
+from kvrun.errors import EngineDead, InvalidRequest, KvrunError
+from kvrun.folder import load
+from kvrun.runtime.config import EngineConfig
+from kvrun.runtime.engine import wire
+from kvrun.runtime.engine.engine import Engine, describe
+
+DEAD = EngineDead.exit_code
+
+
+class _Watchdog(threading.Thread):
+    """Ends the process when a step hangs: nothing else can interrupt a stuck kernel."""
+
+    def __init__(self, timeout: float) -> None:
+        super().__init__(daemon=True, name="watchdog")
+        self._timeout = timeout
+        self._deadline: float | None = None
+
+    def begin(self) -> None:
+        self._deadline = time.monotonic() + self._timeout
+
+    def end(self) -> None:
+        self._deadline = None
+
+    def run(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(min(1.0, self._timeout / 4)):
+            deadline = self._deadline
+            if deadline is not None and time.monotonic() > deadline:
+                print(f"a step has taken longer than {self._timeout:g} s", file=sys.stderr)
+                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+                sys.stderr.flush()
+                os._exit(DEAD)
+
+
+_Inbox = SimpleQueue[wire.ToEngine | Exception]
+
+
+def _listen(pipe: BinaryIO, inbox: _Inbox) -> None:
+    for frame in wire.frames(pipe):
+        try:
+            inbox.put(wire.to_engine.decode(frame))
+        except Exception as error:  # raised again by the main thread, which can report it
+            inbox.put(error)
+    os._exit(0)  # the parent has gone; whatever is being computed is for nobody
+
+
+class Worker:
+    """Feeds messages to the engine between steps, and sends what the steps bring."""
+
+    def __init__(self, engine: Engine, outlet: BinaryIO, inbox: _Inbox) -> None:
+        self._engine = engine
+        self._outlet = outlet
+        self._inbox = inbox
+
+    def run(self, watchdog: _Watchdog) -> None:
+        """Step while there is work, wait for a message while there is none."""
+        while True:
+            self._take_in()
+            watchdog.begin()
+            deltas = self._engine.step()
+            watchdog.end()
+            if deltas:
+                wire.send(self._outlet, wire.Deltas(deltas))
+
+    def _take_in(self) -> None:
+        if self._engine.idle:
+            self._handle(self._inbox.get())
+        while True:
+            try:
+                self._handle(self._inbox.get_nowait())
+            except Empty:
+                return
+
+    def _handle(self, message: wire.ToEngine | Exception) -> None:
+        if isinstance(message, Exception):
+            raise message
+        if isinstance(message, wire.Submit):
+            try:
+                self._engine.add(message.request)
+            except InvalidRequest as error:
+                rejected = wire.Rejected(message.request.id, wire.Fault.of(error))
+                wire.send(self._outlet, rejected)
+        elif isinstance(message, wire.Abort):
+            self._engine.abort(message.request_id)
+        else:
+            wire.send(self._outlet, wire.Statistics(self._engine.stats()))
+
+
+def main() -> None:
+    # Ctrl+C is for the process that talks to the user; this one ends with its parent.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Whatever else is printed in this process must not get between the frames.
+    outlet = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    source = sys.stdin.buffer
+    first = next(wire.frames(source), None)
+    if first is None:
+        return
+    inbox: _Inbox = SimpleQueue()
+    threading.Thread(target=_listen, args=(source, inbox), daemon=True, name="listen").start()
+    try:
+        config = msgspec.msgpack.decode(first, type=EngineConfig)
+        engine = load("kvrun.runtime.engine", "start").start(config)
+        watchdog = _Watchdog(config.step_timeout)
+        watchdog.start()
+        wire.send(outlet, wire.Started(engine.ready))
+        Worker(engine, outlet, inbox).run(watchdog)
+    except KvrunError as error:
+        _die(outlet, wire.Fault.of(error))
+    except Exception as error:
+        faulthandler.dump_traceback(file=sys.stderr)
+        _die(outlet, wire.Fault("EngineDead", "the engine has failed.", describe(error)))
+
+
+def _die(outlet: BinaryIO, fault: wire.Fault) -> None:
+    wire.send(outlet, wire.Died(fault))
+    outlet.close()
+    sys.stderr.flush()
+    os._exit(DEAD)  # without waiting for threads that sit in reads
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Plan: what a model takes of this machine's memory, how much context fits, and why."""
+
+from dataclasses import dataclass
+
+from kvrun.errors import Unsupported
+
+# On CPU the memory belongs to the user's other programs too.
+CPU_KV_FRACTION = 0.25
+CUDA_KV_FRACTION = 0.92
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of weights and cache, and the longest context they leave room for."""
+
+    weight_bytes: int
+    kv_bytes_per_block: int
+    num_blocks: int  # block 0, the padding, included
+    block_size: int
+    max_model_len: int
+
+    @property
+    def kv_tokens(self) -> int:
+        return (self.num_blocks - 1) * self.block_size
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_blocks * self.kv_bytes_per_block
+
+    def line(self) -> str:
+        """One line for people."""
+        return (
+            f"weights {size(self.weight_bytes)}, KV {size(self.kv_bytes)} = {self.kv_tokens:,} "
+            f"tokens, context {self.max_model_len:,}"
+        )
+
+
+def size(count: int) -> str:
+    """Bytes in the unit a person would use: 14.7 MB, 2.1 GB."""
+    for unit, power in (("TB", 4), ("GB", 3), ("MB", 2), ("kB", 1)):
+        if count >= 1000**power:
+            value = count / 1000**power
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
+    return f"{count} B"
+
+
+def make_plan(
+    *,
+    weight_bytes: int,
+    kv_bytes_per_block: int,
+    free_bytes: int,
+    on_cpu: bool,
+    kv_memory: int | float | None,
+    block_size: int,
+    max_num_seqs: int,
+    max_position: int,
+    max_model_len: int | None,
+) -> Plan:
+    """Size the KV cache and the context from what is free once the weights are in memory.
+
+    An unset context is what the model was made for, or less when less fits. Raises Unsupported
+    when a context that was asked for cannot be kept, or not even one block can.
+    """
+    wanted = max_model_len or max_position
+    if isinstance(kv_memory, int) and kv_memory > 1:
+        room = kv_memory
+    else:
+        default = CPU_KV_FRACTION if on_cpu else CUDA_KV_FRACTION
+        room = int(free_bytes * (kv_memory or default))
+    if room > free_bytes:
+        raise Unsupported(
+            f"the KV cache was given {size(room)}, but {size(free_bytes)} are free.",
+            hint="ask for less kv_memory",
+        )
+    enough = -(-wanted // block_size) * max_num_seqs + 1
+    num_blocks = min(room // kv_bytes_per_block, enough)
+    fits = (num_blocks - 1) * block_size
+    if fits < 1 or (max_model_len and fits < max_model_len):
+        need = (-(-wanted // block_size) + 1) * kv_bytes_per_block
+        raise Unsupported(
+            f"a context of {wanted:,} tokens needs {size(need)} of KV cache; there is room for "
+            f"{size(max(room, 0))}.",
+            hint=f"max_model_len={fits:,} fits" if fits > 0 else "free some memory",
+        )
+    return Plan(weight_bytes, kv_bytes_per_block, num_blocks, block_size, min(wanted, fits))

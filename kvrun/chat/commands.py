@@ -1,0 +1,188 @@
+"""Slash commands as data: a name, its arguments, its help and a function; no screen."""
+
+import difflib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from kvrun.chat.conversation import Conversation
+from kvrun.chat.lines import QUOTES, unquoted
+from kvrun.chat.session import Reply, Session
+from kvrun.chat.settings import Setting, Settings
+from kvrun.chat.store import Store
+from kvrun.errors import InvalidRequest, NotFound
+
+
+@dataclass
+class Chat:
+    """What a command works on."""
+
+    session: Session
+    settings: Settings
+    store: Store
+    conversation: Conversation
+    saved_as: str | None = None
+    last: Reply | None = None
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a command wants from the screen: say something, then perhaps one thing more."""
+
+    say: str = ""
+    ask: bool = False  # have the last question answered
+    replay: bool = False  # show the conversation from its start
+    wipe: bool = False  # begin with an empty screen
+    leave: bool = False
+
+
+@dataclass(frozen=True)
+class Command:
+    """`run(chat, argument)` raises KvrunError for what a user can do wrong."""
+
+    name: str
+    args: str
+    help: str
+    run: Callable[[Chat, str], Awaitable[Effect]]
+    aliases: tuple[str, ...] = ()
+
+
+def find(word: str) -> Command:
+    """The command a word names. Raises NotFound with the nearest name."""
+    name = word.removeprefix("/").lower()
+    for command in COMMANDS:
+        if name == command.name or name in command.aliases:
+            return command
+    names = [n for c in COMMANDS for n in (c.name, *c.aliases)]
+    near = difflib.get_close_matches(name, names, 1, 0.5)
+    hint = f"did you mean /{near[0]}?" if near else "/help lists the commands"
+    raise NotFound(f"there is no command /{name}.", hint=hint + "; // at the start sends a slash")
+
+
+async def run(chat: Chat, text: str) -> Effect:
+    """Carry out a line that `is_command`."""
+    word, _, argument = text.strip().partition(" ")
+    return await find(word).run(chat, argument.strip())
+
+
+async def _help(chat: Chat, argument: str) -> Effect:
+    if argument:
+        command = find(argument)
+        also = f"\nalso: {', '.join('/' + a for a in command.aliases)}" if command.aliases else ""
+        return Effect(f"/{command.name} {command.args}".rstrip() + f"\n{command.help}{also}")
+    wide = max(len(f"{c.name} {c.args}") for c in COMMANDS) + 3
+    rows = [f"/{c.name} {c.args}".ljust(wide) + c.help for c in COMMANDS]
+    keys = f"{QUOTES} begins and ends a block of several lines; // at the start sends a slash"
+    return Effect("\n".join([*rows, keys]))
+
+
+async def _system(chat: Chat, argument: str) -> Effect:
+    if not argument:
+        now = chat.conversation.system
+        return Effect(f"system prompt: {now}" if now else "no system prompt is set")
+    if argument in ('""', "''", "none"):
+        chat.conversation.system = ""
+        return Effect("the system prompt is gone")
+    if not chat.session.text.chat_template_known:
+        raise InvalidRequest(
+            f"'{chat.session.name}' takes no system prompt.",
+            cause="the model has no chat template; it only continues a text",
+        )
+    chat.conversation.system = unquoted(argument)
+    return Effect("the system prompt is set, from the next answer on")
+
+
+async def _set(chat: Chat, argument: str) -> Effect:
+    if not argument:
+        return Effect("\n".join(_row(setting) for setting in chat.settings.all()))
+    name, value = _split(argument)
+    if not value:
+        name = name.replace("-", "_")
+        found = [s for s in chat.settings.all() if s.name == name]
+        if found:
+            return Effect(f"{_row(found[0])}\n{found[0].help}")
+    return Effect(_row(chat.settings.set(name, value)))
+
+
+def _split(argument: str) -> tuple[str, str]:
+    """The name and value of "temperature=0.7" or "temperature 0.7"."""
+    name = argument.split("=")[0].split()[0] if argument.split("=")[0].strip() else ""
+    return name, argument[argument.find(name) + len(name) :].lstrip().removeprefix("=").strip()
+
+
+def _row(setting: Setting) -> str:
+    value = setting.value
+    if value is None or value in ((), {}):
+        shown = "none"
+    else:
+        shown = ", ".join(map(repr, value)) if isinstance(value, tuple) else str(value)
+    return f"{setting.name:<20} {shown:<12} ({setting.origin})"
+
+
+async def _regen(chat: Chat, argument: str) -> Effect:
+    chat.conversation.again()
+    return Effect(ask=True)
+
+
+async def _stats(chat: Chat, argument: str) -> Effect:
+    ready, now = chat.session.engine, await chat.session.stats()
+    lines = [stats_line(chat.last)] if chat.last else []
+    lines += [
+        f"model {chat.session.name}, {ready.dtype} on {ready.device}, {ready.attention} attention,"
+        f" context {chat.session.context:,} tokens",
+        f"{ready.plan}; started in {chat.session.start_seconds:.2f} s",
+        f"since then {now.steps:,} steps, {now.prompt_tokens:,} prompt tokens "
+        f"({now.prefix_hit_tokens:,} from the prefix cache), {now.generated_tokens:,} generated",
+    ]
+    return Effect("\n".join(lines))
+
+
+def stats_line(reply: Reply) -> str:
+    """One line on a reply for people: speed, time to the first token, counts."""
+    timing = reply.timing
+    speed = [f"{timing.rate:.1f} tokens/s"] if timing.rate else []
+    if timing.first_token is not None:
+        speed.append(f"first token after {timing.first_token:.3f} s")
+    cached = f" ({reply.cached_tokens} cached)" if reply.cached_tokens else ""
+    counts = [f"{reply.tokens} tokens", f"prompt {reply.prompt_tokens}{cached}"]
+    return ", ".join([*speed, *counts, f"ended by {reply.finish_reason}"])
+
+
+async def _save(chat: Chat, argument: str) -> Effect:
+    name = argument or chat.saved_as
+    if not name:
+        raise InvalidRequest("the conversation has no name yet.", hint="/save NAME")
+    chat.store.save(name, chat.conversation, chat.session.name)
+    chat.saved_as = name
+    return Effect(f"saved as '{name}' ({len(chat.conversation)} messages)")
+
+
+async def _load(chat: Chat, argument: str) -> Effect:
+    if not argument:
+        rows = [f"{s.name:<24} {s.messages:>4} messages  {s.updated}" for s in chat.store.saved()]
+        return Effect("\n".join(rows) or "no conversation is saved yet; /save NAME keeps this one")
+    chat.conversation = chat.store.load(argument)
+    chat.saved_as, chat.last = argument, None
+    return Effect(f"loaded '{argument}'", replay=True)
+
+
+async def _clear(chat: Chat, argument: str) -> Effect:
+    chat.conversation = Conversation(chat.conversation.system)
+    chat.saved_as = chat.last = None
+    return Effect("a new conversation begins", wipe=True)
+
+
+async def _quit(chat: Chat, argument: str) -> Effect:
+    return Effect(leave=True)
+
+
+COMMANDS = (
+    Command("help", "[COMMAND]", "what can be typed here", _help, ("?", "h")),
+    Command("system", "[TEXT]", 'show or set the system prompt; "" takes it away', _system),
+    Command("set", "[NAME [VALUE]]", "show or set a sampling option; `default` resets", _set),
+    Command("regen", "", "answer the last question again", _regen, ("retry",)),
+    Command("stats", "", "speed of the last answer, and the engine's counters", _stats),
+    Command("save", "[NAME]", "keep the conversation under a name", _save),
+    Command("load", "[NAME]", "go on with a saved conversation; alone: list them", _load),
+    Command("clear", "", "begin a new conversation; system prompt and options stay", _clear),
+    Command("quit", "", "leave", _quit, ("bye", "exit", "q")),
+)

@@ -1,0 +1,178 @@
+"""An answer as Markdown that grows: finished blocks are printed once, the last one is redrawn."""
+
+import asyncio
+import os
+from io import StringIO
+from typing import TextIO
+
+from markdown_it import MarkdownIt
+from rich.cells import cell_len
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.segment import Segment, SegmentLines
+
+from kvrun.chat.printable import printable
+
+FRAME_SECONDS = 0.04
+FENCES = ("```", "~~~")
+
+
+class MarkdownScreen:
+    """Writes to a terminal of any width, which may change while an answer comes.
+
+    Only the block that is still growing is ever redrawn, and never more of it than the screen
+    shows, so the scrollback holds every line once.
+    """
+
+    def __init__(self, out: TextIO, *, color: bool = True) -> None:
+        self._out = out
+        self._color = color
+        self._tail = ""  # the block that still grows
+        self._drawn: list[str] = []  # its lines on the screen, without colours
+        self._between = False  # whether an empty line parts the next block from the last
+        self._due: asyncio.TimerHandle | None = None
+
+    def write(self, piece: str) -> None:
+        """A piece of an answer. Needs a running event loop, which draws at most 25 frames/s."""
+        self._tail += printable(piece)
+        done, self._tail = split(self._tail)
+        if done:
+            self._print(done)
+        if self._due is None:
+            self._due = asyncio.get_running_loop().call_later(FRAME_SECONDS, self._draw)
+
+    def end(self) -> None:
+        """The answer is complete: print what is left of it."""
+        if self._due:
+            self._due.cancel()
+            self._due = None
+        last, self._tail = self._tail, ""
+        if last.strip():
+            self._print(last)
+        else:
+            self._put(self._erased())
+        if self._between:
+            self._put("\n")
+        self._between = False
+
+    def question(self, text: str) -> None:
+        """A question of a conversation that is shown again."""
+        self.note("".join(f"> {line}\n" for line in printable(text).splitlines()))
+
+    def note(self, text: str) -> None:
+        """Something kvrun says itself, below whatever stands there."""
+        self.end()
+        console = self._console()
+        with console.capture() as capture:
+            console.print(printable(text).rstrip("\n"), style="dim", markup=False, highlight=False)
+        self._put(capture.get())
+
+    def wipe(self) -> None:
+        """Begin with an empty screen."""
+        self._put("\x1b[2J\x1b[H")
+
+    def _draw(self) -> None:
+        """Redraw the growing block, as much of it as fits on the screen."""
+        self._due = None
+        console = self._console()
+        lines = _lines(console, self._tail)[-max(1, console.height - 2) :]
+        gap = "\n" if self._between and lines else ""
+        self._put(self._erased() + gap + "\n".join(styled for styled, _ in lines))
+        self._drawn = ([""] if gap else []) + [plain for _, plain in lines]
+
+    def _print(self, block: str) -> None:
+        lines = _lines(self._console(), block)
+        gap = "\n" if self._between and lines else ""
+        self._put(self._erased() + gap + "".join(styled + "\n" for styled, _ in lines))
+        self._between = self._between or bool(lines)
+
+    def _erased(self) -> str:
+        """The codes that take the drawn lines back, wrapped as the width now has them."""
+        if not self._drawn:
+            return ""
+        width = self._console().width
+        rows = sum(max(1, -(-cell_len(line) // width)) for line in self._drawn)
+        self._drawn = []
+        return ("\r" if rows == 1 else f"\r\x1b[{rows - 1}A") + "\x1b[J"
+
+    def _console(self) -> Console:
+        size = _size(self._out)
+        return Console(
+            file=StringIO(),
+            force_terminal=True,
+            legacy_windows=False,
+            no_color=not self._color,
+            width=size.columns,
+            height=size.lines,
+        )
+
+    def _put(self, text: str) -> None:
+        if text:
+            self._out.write(text)
+            self._out.flush()
+
+
+def split(text: str) -> tuple[str, str]:
+    """Cut Markdown where what stands before can no longer change, as far down as possible.
+
+    That is before a line at the margin that follows an empty line outside of a code fence.
+    """
+    cut, at, fence, empty = 0, 0, "", False
+    for line in text.splitlines(keepends=True):
+        if not line.endswith("\n"):
+            # What an unfinished line will be is open, but it cannot be indented any more.
+            if empty and not fence and line[:1].strip():
+                cut = at
+            break
+        if not fence and empty and line[:1].strip():
+            cut = at
+        mark = line.lstrip()[:3]
+        if fence:
+            fence = "" if mark == fence else fence
+        elif mark in FENCES:
+            fence = mark
+        empty = not line.strip()
+        at += len(line)
+    return text[:cut], text[cut:]
+
+
+def _lines(console: Console, text: str) -> list[tuple[str, str]]:
+    """Markdown as lines, each with its colours and without; nothing pads them to the width."""
+    if not text.strip():
+        return []
+    markdown = Markdown("", hyperlinks=False, code_theme="ansi_dark")
+    # HTML is text here, and a line break stays one (poems); rich's own parser drops both.
+    parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+    markdown.parsed = parser.parse(text)
+    for token in markdown.parsed:
+        for child in token.children or ():
+            if child.type == "softbreak":
+                child.type = "hardbreak"
+    kept = [_stripped(segments) for segments in console.render_lines(markdown, pad=False)]
+    while kept and not kept[-1]:
+        kept.pop()
+    while kept and not kept[0]:
+        kept.pop(0)
+    with console.capture() as capture:
+        console.print(SegmentLines(kept, new_lines=True), end="")
+    plain = ("".join(segment.text for segment in segments) for segments in kept)
+    return list(zip(capture.get().split("\n"), plain, strict=False))
+
+
+def _stripped(segments: list[Segment]) -> list[Segment]:
+    """A line without the spaces at its end, which would wrap when the terminal narrows."""
+    kept = [s for s in segments if not s.control]
+    while kept and not kept[-1].text.rstrip():
+        kept.pop()
+    if kept:
+        kept[-1] = Segment(kept[-1].text.rstrip(), kept[-1].style)
+    return kept
+
+
+def _size(out: TextIO) -> os.terminal_size:
+    try:
+        size = os.get_terminal_size(out.fileno())
+    except (OSError, ValueError):
+        size = os.terminal_size((80, 24))
+    # Of a terminal that says nothing of its size, zeros come.
+    return os.terminal_size((max(20, size.columns or 80), size.lines or 24))

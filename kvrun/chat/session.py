@@ -1,0 +1,311 @@
+"""Session: one model ready to answer; the engine in its own process, text on this side of it."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from kvrun.errors import EngineDead, InvalidRequest, KvrunError, Unsupported
+from kvrun.runtime.config import EngineConfig
+from kvrun.runtime.engine.request import Delta, Logprob, Ready, Request, Stats
+from kvrun.runtime.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    from kvrun.runtime.engine.client import EngineClient
+    from kvrun.runtime.text import Text, TextStream
+
+# Room that is kept for an answer when old turns have to go, if the question names no max_tokens.
+ANSWER_ROOM = 256
+# A prompt with more bytes than this for each token of the context is refused unread.
+BYTES_PER_TOKEN = 16
+
+
+@dataclass
+class Choice:
+    """One answer of a reply. `tokens` counts an end-of-text or stop token too."""
+
+    index: int
+    text: str = ""
+    tokens: int = 0
+    finish_reason: str | None = None
+    logprobs: list[Logprob] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds since the request was sent; `rate` is tokens/s after the first token."""
+
+    first_token: float | None
+    total: float
+    rate: float | None
+
+
+class Session:
+    """Begins to start the engine when it is made; `async with` it, and `await ready()`.
+
+    `connect` makes the engine's client, which starts the process; `open_text` reads the tokenizer
+    while that process loads its weights.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: EngineConfig,
+        *,
+        open_text: "Callable[[str], Text | None]",
+        connect: "Callable[[EngineConfig], EngineClient]",
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.start_seconds = 0.0
+        self._open_text = open_text
+        self._connect = connect
+        self._began = time.perf_counter()
+        self._client = connect(config)
+        self._alive = True
+        self._count = 0
+        self._text: Text | None = None
+        self._ready: Ready | None = None
+
+    async def __aenter__(self) -> Self:
+        self._starting = asyncio.create_task(self._client.start())
+        await asyncio.sleep(0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.close()
+        self._starting.cancel()
+        with suppress(asyncio.CancelledError, KvrunError):
+            await self._starting
+
+    async def ready(self) -> Ready:
+        """Wait until questions can be asked; raises what kept the engine or the tokenizer."""
+        if self._text is None:
+            self._text = await asyncio.to_thread(self._open_text, self.config.model)
+            if self._text is None:
+                raise Unsupported(
+                    f"'{self.name}' cannot chat: its folder has no tokenizer.",
+                    cause=f"no tokenizer.json in {self.config.model}",
+                    hint="from Python, LLM(...).generate takes token ids",
+                )
+        self._ready = await self._starting
+        self.start_seconds = time.perf_counter() - self._began
+        return self._ready
+
+    @property
+    def text(self) -> "Text":
+        """The tokenizer's side; there once `ready` has returned."""
+        if self._text is None:
+            raise RuntimeError("the session is not ready")
+        return self._text
+
+    @property
+    def engine(self) -> Ready:
+        """What the engine said of itself; there once `ready` has returned."""
+        if self._ready is None:
+            raise RuntimeError("the session is not ready")
+        return self._ready
+
+    @property
+    def context(self) -> int:
+        """How many tokens a prompt and its answer may have together."""
+        return min(self.engine.max_model_len, self.engine.kv_tokens)
+
+    async def stats(self) -> Stats:
+        """The engine's counters."""
+        return await self._client.stats()
+
+    async def ask(self, messages: list[dict[str, str]], params: SamplingParams) -> "Reply":
+        """Prepare an answer to the last message; iterate over the reply to get it.
+
+        The oldest turns are left out when everything does not fit; `Reply.dropped` counts them.
+        Raises InvalidRequest when the question alone is too long, EngineDead when the engine died
+        and cannot be started again.
+        """
+        if not self._alive:
+            await self._restart()
+        ids, dropped = await asyncio.to_thread(self._fit, messages, params)
+        room = self.context - len(ids)
+        params = replace(params, max_tokens=min(params.max_tokens or room, room))
+        self._count += 1
+        request = Request(id=f"chat-{self._count}", prompt_ids=ids, params=params)
+        return Reply(self, request, dropped)
+
+    async def deltas(self, request: Request) -> AsyncGenerator[Delta]:
+        """The engine's answer to one request; remembers when the engine is found dead."""
+        stream = self._client.stream(request)
+        try:
+            async for delta in stream:
+                yield delta
+        except EngineDead:
+            self._alive = False
+            raise
+        finally:
+            if isinstance(stream, AsyncGenerator):
+                await stream.aclose()  # which tells the engine to stop
+
+    async def _restart(self) -> None:
+        await self._client.close()
+        self._client = self._connect(self.config)
+        self._ready = await self._client.start()
+        self._alive = True
+
+    def _fit(self, messages: list[dict[str, str]], params: SamplingParams) -> tuple[list[int], int]:
+        """The ids of as many of the latest turns as fit, and how many turns were left out."""
+        system = [m for m in messages if m["role"] == "system"]
+        turns = [m for m in messages if m["role"] != "system"]
+        self._refuse_bulk(turns[-1]["content"])
+        room = min(params.max_tokens or ANSWER_ROOM, max(1, self.context // 4))
+        dropped = 0
+        while True:
+            ids = self._encode([*system, *turns])
+            if len(ids) + room <= self.context or len(turns) == 1:
+                break
+            dropped += 1
+            # A turn is a question with its answer: the next one starts with a question again.
+            later = (i for i, m in enumerate(turns) if i and m["role"] == "user")
+            turns = turns[next(later, len(turns) - 1) :]
+        if len(ids) >= self.context:
+            raise InvalidRequest(
+                f"the prompt has {len(ids):,} tokens; {self.context:,} fit with their answer.",
+                cause=self._why_context(),
+                hint="shorten the prompt, or give the model more room (--max-model-len, "
+                "--kv-memory) if it can take it",
+            )
+        return ids, dropped
+
+    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+        if self.text.chat_template_known:
+            return self.text.chat(messages)
+        if messages[0]["role"] == "system":
+            raise InvalidRequest(
+                f"'{self.name}' takes no system prompt.",
+                cause="the model has no chat template; it only continues a text",
+            )
+        return self.text.encode("\n".join(m["content"] for m in messages))
+
+    def _refuse_bulk(self, content: str) -> None:
+        if not content.strip():
+            raise InvalidRequest("the prompt is empty.", hint="say something")
+        most = BYTES_PER_TOKEN * self.context
+        if len(content) > most:
+            raise InvalidRequest(
+                f"the prompt has {len(content):,} characters; "
+                f"the model takes {self.context:,} tokens.",
+                cause=f"more than {most:,} characters cannot fit",
+                hint="shorten the prompt",
+            )
+
+    def _why_context(self) -> str:
+        if self.engine.kv_tokens < self.engine.max_model_len:
+            return f"the KV cache holds {self.engine.kv_tokens:,} tokens"
+        return f"the model's context is {self.engine.max_model_len:,} tokens"
+
+
+class Reply:
+    """One answer (or `params.n` of them): iterate over (choice index, new text), then read it.
+
+    Leaving the iteration early, or cancelling it, stops the engine's work on it; the choices then
+    keep what had arrived, with finish_reason "abort".
+    """
+
+    def __init__(self, session: Session, request: Request, dropped: int) -> None:
+        self.request = request
+        self.dropped = dropped
+        self.cached_tokens = 0
+        self.choices = [Choice(i) for i in range(request.params.n)]
+        self._session = session
+        self._streams = [session.text.stream(stop=request.params.stop) for _ in self.choices]
+        self._sent = self._first = self._last = 0.0
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def finish_reason(self) -> str:
+        return self.choices[0].finish_reason or "abort"
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def tokens(self) -> int:
+        return sum(choice.tokens for choice in self.choices)
+
+    @property
+    def timing(self) -> Timing:
+        """All choices together; the rate counts what came after the first token's step."""
+        seconds = self._last - self._first
+        after = self.tokens - len(self.choices)
+        return Timing(
+            first_token=self._first - self._sent if self._first else None,
+            total=self._last - self._sent if self._last else 0.0,
+            rate=after / seconds if after > 0 and seconds > 0 else None,
+        )
+
+    async def __aiter__(self) -> AsyncGenerator[tuple[int, str]]:
+        self._sent = time.perf_counter()
+        try:
+            async with aclosing(self._session.deltas(self.request)) as deltas:
+                async for delta in deltas:
+                    piece = self._take(delta)
+                    if piece:
+                        yield delta.index, piece
+                    if all(choice.finish_reason for choice in self.choices):
+                        break
+        finally:
+            for choice in self.choices:
+                choice.finish_reason = choice.finish_reason or "abort"
+
+    def _take(self, delta: Delta) -> str:
+        """Count a delta in; returns the text that has become final."""
+        choice, stream = self.choices[delta.index], self._streams[delta.index]
+        if choice.finish_reason:  # a stop string was met; the engine had not heard of it yet
+            return ""
+        self._last = time.perf_counter()
+        if delta.token_ids and not self._first:
+            self._first = self._last
+        self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
+        if delta.finish_reason == "error":
+            choice.finish_reason = "error"
+            raise KvrunError("the engine could not finish the answer.", cause=delta.error or "")
+        before = choice.tokens
+        piece = self._decode(stream, choice, delta)
+        if delta.logprobs:
+            choice.logprobs += delta.logprobs[: choice.tokens - before]
+        choice.text += piece
+        return piece
+
+    def _decode(self, stream: "TextStream", choice: Choice, delta: Delta) -> str:
+        ids = delta.token_ids
+        ended = delta.finish_reason == "stop" and ids
+        # The token that ended the answer is counted and not shown.
+        piece = stream.push(ids[:-1] if ended else ids)
+        if stream.stopped:
+            choice.tokens = stream.tokens_used
+            choice.finish_reason = "stop"
+            return piece
+        choice.tokens += len(ids)
+        if delta.finish_reason:
+            choice.finish_reason = delta.finish_reason
+            piece += stream.finish()
+            # Held back until now as the possible start of a stop string, and not one.
+        return piece
+
+
+def describe(reply: Reply) -> dict[str, Any]:
+    """The counts and times of a reply as plain values, seconds and tokens/s rounded."""
+    timing = reply.timing
+    return {
+        "prompt_tokens": reply.prompt_tokens,
+        "cached_tokens": reply.cached_tokens,
+        "completion_tokens": reply.tokens,
+        "finish_reason": reply.finish_reason,
+        "first_token_seconds": None if timing.first_token is None else round(timing.first_token, 4),
+        "total_seconds": round(timing.total, 4),
+        "tokens_per_second": None if timing.rate is None else round(timing.rate, 1),
+    }

@@ -1,0 +1,96 @@
+"""JOB: words on a command line -> one call; one file per command, found by the folder."""
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from kvrun import __version__
+from kvrun.cli._guard import INTERRUPTED, guarded, usage_error
+from kvrun.cli._help import Command, Group, paragraphs
+from kvrun.folder import load, names
+
+EPILOG = """\
+Exit codes: 0 ok · 1 expected failure · 2 wrong usage or value · 3 not found · 4 does not fit or \
+is not supported · 5 network or offline · 70 the engine died · 130 Ctrl+C · 141 closed pipe
+
+Environment: KVRUN_DEBUG=1 shows tracebacks. HF_HOME and HF_HUB_CACHE say where models lie. \
+NO_COLOR and TERM=dumb are honoured.\
+"""
+
+COMPLETION = "_KVRUN_COMPLETE"  # set by the shell while it asks for completions
+_SETTINGS: dict[str, Any] = {
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and exit with its code; `arguments` default to those of the process."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        if words[:1] and words[0] in names("kvrun.cli") and COMPLETION not in os.environ:
+            code = _one(words[0])(
+                args=words[1:], prog_name=f"kvrun {words[0]}", standalone_mode=False
+            )
+        else:
+            code = _all()(args=words, prog_name="kvrun", standalone_mode=False)
+    except typer.TyperException as error:
+        code = usage_error(error)
+    except typer.Abort:
+        code = INTERRUPTED
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _one(name: str) -> typer.Typer:
+    """A single command: nothing of the others is imported, nor what only their options need."""
+    app = typer.Typer(add_completion=False, **_SETTINGS)
+    _add(app, name)
+    return app
+
+
+def _all() -> typer.Typer:
+    """Every command, for the help, for completion, and for words that are no command."""
+    app = typer.Typer(
+        cls=Group,
+        help="Run language models on your own machine.",
+        epilog=EPILOG,
+        invoke_without_command=True,
+        **_SETTINGS,
+    )
+    app.callback()(_kvrun)
+    for name in names("kvrun.cli"):
+        _add(app, name)
+    return app
+
+
+def _add(app: typer.Typer, name: str) -> None:
+    module = load("kvrun.cli", name)
+    app.command(
+        name,
+        cls=Command,
+        epilog=paragraphs("Examples:", module.EXAMPLES),
+        rich_help_panel=module.PANEL,
+    )(guarded(module.command))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvrun {__version__}")
+        raise typer.Exit
+
+
+def _kvrun(
+    context: typer.Context,
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Options of kvrun itself; without a command, the help."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())

@@ -38,7 +38,7 @@ LAYERS = (
     ("models", "layers", "vision", "lora", "speculate"),
     (
         "attention", "cache", "quant", "sampling", "checkpoint", "parallel", "batch", "text",
-        "plan", "config", "kernels", "hf_config",
+        "plan", "config", "kernels", "hf_config", "tensorfile",
     ),
 )  # fmt: skip
 NO_TORCH = FRONT_DOOR

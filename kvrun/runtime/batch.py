@@ -31,3 +31,5 @@ class Batch:
     block_size: int
     backend: "Backend"
     plan: Any = field(default=None)  # the backend's own
+    # What a layer computed once for all layers that share it (rotary tables), by that layer.
+    shared: dict[Any, Any] = field(default_factory=dict)

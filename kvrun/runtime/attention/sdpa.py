@@ -1,0 +1,138 @@
+"""Attention on torch's scaled_dot_product_attention: pages are gathered, then attended densely."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from kvrun.runtime.attention import AttentionSpec
+from kvrun.runtime.attention._groups import Group, Plan, make_plan
+from kvrun.runtime.cache.tensors import KVCache
+
+if TYPE_CHECKING:
+    from kvrun.runtime.batch import Batch
+
+# Scores held at once by the path that needs them in memory.
+_SCORES = 1 << 25
+
+
+class Attention:
+    """Runs wherever torch runs; written for CPU.
+
+    A step's sequences are put into a few groups of similar lengths, and a group's keys and values
+    are gathered into one padded tensor [sequences, kv_heads, keys, head_dim].
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[AttentionSpec],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._cache = KVCache(specs, num_blocks, block_size, dtype, device)
+        self._dtype = dtype
+
+    @staticmethod
+    def reject(spec: AttentionSpec, device: torch.device) -> str | None:
+        return None
+
+    def plan(self, batch: "Batch") -> None:
+        batch.plan = make_plan(batch, self._dtype)
+
+    def attend(
+        self,
+        spec: AttentionSpec,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        batch: "Batch",
+    ) -> torch.Tensor:
+        plan: Plan = batch.plan
+        self._cache.rows(spec.layer).index_copy_(0, batch.slot_mapping, _side_by_side(k, v))
+        if plan.whole is not None:
+            return self._group(spec, q, plan.whole).reshape(len(q), -1)
+        out = q.new_empty((len(q), spec.heads * spec.head_dim))
+        for group in plan.groups:
+            y = self._group(spec, q.index_select(0, group.rows), group)
+            y = y.reshape(-1, spec.heads * spec.head_dim)
+            if group.kept is not None:
+                y = y.index_select(0, group.kept)
+            out.index_copy_(0, group.targets, y)
+        return out
+
+    def _group(self, spec: AttentionSpec, q: torch.Tensor, group: Group) -> torch.Tensor:
+        """q [sequences * queries, heads, head_dim] -> [sequences, queries, heads, head_dim]"""
+        kv = group.gather(self._cache, spec)
+        k, v = kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
+        mask = group.mask(spec)
+        if spec.softcap is not None or spec.sinks is not None:
+            return _scored(spec, q, k, v, mask, group)
+        share = spec.heads // spec.kv_heads
+        if group.queries == 1 and share > 1 and q.dtype is not torch.float32:
+            # One query row per head makes 16-bit kernels slow: the heads that share keys become
+            # the rows of one product. (In fp32 the rows are as fast, and nothing is transposed.)
+            q = q.view(group.size, spec.kv_heads, share, spec.head_dim)
+            if mask is not None and mask.shape[1] > 1:
+                mask = mask.view(group.size, spec.kv_heads, share, -1)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=spec.scale)
+            return y.reshape(group.size, 1, spec.heads, spec.head_dim)
+        q = q.view(group.size, group.queries, spec.heads, spec.head_dim).transpose(1, 2)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and group.queries > 1,
+            scale=spec.scale,
+            enable_gqa=share > 1,
+        )
+        return y.transpose(1, 2)
+
+
+def _side_by_side(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """[tokens, 2 * kv_heads * head_dim]; a view when v lies right behind k."""
+    tokens, width = len(k), k.shape[1] * k.shape[2]
+    stride = k.stride(0)
+    packed = k.stride()[1:] == v.stride()[1:] == (k.shape[2], 1) and stride == v.stride(0)
+    if packed and v.data_ptr() == k.data_ptr() + width * k.element_size():
+        return k.as_strided((tokens, 2 * width), (stride, 1))
+    return torch.cat((k.reshape(tokens, width), v.reshape(tokens, width)), 1)
+
+
+def _scored(
+    spec: AttentionSpec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    group: Group,
+) -> torch.Tensor:
+    """Attention with the scores in memory, for what the fused kernel does not know."""
+    share = spec.heads // spec.kv_heads
+    queries = q.view(group.size, group.queries, spec.kv_heads, share, spec.head_dim)
+    if mask is None and group.queries > 1:
+        mask = group.causal_mask()
+    out = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    step = max(1, _SCORES // (group.size * spec.heads * k.shape[2]))
+    for start in range(0, group.queries, step):
+        part = queries[:, start : start + step]
+        rows = part.shape[1]
+        folded = part.permute(0, 2, 3, 1, 4).reshape(group.size, spec.kv_heads, share * rows, -1)
+        scores = (folded @ k.transpose(2, 3)).float().mul_(spec.scale)
+        if spec.softcap is not None:
+            scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
+        scores = scores.view(group.size, spec.heads, rows, -1)
+        if mask is not None:
+            scores += mask[:, :, start : start + step]
+        weights = scores.softmax(-1)
+        if spec.sinks is not None:
+            # A sink is one more logit whose value is dropped: it only adds to the divisor.
+            lse = scores.logsumexp(-1, keepdim=True)
+            weights *= torch.sigmoid(lse - spec.sinks.view(-1, 1, 1))
+        weights = weights.to(v.dtype).view(group.size, spec.kv_heads, share * rows, -1)
+        y = (weights @ v).view(group.size, spec.kv_heads, share, rows, spec.head_dim)
+        out[:, start : start + step] = y.permute(0, 3, 1, 2, 4)
+    return out.view(group.size, group.queries, spec.heads, spec.head_dim)

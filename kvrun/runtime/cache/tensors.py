@@ -1,0 +1,49 @@
+"""KVCache: the tensors that hold keys and values, one per layer, in blocks of tokens."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from kvrun.runtime.attention import AttentionSpec
+
+
+class KVCache:
+    """Per layer one tensor [num_blocks * block_size, 2 * kv_heads * head_dim].
+
+    A row is a token's keys of all heads, then its values: written by one copy, and a block is one
+    stretch of memory. Rows start as zeros; where the system gives zeroed pages only on use, a large
+    cache costs memory only as it fills.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence["AttentionSpec"],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        rows = num_blocks * block_size
+        widths = {spec.layer: 2 * spec.kv_heads * spec.head_dim for spec in specs}
+        self._layers = {
+            layer: torch.zeros((rows, width), dtype=dtype, device=device)
+            for layer, width in widths.items()
+        }
+
+    def rows(self, layer: int) -> torch.Tensor:
+        """[slots, 2 * kv_heads * head_dim]"""
+        return self._layers[layer]
+
+    def blocks(self, layer: int) -> torch.Tensor:
+        """[num_blocks, block_size * 2 * kv_heads * head_dim], the same memory"""
+        return self._layers[layer].view(self.num_blocks, -1)
+
+
+def bytes_per_block(specs: Sequence["AttentionSpec"], block_size: int, dtype: torch.dtype) -> int:
+    """Bytes that one block takes in all layers together."""
+    widths = {spec.layer: 2 * spec.kv_heads * spec.head_dim for spec in specs}
+    return block_size * sum(widths.values()) * dtype.itemsize

@@ -1,0 +1,254 @@
+"""Checkpoint, Shard: named tensors on disk, cut for this rank, straight to device and dtype."""
+
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from kvrun.errors import BadCheckpoint, Unsupported
+from kvrun.runtime.hf_config import HFConfig
+from kvrun.runtime.parallel import Group
+from kvrun.runtime.tensorfile import Stored, TensorFile, TensorFolder
+
+Ranges = tuple[tuple[int, int], ...]
+Cut = Sequence[Ranges | None]  # per dimension the ranges kept; None keeps all
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_PIECE = 16 << 20  # bytes read at once where only some columns are kept
+# Masks and tables that old files carry beside their weights.
+_SKIPPED = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|attention\.bias|rotary_emb\.inv_freq)$")
+_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A stored matrix, `name` without its suffix, and the part of it that this rank keeps.
+
+    The full matrix is [out_features, in_features]; `rows` and `cols` are ranges of it, in the
+    order in which they are wanted, None for all.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    rows: Ranges | None = None
+    cols: Ranges | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """What is kept of (out_features, in_features)."""
+        return _kept(self.out_features, self.rows), _kept(self.in_features, self.cols)
+
+
+class Source(Protocol):
+    """Where tensors come from: files, or thin air."""
+
+    def has(self, name: str, otherwise: bool) -> bool:
+        """Whether there is such a tensor; a source that cannot know says `otherwise`."""
+
+    def read(
+        self, name: str, shape: tuple[int, ...], cut: Cut, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """The kept part of a tensor whose full shape must be `shape`."""
+
+    def finish(self, layers: int) -> None:
+        """Raise BadCheckpoint unless everything wanted was there, and all of it was wanted."""
+
+    def close(self) -> None:
+        """Let go of files."""
+
+
+class Checkpoint:
+    """A model's folder: its configuration, and its tensors by the names in the file.
+
+    `load_format` "dummy" answers every name with random values and needs only config.json.
+    Raises NotFound or BadCheckpoint for a folder that is not a readable model.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        group: Group = Group(),  # noqa: B008 - frozen
+        load_format: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        self.config = HFConfig.read(folder)
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.group = group
+        self.parameter_bytes = 0  # of what was read, as this rank holds it
+        dummy = load_format == "dummy"
+        self._source: Source = RandomSource(seed) if dummy else FileSource(Path(folder))
+
+    def has(self, name: str, otherwise: bool) -> bool:
+        """Whether the file holds `name`; `otherwise` where there is no file."""
+        return self._source.has(name, otherwise)
+
+    def read(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        cut: Cut | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """The tensor `name`, whose full shape is `shape`, or the ranges `cut` keeps of it.
+
+        A name that is missing, or has another shape, is reported by `finish`.
+        """
+        cut = cut or (None,) * len(shape)
+        tensor = self._source.read(name, shape, cut, dtype or self.dtype, self.device)
+        self.parameter_bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def matrix(self, shard: Shard, suffix: str = "weight") -> torch.Tensor:
+        """The kept part [out, in] of a plain matrix."""
+        shape = (shard.out_features, shard.in_features)
+        return self.read(f"{shard.name}.{suffix}", shape, (shard.rows, shard.cols))
+
+    def vector(self, shard: Shard, suffix: str = "bias") -> torch.Tensor:
+        """The kept part [out] of a vector with one value for each output row."""
+        return self.read(f"{shard.name}.{suffix}", (shard.out_features,), (shard.rows,))
+
+    def close(self) -> None:
+        """Let go of the files; nothing can be read afterwards."""
+        self._source.close()
+
+    def finish(self) -> None:
+        """Raise BadCheckpoint if the folder holds other tensors than were read."""
+        self._source.finish(self.config.integer("num_hidden_layers"))
+
+
+class FileSource:
+    """Tensors of safetensors files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tensors = TensorFolder(folder)
+        self._unread = self._tensors.names
+        self._missing: list[str] = []
+        self._wrong: list[str] = []
+
+    def has(self, name: str, otherwise: bool) -> bool:
+        return name in self._tensors
+
+    def read(
+        self, name: str, shape: tuple[int, ...], cut: Cut, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        kept = tuple(_kept(size, ranges) for size, ranges in zip(shape, cut, strict=True))
+        self._unread.discard(name)
+        if name not in self._tensors:
+            self._missing.append(name)
+        else:
+            file, stored = self._tensors.find(name)
+            if stored.shape != shape:
+                self._wrong.append(f"{name} is {list(stored.shape)}, expected {list(shape)}")
+            elif stored.dtype not in _FLOATS and dtype.is_floating_point:
+                self._wrong.append(f"{name} is stored as {stored.dtype}, expected a float type")
+        if self._missing or self._wrong:
+            # The load has failed; what follows only completes the list of what is wrong.
+            return torch.zeros((), dtype=dtype, device=device).expand(kept)
+        return _read(file, stored, cut, kept).to(device=device, dtype=dtype)
+
+    def finish(self, layers: int) -> None:
+        extra = sorted(name for name in self._unread if not _ignored(name, layers))
+        causes = []
+        for what, names in (
+            ("missing", self._missing),
+            ("wrong", self._wrong),
+            ("not part of this architecture", extra),
+        ):
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                causes.append(f"{what}: {', '.join(names[:5])}{more}")
+        if causes:
+            raise BadCheckpoint(
+                f"the weights in {self._tensors.folder} do not fit its config.json.",
+                cause="; ".join(causes),
+                hint="fetch the model again, or check that config.json belongs to these weights",
+            )
+
+    def close(self) -> None:
+        self._tensors.close()
+
+
+class RandomSource:
+    """Random values made on the device, the same for the same name, cut and seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def has(self, name: str, otherwise: bool) -> bool:
+        return otherwise
+
+    def read(
+        self, name: str, shape: tuple[int, ...], cut: Cut, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        if not dtype.is_floating_point:
+            raise Unsupported(f"load_format 'dummy' cannot make {name} of {dtype}.")
+        kept = tuple(_kept(size, ranges) for size, ranges in zip(shape, cut, strict=True))
+        generator = torch.Generator(device)
+        generator.manual_seed(zlib.crc32(f"{self._seed} {name} {cut}".encode()))
+        values = torch.empty(kept, dtype=dtype, device=device)
+        # Products keep the size of what they are given; norms stay near one.
+        values.normal_(0.0, 0.02 if len(shape) == 1 else shape[-1] ** -0.5, generator=generator)
+        return values.add_(1.0) if name.endswith("norm.weight") else values
+
+    def finish(self, layers: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _ignored(name: str, layers: int) -> bool:
+    layer = _LAYER.search(name)
+    beyond = layer is not None and int(layer[1]) >= layers  # heads that predict further tokens
+    return beyond or _SKIPPED.search(name) is not None
+
+
+def _kept(size: int, ranges: Ranges | None) -> int:
+    return size if ranges is None else sum(stop - start for start, stop in ranges)
+
+
+def _read(file: TensorFile, stored: Stored, cut: Cut, kept: tuple[int, ...]) -> torch.Tensor:
+    """Read only the rows kept; columns are cut from pieces, so that memory stays bounded."""
+    out = torch.empty(kept, dtype=_DTYPES[stored.dtype])
+    if out.numel() == 0:
+        return out
+    if not stored.shape:
+        file.read_into(stored.start, _bytes_of(out))
+        return out
+    row_bytes = stored.nbytes // stored.shape[0]
+    whole_rows = all(ranges is None for ranges in cut[1:])
+    step = stored.shape[0] if whole_rows else max(1, _PIECE // row_bytes)
+    at = 0
+    for first, last in cut[0] or ((0, stored.shape[0]),):
+        for start in range(first, last, step):
+            count = min(step, last - start)
+            place = out[at : at + count]
+            piece = place if whole_rows else out.new_empty((count, *stored.shape[1:]))
+            file.read_into(stored.start + start * row_bytes, _bytes_of(piece))
+            if not whole_rows:
+                for dim, ranges in enumerate(cut[1:], start=1):
+                    if ranges is not None:
+                        parts = [piece.narrow(dim, a, b - a) for a, b in ranges]
+                        piece = torch.cat(parts, dim)
+                place.copy_(piece)
+            at += count
+    return out
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,1 @@
+"""JOB: the parts families are composed of."""

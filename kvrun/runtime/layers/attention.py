@@ -1,0 +1,72 @@
+"""Attention: project, normalise, rotate, attend over the cache, project back."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvrun.runtime.attention import AttentionSpec
+from kvrun.runtime.layers.linear import Linear, split_cols
+
+if TYPE_CHECKING:
+    from kvrun.runtime.batch import Batch
+    from kvrun.runtime.checkpoint import Checkpoint, Shard
+    from kvrun.runtime.layers.norm import RMSNorm
+    from kvrun.runtime.layers.position import Rope
+    from kvrun.runtime.layers.qkv import Heads
+
+
+class Attention:
+    """x [tokens, hidden] -> [tokens, hidden], plus `add` if given.
+
+    `qkv` are the shards whose rows are this rank's [q; k; v], `out` names the matrix
+    [hidden, heads * head_dim]. The default scale is 1 / sqrt(head_dim).
+    """
+
+    def __init__(
+        self,
+        w: "Checkpoint",
+        layer: int,
+        heads: "Heads",
+        qkv: Sequence["Shard"],
+        out: str,
+        *,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        rope: "Rope | None" = None,
+        head_norm: "RMSNorm | None" = None,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        self.spec = AttentionSpec(
+            layer,
+            heads.count,
+            heads.kv_count,
+            heads.head_dim,
+            heads.head_dim**-0.5 if scale is None else scale,
+            window=window,
+            softcap=softcap,
+        )
+        width = heads.heads * heads.head_dim
+        self._qkv = Linear(w, *qkv, bias=qkv_bias)
+        self._out = Linear(w, split_cols(w, out, qkv[0].in_features, width), bias=out_bias)
+        self._rope = rope
+        self._head_norm = head_norm
+
+    def __call__(
+        self, x: torch.Tensor, batch: "Batch", add: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        spec = self.spec
+        queries, rotated = spec.heads, spec.heads + spec.kv_heads
+        # One buffer [q; k; v]: what follows works on views of it, in place.
+        heads = self._qkv(x).view(-1, rotated + spec.kv_heads, spec.head_dim)
+        qk = heads[:, :rotated]
+        if self._head_norm is not None:
+            self._head_norm(qk, out=qk)
+        if self._rope is not None:
+            self._rope(qk, batch)
+        y = batch.backend.attend(
+            spec, heads[:, :queries], heads[:, queries:rotated], heads[:, rotated:], batch
+        )
+        return self._out(y, add)

@@ -1,0 +1,50 @@
+"""Decoder: ids -> logits of the rows that are wanted."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from kvrun.runtime.attention import AttentionSpec
+    from kvrun.runtime.batch import Batch
+    from kvrun.runtime.checkpoint import Checkpoint
+    from kvrun.runtime.layers.block import Block, Sandwich
+    from kvrun.runtime.layers.embedding import Embedding, Head
+    from kvrun.runtime.layers.norm import RMSNorm
+
+
+class Decoder:
+    """A causal language model.
+
+    `specs`: what each layer asks of the attention backend. `parameter_bytes`: its weights on this
+    rank. `max_position`: the context it was made for, in tokens, or None.
+    """
+
+    def __init__(
+        self,
+        w: "Checkpoint",
+        embedding: "Embedding",
+        blocks: "Sequence[Block | Sandwich]",
+        norm: "RMSNorm",
+        head: "Head",
+    ) -> None:
+        self._embedding = embedding
+        self._blocks = blocks
+        self._norm = norm
+        self._head = head
+        self.specs: list[AttentionSpec] = [block.spec for block in blocks]
+        self.vocab_size = head.vocab_size
+        self.parameter_bytes = w.parameter_bytes + head.copy_bytes
+        known = w.config.get("max_position_embeddings") is not None
+        self.max_position = w.config.integer("max_position_embeddings") if known else None
+
+    def __call__(self, batch: "Batch") -> torch.Tensor:
+        """Logits [S, vocab] in fp32 of batch.last_rows; `plan` of the backend must have run."""
+        batch.shared.clear()
+        x = self._embedding(batch.ids)
+        for block in self._blocks:
+            x = block(x, batch)
+        if len(batch.last_rows) < len(x):  # else every row is wanted, in order
+            x = x.index_select(0, batch.last_rows)
+        return self._head(self._norm(x))

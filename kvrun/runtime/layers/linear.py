@@ -1,0 +1,53 @@
+"""Linear: shards, a stored matrix and a bias; sums over ranks where its columns are cut."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvrun.runtime import quant
+from kvrun.runtime.checkpoint import Shard
+
+if TYPE_CHECKING:
+    from kvrun.runtime.checkpoint import Checkpoint
+
+
+class Linear:
+    """x [tokens, in] -> [tokens, out], plus `add` [tokens, out] (a residual) if given."""
+
+    def __init__(self, w: "Checkpoint", *shards: Shard, bias: bool = False) -> None:
+        self._group = w.group
+        self._partial = any(shard.cols is not None for shard in shards)
+        # The bias belongs to the sum over ranks, not to each part of it.
+        last = bias and self._partial and w.group.size > 1
+        self._weight = quant.read(w, shards, bias and not last)
+        self._late_bias = w.vector(shards[0]) if last else None
+
+    def __call__(self, x: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
+        if not self._partial or self._group.size == 1:
+            return self._weight.matmul(x, add)
+        y = self._group.all_reduce(self._weight.matmul(x))
+        if self._late_bias is not None:
+            y = y + self._late_bias
+        return y if add is None else y + add
+
+
+def split_rows(w: "Checkpoint", name: str, out_features: int, in_features: int) -> Shard:
+    """This rank's even part of a matrix's output rows."""
+    return Shard(name, out_features, in_features, rows=(w.group.cut(out_features, name),))
+
+
+def split_cols(w: "Checkpoint", name: str, out_features: int, in_features: int) -> Shard:
+    """This rank's even part of a matrix's input columns."""
+    return Shard(name, out_features, in_features, cols=(w.group.cut(in_features, name),))
+
+
+def heads_cols(w: "Checkpoint", name: str, out_features: int, heads: int, head_dim: int) -> Shard:
+    """The input columns that belong to this rank's attention heads."""
+    first, last = w.group.cut(heads, "attention heads")
+    return Shard(name, out_features, heads * head_dim, cols=((first * head_dim, last * head_dim),))
+
+
+def joined(shards: Sequence[Shard]) -> int:
+    """Output rows of `shards` together."""
+    return sum(shard.shape[0] for shard in shards)

@@ -1,0 +1,123 @@
+"""Rope: rotary positions, in place on queries and keys together."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvrun.errors import Unsupported
+
+if TYPE_CHECKING:
+    from kvrun.runtime.batch import Batch
+    from kvrun.runtime.hf_config import HFConfig
+
+
+class Rope:
+    """Rotates pairs of dimensions by angles that grow with the position (Su et al. 2021).
+
+    Pairs are (i, i + half) or, `interleaved`, (2i, 2i + 1), over the first `partial_rotary_factor`
+    of a head. Angles are computed once a step in fp32 and shared by the layers.
+    """
+
+    def __init__(
+        self,
+        parameters: "HFConfig",
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        interleaved: bool = False,
+    ) -> None:
+        self._width = int(head_dim * parameters.number("partial_rotary_factor"))
+        self._interleaved = interleaved
+        self._dtype = dtype
+        frequencies, self._factor = scaled_frequencies(parameters, self._width)
+        # out = x·cos + partner·sin, where the first of a pair takes its partner with a minus:
+        # sin(-a) = -sin(a) and cos(-a) = cos(a), so the sign lies in the frequency.
+        pair = torch.stack((-frequencies, frequencies), dim=1 if interleaved else 0)
+        self._signed = pair.reshape(1, 1, -1).to(device)
+
+    def __call__(self, x: torch.Tensor, batch: "Batch") -> None:
+        """Rotate x [tokens, heads, head_dim] in place."""
+        tables = batch.shared.get(self)
+        if tables is None:
+            tables = batch.shared[self] = self._tables(batch.positions)
+        cos, sin = tables
+        if self._width < x.shape[-1]:
+            x = x[..., : self._width]
+        if self._interleaved:
+            partner = x.reshape(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
+        else:
+            partner = x.roll(self._width // 2, -1)
+        x.mul_(cos).addcmul_(partner, sin)
+
+    def _tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = positions.view(-1, 1, 1) * self._signed
+        cos, sin = angles.cos(), angles.sin_()
+        if self._factor != 1.0:
+            cos, sin = cos.mul_(self._factor), sin.mul_(self._factor)
+        return cos.to(self._dtype), sin.to(self._dtype)
+
+
+def scaled_frequencies(parameters: "HFConfig", width: int) -> tuple[torch.Tensor, float]:
+    """Angles per position [width / 2] in fp32, and the factor on cos and sin.
+
+    Raises Unsupported for a scaling that kvrun does not know.
+    """
+    kind = parameters.text("rope_type")
+    if width < 2 or width % 2:
+        raise Unsupported(f"rotary positions over {width} dimensions of a head are not supported.")
+    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+    frequencies = 1.0 / parameters.number("rope_theta") ** exponents
+    if kind == "default":
+        return frequencies, 1.0
+    if kind == "linear":
+        return frequencies / parameters.number("factor"), 1.0
+    if kind == "llama3":
+        return _llama3(parameters, frequencies), 1.0
+    if kind == "yarn":
+        return _yarn(parameters, frequencies, width)
+    raise Unsupported(
+        f"the rotary scaling '{kind}' is not supported.",
+        hint="known: default, linear, llama3, yarn",
+    )
+
+
+def _llama3(parameters: "HFConfig", frequencies: torch.Tensor) -> torch.Tensor:
+    """Slow frequencies divided by the factor, fast ones kept, a ramp between (Llama 3.1)."""
+    low, high = parameters.number("low_freq_factor"), parameters.number("high_freq_factor")
+    turns = parameters.number("original_max_position_embeddings") * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return kept * frequencies + (1.0 - kept) * frequencies / parameters.number("factor")
+
+
+def _yarn(
+    parameters: "HFConfig", frequencies: torch.Tensor, width: int
+) -> tuple[torch.Tensor, float]:
+    """Slow frequencies divided by the factor, fast ones kept, a ramp over dimensions between
+    (Peng et al. 2023)."""
+    trained = parameters.number("original_max_position_embeddings")
+    longest = parameters.number("max_position_embeddings", trained)
+    factor = parameters.number("factor", longest / trained)
+    base = parameters.number("rope_theta")
+
+    def dimension(turns: float) -> float:
+        return width * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    first = dimension(parameters.number("beta_fast", 32.0))
+    last = dimension(parameters.number("beta_slow", 1.0))
+    if parameters.flag("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    ramp = (torch.arange(width // 2, dtype=torch.float32) - first) / max(last - first, 0.001)
+    divided = ramp.clamp(0.0, 1.0)
+    scaled = divided * frequencies / factor + (1.0 - divided) * frequencies
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    attention = mscale(1.0)
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        attention = mscale(parameters.number("mscale"))
+        attention /= mscale(parameters.number("mscale_all_dim"))
+    return scaled, parameters.number("attention_factor", attention)

@@ -1,0 +1,40 @@
+"""Qwen3: Llama with a norm on each query and key head. Source: transformers, models/qwen3."""
+
+from typing import TYPE_CHECKING
+
+from kvrun.runtime.layers.block import Block
+from kvrun.runtime.layers.decoder import Decoder
+from kvrun.runtime.layers.norm import head_norm
+from kvrun.runtime.layers.position import Rope
+from kvrun.runtime.models import llama
+
+if TYPE_CHECKING:
+    from kvrun.runtime.checkpoint import Checkpoint
+
+
+def build(w: "Checkpoint") -> Decoder:
+    return llama.decoder(w, block)
+
+
+def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
+    c, h, p = w.config, llama.heads(w), f"model.layers.{n}"
+    q, k = f"{p}.self_attn.q_norm", f"{p}.self_attn.k_norm"
+    qk = head_norm(w, q, k, h.count, h.kv_count, h.head_dim, c.number("rms_norm_eps", 1e-6))
+    return Block(
+        llama.norm(w, f"{p}.input_layernorm"),
+        llama.attention(w, n, rope=rope, head_norm=qk, window=window(w, n)),
+        llama.norm(w, f"{p}.post_attention_layernorm"),
+        llama.mlp(w, n, act=c.text("hidden_act", "silu")),
+    )
+
+
+def window(w: "Checkpoint", n: int) -> int | None:
+    """The window counts only where `use_sliding_window` says so, on the layers named for it."""
+    c = w.config
+    if not c.flag("use_sliding_window", False) or c.get("sliding_window") is None:
+        return None
+    first = c.get("max_window_layers", 28)
+    kinds = ["sliding_attention" if i >= first else "full_attention"
+             for i in range(c.integer("num_hidden_layers"))]  # fmt: skip
+    sliding = c.layer_types(kinds)[n] == "sliding_attention"
+    return c.integer("sliding_window") if sliding else None

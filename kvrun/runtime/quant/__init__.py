@@ -1,0 +1,41 @@
+"""JOB: how a matrix is stored and multiplied.
+
+A file of this folder is named as the checkpoint's `quant_method` (`dense`: plain matrices) and has
+`read(w, shards, bias) -> Weight`.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
+
+from kvrun import folder
+from kvrun.errors import Unsupported
+
+if TYPE_CHECKING:
+    from kvrun.runtime.checkpoint import Checkpoint, Shard
+
+
+class Weight(Protocol):
+    """A matrix [out, in], with a bias or without."""
+
+    def matmul(self, x: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
+        """x [tokens, in] -> [tokens, out], plus the bias, plus `add` [tokens, out] if given.
+
+        `x` must be contiguous; neither argument is written to.
+        """
+
+
+def read(w: "Checkpoint", shards: Sequence["Shard"], bias: bool) -> Weight:
+    """The matrix whose output rows are those of `shards`, one after the other.
+
+    Raises Unsupported for a format that kvrun does not read.
+    """
+    method = w.config.quant_method or "dense"
+    known = folder.names(__name__)
+    if method not in known:
+        raise Unsupported(
+            f"the weights are stored as '{method}', which kvrun cannot read.",
+            hint="use the model's version in 16 or 32 bits",
+        )
+    return cast(Weight, folder.load(__name__, method).read(w, shards, bias))

@@ -4,8 +4,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from kvrun.runtime.kernels.noise import Gumbel, keys
@@ -14,7 +16,6 @@ from kvrun.runtime.sampling.params import SamplingParams
 # Sorting a vocabulary costs ten times as much as finding its largest. Where the host can look at
 # a tensor without waiting, top_p tries with this many first.
 NUCLEUS_TRY = 256
-LOWEST = -(2**63)
 
 
 @dataclass
@@ -109,10 +110,10 @@ class Sampler:
             noise = self._noise(prepared.keys, positions)
             scores = scores + (noise if prepared.drawn is None else noise.mul_(prepared.drawn))
         best, ids = scores.max(-1)
-        finite = best.isfinite()
         if scores is not logits:  # an option may have hidden what is wrong with a row
-            finite &= logits.amax(-1).isfinite()
-        return Sampled(ids, finite, self._logprobs(logits, ids, prepared.logprobs))
+            best = best + logits.amax(-1)
+        # What is not finite minus itself is NaN: a third of the cost of isfinite.
+        return Sampled(ids, (best - best) == 0, self._logprobs(logits, ids, prepared.logprobs))
 
     def tensor(self, values: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
@@ -146,20 +147,17 @@ class Edit(NamedTuple):
 def _edit(
     of_rows: Sequence[Mapping[int, float]], sampler: Sampler, dtype: torch.dtype = torch.float32
 ) -> Edit | None:
-    vocab = sampler.vocab_size
-    entries = [
-        (row * vocab + token, row, value)
-        for row, values in enumerate(of_rows)
-        for token, value in values.items()
-        if 0 <= token < vocab
-    ]
-    if not entries:
+    sizes = [len(values) for values in of_rows]
+    if not any(sizes):
         return None
-    at, rows, values = zip(*entries, strict=True)
+    rows = np.repeat(np.arange(len(of_rows)), sizes)
+    ids = np.fromiter(chain.from_iterable(of_rows), np.int64, sum(sizes))
+    numbers = chain.from_iterable(values.values() for values in of_rows)
+    known = (ids >= 0) & (ids < sampler.vocab_size)
     return Edit(
-        sampler.tensor(at, torch.int64),
-        sampler.tensor(rows, torch.int64),
-        sampler.tensor(values, dtype),
+        sampler.tensor((rows * sampler.vocab_size + ids)[known], torch.int64),
+        sampler.tensor(rows[known], torch.int64),
+        sampler.tensor(np.fromiter(numbers, np.float64, sum(sizes))[known], dtype),
     )
 
 
@@ -259,23 +257,42 @@ def _keep_top_k(scores: torch.Tensor, top: TopK, positions: torch.Tensor) -> tor
     return scores.masked_fill(scores < kth.masked_fill_(top.off, -math.inf), -math.inf)
 
 
-def _keep_top_p(scores: torch.Tensor, p: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+class Mass(NamedTuple):
+    p: torch.Tensor  # [S, 1]
+    off: torch.Tensor  # [S, 1] bool
+
+
+def _mass(name: str) -> Callable[[Sequence[SampleRow], Sampler], Mass | None]:
+    column = _column(name, 1.0)
+
+    def prepare(rows: Sequence[SampleRow], sampler: Sampler) -> Mass | None:
+        p = column(rows, sampler)
+        return None if p is None else Mass(p, p == 1)
+
+    return prepare
+
+
+def _keep_top_p(scores: torch.Tensor, top: Mass, positions: torch.Tensor) -> torch.Tensor:
     """Keeps the likeliest tokens up to the one that brings their mass to p."""
     vocab = scores.shape[-1]
-    ranks, probabilities = _ranks(scores), scores.softmax(-1)
+    probabilities = scores.softmax(-1)
     width = min(NUCLEUS_TRY, vocab) if scores.device.type == "cpu" else vocab
     while True:
-        best = ranks.topk(width).values if width < vocab else ranks.sort(descending=True).values
-        mass = probabilities.gather(1, _ids_of(best, vocab)).cumsum(-1)
-        if width == vocab or bool(((mass[:, -1:] >= p) | (p == 1)).all()):
+        values, ids = scores.topk(width) if width < vocab else scores.sort(descending=True)
+        mass = probabilities.gather(1, ids).cumsum(-1)
+        if width == vocab or bool(((mass[:, -1:] >= top.p) | top.off).all()):
             break
         width = vocab
-    last = (mass < p).sum(-1, keepdim=True).clamp_(max=width - 1)
-    lowest = best.gather(1, last).masked_fill_(p == 1, LOWEST)
-    return scores.masked_fill(ranks < lowest, -math.inf)
+    last = (mass < top.p).sum(-1, keepdim=True).clamp_(max=width - 1)
+    lowest = values.gather(1, last).masked_fill_(top.off, -math.inf)
+    # Of the tokens that equal the last one kept, as many as fit, lowest ids first.
+    equals = last + 1 - (values > lowest).sum(-1, keepdim=True)
+    equal = scores == lowest
+    kept = (equal & (equal.cumsum(-1) <= equals)) | (scores > lowest)
+    return torch.where(kept, scores, -math.inf)
 
 
-def _keep_typical(scores: torch.Tensor, p: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def _keep_typical(scores: torch.Tensor, typical: Mass, positions: torch.Tensor) -> torch.Tensor:
     """Keeps the tokens whose surprise is nearest its mean, up to mass p (Meister et al. 2022)."""
     surprise = -scores.log_softmax(-1)
     probabilities = (-surprise).exp()
@@ -284,10 +301,10 @@ def _keep_typical(scores: torch.Tensor, p: torch.Tensor, positions: torch.Tensor
     mean = terms.cumsum(-1)[:, -1:]
     order = (surprise - mean).abs().sort(dim=-1, stable=True).indices
     mass = probabilities.gather(1, order).cumsum(-1)
-    kept = (mass < p).sum(-1, keepdim=True) + 1
+    kept = (mass < typical.p).sum(-1, keepdim=True) + 1
     places = torch.arange(scores.shape[-1], device=scores.device)
     dropped = torch.zeros_like(scores, dtype=torch.bool)
-    dropped.scatter_(1, order, (places >= kept) & (p < 1))
+    dropped.scatter_(1, order, (places >= kept) & ~typical.off)
     return scores.masked_fill(dropped, -math.inf)
 
 
@@ -321,7 +338,7 @@ STAGES = (
     Stage("frequency_penalty, presence_penalty", _penalty, _add),
     Stage("temperature", _column("temperature", 1.0), _flatten),
     Stage("top_k", _top_k, _keep_top_k),
-    Stage("top_p", _column("top_p", 1.0), _keep_top_p),
-    Stage("typical_p", _column("typical_p", 1.0), _keep_typical),
+    Stage("top_p", _mass("top_p"), _keep_top_p),
+    Stage("typical_p", _mass("typical_p"), _keep_typical),
     Stage("min_p", _column("min_p", 0.0, _log), _keep_min_p),
 )

@@ -4,6 +4,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Protocol
 
@@ -53,6 +54,8 @@ class Shard:
 class Source(Protocol):
     """Where tensors come from: files, or thin air."""
 
+    parameters: int  # how many values there are; 0 where that is not known
+
     def has(self, name: str, otherwise: bool) -> bool:
         """Whether there is such a tensor; a source that cannot know says `otherwise`."""
 
@@ -92,6 +95,11 @@ class Checkpoint:
         self.parameter_bytes = 0  # of what was read, as this rank holds it
         dummy = load_format == "dummy"
         self._source: Source = RandomSource(seed) if dummy else FileSource(Path(folder))
+
+    @property
+    def stored_parameters(self) -> int:
+        """How many values the files hold; 0 where there are no files."""
+        return self._source.parameters
 
     def has(self, name: str, otherwise: bool) -> bool:
         """Whether the file holds `name`; `otherwise` where there is no file."""
@@ -137,6 +145,7 @@ class FileSource:
     def __init__(self, folder: Path) -> None:
         self._tensors = TensorFolder(folder)
         self._unread = self._tensors.names
+        self.parameters = sum(prod(self._tensors.find(n)[1].shape) for n in self._unread)
         self._missing: list[str] = []
         self._wrong: list[str] = []
 
@@ -185,6 +194,8 @@ class FileSource:
 
 class RandomSource:
     """Random values made on the device, the same for the same name, cut and seed."""
+
+    parameters = 0
 
     def __init__(self, seed: int) -> None:
         self._seed = seed

@@ -42,7 +42,7 @@ class EngineClient:
         self._outlet = self._process.stdin
         self._source = self._process.stdout
         with suppress(BrokenPipeError):
-            wire.send(self._outlet, config)  # type: ignore[arg-type]  # a dataclass encodes alike
+            wire.send(self._outlet, config)
         self._queues: dict[str, asyncio.Queue[_Item]] = {}
         self._stats: list[asyncio.Future[Stats]] = []
         self._dead: KvrunError | None = None
@@ -82,9 +82,9 @@ class EngineClient:
             if open_choices:
                 self._send(wire.Abort(request.id))
 
-    async def abort(self, request_id: str) -> None:
-        """End a request; its stream gets a last delta with the reason "abort"."""
-        self._send(wire.Abort(request_id))
+    async def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one of its choices; each gets a last delta, with the reason "abort"."""
+        self._send(wire.Abort(request_id, index))
 
     async def stats(self) -> Stats:
         """The engine's counters now."""
@@ -162,12 +162,12 @@ class EngineClient:
         self._dead = error
         for queue in self._queues.values():
             queue.put_nowait(error)
-        for future in [self._started, *self._stats]:
+        for future in self._stats:
             if not future.done():
                 future.set_exception(error)
-        # An error that nobody is left to wait for is not worth a warning at exit.
-        if self._started.done() and not self._started.cancelled():
-            self._started.exception()
+        if not self._started.done():
+            self._started.set_exception(error)
+            self._started.exception()  # nobody waits for it any more when `start` was cancelled
         self._stats.clear()
         self._ended.set()
 

@@ -76,9 +76,9 @@ class Engine:
             self.scheduler.add(sequence)
         self._choices[request.id] = params.n
 
-    def abort(self, request_id: str) -> None:
-        """End a request; unknown ids (ended a moment ago, say) are ignored."""
-        self.scheduler.abort(request_id)
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one of its choices; what has ended a moment ago is ignored."""
+        self.scheduler.abort(request_id, index)
 
     @property
     def idle(self) -> bool:

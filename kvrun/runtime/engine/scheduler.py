@@ -69,10 +69,10 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def abort(self, request_id: str) -> None:
-        """End every choice of a request, whatever its state; each gets a last delta."""
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request (or one of its choices) in any state; each choice gets a last delta."""
         for sequence in [*self.running, *self.waiting]:
-            if sequence.request.id == request_id and sequence.state is not State.FINISHED:
+            if sequence.request.id == request_id and index in (None, sequence.index):
                 self._emit(sequence, [], None, "abort")
                 self._leave(sequence)
 
@@ -167,7 +167,7 @@ class Scheduler:
 
     def _register(self, sequence: Sequence) -> None:
         """Offer full blocks to others: only now, when a finite draw has vouched for them."""
-        if not self.prefix or sequence.draining:
+        if not self.prefix:
             return
         computed = len(sequence.tokens) - 1
         for index in range(len(sequence.keys) - 1, computed // self._size):

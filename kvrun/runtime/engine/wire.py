@@ -1,8 +1,8 @@
 """The pipe between EngineClient and its worker: length-prefixed msgpack, both ways."""
 
 import struct
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Iterator, Mapping
+from typing import IO
 
 import msgspec
 
@@ -10,6 +10,19 @@ from kvrun import errors
 from kvrun.runtime.engine.request import Delta, Ready, Request, Stats
 
 _LENGTH = struct.Struct("<I")
+
+
+# MissingExtra makes its hint itself; the hint is here already, so its parent will do.
+_KINDS: Mapping[str, type[errors.KvrunError]] = {
+    kind.__name__: kind
+    for kind in (
+        errors.InvalidRequest,
+        errors.NotFound,
+        errors.BadCheckpoint,
+        errors.Unsupported,
+        errors.EngineDead,
+    )
+} | {"MissingExtra": errors.Unsupported}
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -26,11 +39,7 @@ class Fault(msgspec.Struct, frozen=True):
 
     def error(self) -> errors.KvrunError:
         """The error again. A kind that cannot be rebuilt arrives as a plain KvrunError."""
-        kind = getattr(errors, self.kind, None)
-        if not isinstance(kind, type) or not issubclass(kind, errors.KvrunError):
-            kind = errors.KvrunError
-        if kind is errors.MissingExtra:
-            kind = errors.Unsupported
+        kind = _KINDS.get(self.kind, errors.KvrunError)
         return kind(self.what, cause=self.cause, hint=self.hint)
 
 
@@ -40,6 +49,7 @@ class Submit(msgspec.Struct, tag=True):
 
 class Abort(msgspec.Struct, tag=True):
     request_id: str
+    index: int | None = None
 
 
 class AskStats(msgspec.Struct, tag=True):
@@ -77,14 +87,14 @@ to_engine = msgspec.msgpack.Decoder(ToEngine)
 from_engine = msgspec.msgpack.Decoder(FromEngine)
 
 
-def send(pipe: BinaryIO, message: msgspec.Struct) -> None:
+def send(pipe: IO[bytes], message: object) -> None:
     """Write one message as one frame."""
     body = _encoder.encode(message)
     pipe.write(_LENGTH.pack(len(body)) + body)
     pipe.flush()
 
 
-def frames(pipe: BinaryIO) -> Iterator[bytes]:
+def frames(pipe: IO[bytes]) -> Iterator[bytes]:
     """The bodies of the frames that arrive, until the other side has gone."""
     while True:
         head = pipe.read(_LENGTH.size)

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from queue import Empty, SimpleQueue
-from typing import BinaryIO
+from typing import IO
 
 import msgspec
 
@@ -53,7 +53,7 @@ class _Watchdog(threading.Thread):
 _Inbox = SimpleQueue[wire.ToEngine | Exception]
 
 
-def _listen(pipe: BinaryIO, inbox: _Inbox) -> None:
+def _listen(pipe: IO[bytes], inbox: _Inbox) -> None:
     for frame in wire.frames(pipe):
         try:
             inbox.put(wire.to_engine.decode(frame))
@@ -65,7 +65,7 @@ def _listen(pipe: BinaryIO, inbox: _Inbox) -> None:
 class Worker:
     """Feeds messages to the engine between steps, and sends what the steps bring."""
 
-    def __init__(self, engine: Engine, outlet: BinaryIO, inbox: _Inbox) -> None:
+    def __init__(self, engine: Engine, outlet: IO[bytes], inbox: _Inbox) -> None:
         self._engine = engine
         self._outlet = outlet
         self._inbox = inbox
@@ -99,7 +99,7 @@ class Worker:
                 rejected = wire.Rejected(message.request.id, wire.Fault.of(error))
                 wire.send(self._outlet, rejected)
         elif isinstance(message, wire.Abort):
-            self._engine.abort(message.request_id)
+            self._engine.abort(message.request_id, message.index)
         else:
             wire.send(self._outlet, wire.Statistics(self._engine.stats()))
 
@@ -130,7 +130,7 @@ def main() -> None:
         _die(outlet, wire.Fault("EngineDead", "the engine has failed.", describe(error)))
 
 
-def _die(outlet: BinaryIO, fault: wire.Fault) -> None:
+def _die(outlet: IO[bytes], fault: wire.Fault) -> None:
     wire.send(outlet, wire.Died(fault))
     outlet.close()
     sys.stderr.flush()

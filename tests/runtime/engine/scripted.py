@@ -54,6 +54,7 @@ class ScriptedRunner:
     def submit(self, schedule: Schedule) -> ScriptedTicket:
         self.submitted += 1
         for row in schedule:
+            assert row.count > 0, "a row without a token has no logits"
             self.poison(row)
         for row in schedule:
             self._write(row)

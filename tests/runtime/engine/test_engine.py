@@ -154,6 +154,23 @@ def test_abort_in_any_state(run_ahead: int, steps: int) -> None:
     assert engine.stats().blocks_active == 0
 
 
+@pytest.mark.parametrize("run_ahead", RUN_AHEAD)
+def test_penalties_wait_for_the_tokens_they_count(run_ahead: int) -> None:
+    engine, runner = scripted_engine(run_ahead=run_ahead)
+    ahead = set()
+
+    def watch(row: Row) -> None:
+        if row.start + row.count > len(row.sequence.tokens):
+            ahead.add(row.sequence.request.id)
+
+    runner.poison = watch
+    texts = prompts(seed=12, count=2)
+    engine.add(ask(0, texts[0], ignore_eos=True, frequency_penalty=0.5))
+    engine.add(ask(1, texts[1], ignore_eos=True))
+    drain(engine)
+    assert ahead == ({"r1"} if run_ahead else set())
+
+
 def test_min_tokens_and_stop_ids() -> None:
     engine, _ = scripted_engine()
     text = prompts(seed=3, count=1)[0]
@@ -231,14 +248,35 @@ def test_a_poisoned_request_alone_does_not_end_the_engine() -> None:
 
 
 @pytest.mark.parametrize("run_ahead", RUN_AHEAD)
+def test_an_engine_that_recovers_goes_on_where_it_was(run_ahead: int) -> None:
+    engine, runner = scripted_engine(run_ahead=run_ahead)
+    texts = prompts(seed=11, count=6)
+    for i, text in enumerate(texts):
+        engine.add(ask(i, text))
+    deltas = [*engine.step(), *engine.step()]
+    healthy = runner.poison, runner.probe
+
+    def broken(row: Row | None = None) -> None:
+        raise RuntimeError("the device is away")
+
+    runner.poison, runner.probe = broken, broken  # type: ignore[method-assign]
+    deltas += [*engine.step(), *engine.step()]
+    runner.poison, runner.probe = healthy  # type: ignore[method-assign]
+    assert tokens_of(drain(engine, deltas)) == expected(texts)
+    assert engine.stats().failed_steps == 2
+
+
+@pytest.mark.parametrize("run_ahead", RUN_AHEAD)
 def test_E7_not_finite_logits_end_one_request_and_cache_nothing(run_ahead: int) -> None:
     engine, runner = scripted_engine(run_ahead=run_ahead)
     texts = prompts(seed=10, count=3, low=9, high=12)
-    runner.not_finite = lambda row: row.sequence.request.id == "r1"
+    runner.not_finite = lambda row: row.sequence.request.id == "r1" and row.start > 12
     for i, text in enumerate(texts):
-        engine.add(ask(i, text))
+        engine.add(ask(i, text, ignore_eos=True))
     found = drain(engine)
-    assert found["r1", 0] == ([], "error")
+    good = 13 - len(texts[1]) + 1
+    full = reference(texts[1], ask(0, [1], ignore_eos=True).params)
+    assert found["r1", 0] == (full[:good], "error")
     assert all(found[f"r{i}", 0][1] in {"stop", "length"} for i in (0, 2))
     engine.add(ask(4, texts[1]))
     cached = []

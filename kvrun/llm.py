@@ -1,0 +1,275 @@
+"""LLM: a model by name, the engine in this process, text at its edge."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from kvrun.errors import InvalidRequest, KvrunError
+from kvrun.hub.local import resolve
+from kvrun.runtime.config import EngineConfig
+from kvrun.runtime.engine.request import Delta, Logprob, Request, Stats
+from kvrun.runtime.engine.start import start
+from kvrun.runtime.sampling.params import SamplingParams
+from kvrun.runtime.text import Text, TextStream
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, object]
+
+
+@dataclass
+class Choice:
+    """One answer. `finish_reason`: "stop", "length", or "error" (then `error` says why)."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+
+
+@dataclass
+class Output(Choice):
+    """The answer to one prompt; with n > 1 the output itself is choice 0."""
+
+    prompt_token_ids: list[int] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """A piece of an answer as it streams; `index` is the choice it belongs to."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[Logprob] | None
+    finish_reason: str | None
+    index: int
+
+
+class LLM:
+    """A model ready to answer, in this process.
+
+    `model` is a local folder, the name of a model in the cache, or the built-in "tiny". `kv_memory`
+    is bytes or a fraction of what is free; sizes left at None fit themselves to the machine. A
+    folder without a tokenizer works: prompts must then be token ids, and texts are empty.
+
+    Raises NotFound, BadCheckpoint or Unsupported (kvrun.errors), each saying what to do.
+    """
+
+    def __init__(
+        self,
+        model: str = "tiny",
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        attention: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        block_size: int = 16,
+        kv_memory: int | float | None = None,
+        prefix_caching: bool = True,
+        seed: int = 0,
+        load_format: str = "auto",
+    ) -> None:
+        folder = resolve(model)
+        config = EngineConfig(
+            model=str(folder),
+            device=device,
+            dtype=dtype,
+            attention=attention,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=block_size,
+            kv_memory=kv_memory,
+            prefix_caching=prefix_caching,
+            seed=seed,
+            load_format=load_format,
+        )
+        self._engine = start(config)
+        self._text = Text.open(folder)
+        self._numbers = itertools.count()
+        self._runs: dict[str, _Run] = {}
+        self.plan = self._engine.ready.plan
+        self.max_model_len = self._engine.ready.max_model_len
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Output]:
+        """Answer every prompt (text, token ids, or a list of either), batched.
+
+        `params` is one for all prompts or one for each. Raises InvalidRequest before anything is
+        computed if one of them cannot be served; an answer that fails later says so itself.
+        """
+        listed = _listed(prompts)
+        runs = self._submit([self._encode(p) for p in listed], _one_each(params, len(listed)))
+        while not all(run.done for run in runs):
+            self._step()
+        return [run.output() for run in runs]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Output]:
+        """Answer a conversation, or several, each a list of {"role", "content"}."""
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations = messages if several else [messages]
+        if self._text is None:
+            raise InvalidRequest("this model has no tokenizer.", hint="pass prompts as token ids")
+        return self.generate([self._text.chat(c) for c in conversations], params)  # type: ignore[arg-type]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextDelta]:
+        """One prompt's answer piece by piece; closing the iterator ends the request."""
+        run = self._submit([self._encode(prompt)], [params or SamplingParams()])[0]
+        try:
+            while not run.done or run.deltas:
+                yield from run.take()
+                if not run.done:
+                    self._step()
+        finally:
+            if not run.done:
+                self._engine.abort(run.request.id)
+                self._step()
+
+    def stats(self) -> Stats:
+        """The engine's counters."""
+        return self._engine.stats()
+
+    def close(self) -> None:
+        """Give the memory back. The object cannot be used afterwards."""
+        del self._engine
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self._text is None:
+            raise InvalidRequest("this model has no tokenizer.", hint="pass prompts as token ids")
+        return self._text.encode(prompt)
+
+    def _submit(
+        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
+    ) -> "list[_Run]":
+        runs = [
+            _Run(Request(id=f"llm-{next(self._numbers)}", prompt_ids=ids, params=p), self._text)
+            for ids, p in zip(prompts, params, strict=True)
+        ]
+        added: list[_Run] = []
+        try:
+            for run in runs:
+                self._engine.add(run.request)
+                added.append(run)
+                self._runs[run.request.id] = run
+        except KvrunError:
+            for run in added:
+                self._engine.abort(run.request.id)
+            self._step()
+            raise
+        return runs
+
+    def _step(self) -> None:
+        """One engine step; its deltas go to their runs, whoever is waiting for them."""
+        for delta in self._engine.step():
+            run = self._runs[delta.request_id]
+            if run.feed(delta):
+                self._engine.abort(run.request.id, delta.index)
+            if run.ended:
+                del self._runs[delta.request_id]
+
+
+class _Run:
+    """A request of this LLM and what has come of it."""
+
+    def __init__(self, request: Request, text: Text | None) -> None:
+        self.request = request
+        self.deltas: list[TextDelta] = []
+        count, params = request.params.n, request.params
+        self._choices = [Choice(logprobs=_empty(params.logprobs)) for _ in range(count)]
+        self._streams: list[TextStream | None] = [
+            text.stream(stop=params.stop) if text else None for _ in range(count)
+        ]
+        self._open = count  # choices the engine has not ended
+
+    @property
+    def done(self) -> bool:
+        """Every choice has its finish reason, although the engine may not know of it yet."""
+        return all(choice.finish_reason for choice in self._choices)
+
+    @property
+    def ended(self) -> bool:
+        return self._open == 0
+
+    def feed(self, delta: Delta) -> bool:
+        """Take in a delta; True when a stop string has ended a choice before the engine has."""
+        self._open -= delta.finish_reason is not None
+        choice = self._choices[delta.index]
+        if choice.finish_reason:
+            return False
+        stream = self._streams[delta.index]
+        ids, logprobs, reason = delta.token_ids, delta.logprobs, delta.finish_reason
+        text = ""
+        if stream:
+            text = stream.push(ids)
+            if stream.stopped:
+                reason = "stop"
+                ids = ids[: stream.tokens_used - len(choice.token_ids)]
+                logprobs = logprobs[: len(ids)] if logprobs else None
+            elif reason:
+                text += stream.finish()
+        choice.text += text
+        choice.token_ids += ids
+        choice.error = delta.error
+        if logprobs and choice.logprobs is not None:
+            choice.logprobs += logprobs
+        choice.finish_reason = reason
+        self.deltas.append(TextDelta(text, ids, logprobs, reason, delta.index))
+        return delta.finish_reason is None and reason is not None
+
+    def take(self) -> list[TextDelta]:
+        deltas, self.deltas = self.deltas, []
+        return deltas
+
+    def output(self) -> Output:
+        first = self._choices[0]
+        return Output(
+            **vars(first),
+            prompt_token_ids=list(self.request.prompt_ids),
+            choices=[first, *self._choices[1:]],
+        )
+
+
+def _empty(logprobs: int | None) -> list[Logprob] | None:
+    return None if logprobs is None else []
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]  # one prompt of token ids
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _one_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise InvalidRequest(f"{count} prompts came with {len(params)} SamplingParams.")
+    return list(params)

@@ -1,0 +1,163 @@
+"""EngineConfig -> Engine: device and dtype, weights, plan, cache, backend."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import torch
+
+from kvrun.errors import Unsupported
+from kvrun.folder import load, names
+from kvrun.runtime import attention, models
+from kvrun.runtime.attention import AttentionSpec, Backend
+from kvrun.runtime.cache.blocks import BlockPool
+from kvrun.runtime.cache.prefix import PrefixCache
+from kvrun.runtime.cache.tensors import bytes_per_block
+from kvrun.runtime.checkpoint import Checkpoint
+from kvrun.runtime.config import EngineConfig
+from kvrun.runtime.engine.engine import Engine, Limits
+from kvrun.runtime.engine.request import Ready
+from kvrun.runtime.engine.runner import ModelRunner
+from kvrun.runtime.engine.scheduler import Scheduler
+from kvrun.runtime.layers.decoder import Decoder
+from kvrun.runtime.plan import Plan, make_plan, size
+from kvrun.runtime.sampling.sampler import Sampler
+from kvrun.runtime.text import Text
+
+# Backends that `attention="auto"` tries, best first.
+AUTO = ("sdpa",)
+# When a configuration does not say for how long a context the model was made.
+UNSAID_CONTEXT = 4096
+
+
+def start(config: EngineConfig) -> Engine:
+    """Load a model and make it ready. Raises KvrunError: what is wrong, and what to do."""
+    begun = time.perf_counter()
+    device = choose_device(config.device)
+    if device.type == "cpu":
+        torch.set_num_threads(config.threads or psutil.cpu_count(logical=False) or 1)
+    folder = Path(config.model)
+    with ThreadPoolExecutor(1) as pool:
+        # A large tokenizer takes as long to read as some weights do.
+        text = pool.submit(Text.open, folder)
+        model, dtype = _load(config, folder, device)
+        eos_ids = opened.eos_token_ids if (opened := text.result()) else ()
+    backend_name, backend_class = choose_backend(config.attention, model.specs, device)
+    plan = _plan(config, model, device, dtype)
+    backend = backend_class(model.specs, plan.num_blocks, config.block_size, dtype, device)
+    runner = ModelRunner(
+        model,
+        backend,
+        Sampler(model.vocab_size, device),
+        device=device,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=plan.max_model_len,
+        eos_ids=eos_ids,
+    )
+    blocks = BlockPool(plan.num_blocks)
+    scheduler = Scheduler(
+        blocks,
+        PrefixCache(blocks, config.block_size) if config.prefix_caching else None,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        eos_ids=frozenset(eos_ids),
+    )
+    ready = Ready(
+        plan=plan.line(),
+        max_model_len=plan.max_model_len,
+        vocab_size=model.vocab_size,
+        kv_tokens=plan.kv_tokens,
+        block_size=config.block_size,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        attention=backend_name,
+        load_seconds=time.perf_counter() - begun,
+    )
+    return Engine(
+        scheduler,
+        runner,
+        Limits(model.vocab_size, plan.max_model_len),
+        ready=ready,
+        seed=config.seed,
+        run_ahead=config.run_ahead or 0,
+    )
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device asked for, or the best there is. Raises Unsupported for one that is not there."""
+    available = torch.cuda.is_available()
+    if wanted == "auto":
+        return torch.device("cuda" if available else "cpu")
+    if wanted.startswith("cuda") and not available:
+        raise Unsupported(
+            f"the device '{wanted}' is not there: torch {torch.__version__} sees no CUDA device.",
+            hint="device='cpu', or install a torch build with CUDA",
+        )
+    return torch.device(wanted)
+
+
+def choose_dtype(wanted: str, stored: str | None, device: torch.device) -> torch.dtype:
+    """The dtype to compute in. "auto": as stored, where the device multiplies it natively."""
+    name = wanted if wanted != "auto" else stored or "float32"
+    dtype = getattr(torch, name, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        dtype = torch.float32
+    if wanted == "auto" and device.type == "cpu" and dtype is not torch.float32:
+        # Where bfloat16 is not native it is slower than float32, and float16 always is.
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        dtype = torch.bfloat16 if native and dtype is torch.bfloat16 else torch.float32
+    return dtype
+
+
+def choose_backend(
+    wanted: str, specs: list[AttentionSpec], device: torch.device
+) -> tuple[str, type[Backend]]:
+    """The backend asked for, or the first of AUTO that can serve every layer."""
+    reasons = []
+    for name in AUTO if wanted == "auto" else (wanted,):
+        backend: type[Backend] = load(attention.__name__, name).Attention
+        reason = next((r for r in (backend.reject(s, device) for s in specs) if r), None)
+        if reason is None:
+            return name, backend
+        reasons.append(f"{name}: {reason}")
+    raise Unsupported(
+        "no attention backend can serve this model.",
+        cause="; ".join(reasons),
+        hint=f"known backends: {', '.join(names(attention.__name__))}",
+    )
+
+
+def _load(config: EngineConfig, folder: Path, device: torch.device) -> tuple[Decoder, torch.dtype]:
+    checkpoint = Checkpoint(folder, device=device, load_format=config.load_format, seed=config.seed)
+    checkpoint.dtype = choose_dtype(config.dtype, checkpoint.config.dtype, device)
+    free = _free_bytes(device)
+    if (needed := checkpoint.stored_parameters * checkpoint.dtype.itemsize) > free:
+        checkpoint.close()
+        raise Unsupported(
+            f"the weights need {size(needed)}, {size(free)} are free.",
+            hint="choose a smaller model, or close other programs",
+        )
+    return models.build(checkpoint), checkpoint.dtype
+
+
+def _plan(config: EngineConfig, model: Decoder, device: torch.device, dtype: torch.dtype) -> Plan:
+    return make_plan(
+        weight_bytes=model.parameter_bytes,
+        kv_bytes_per_block=bytes_per_block(model.specs, config.block_size, dtype),
+        free_bytes=_free_bytes(device),
+        on_cpu=device.type == "cpu",
+        kv_memory=config.kv_memory,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_position=model.max_position or UNSAID_CONTEXT,
+        max_model_len=config.max_model_len,
+    )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

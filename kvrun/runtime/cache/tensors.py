@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -13,8 +14,7 @@ class KVCache:
     """Per layer one tensor [num_blocks * block_size, 2 * kv_heads * head_dim].
 
     A row is a token's keys of all heads, then its values: written by one copy, and a block is one
-    stretch of memory. Rows start as zeros; where the system gives zeroed pages only on use, a large
-    cache costs memory only as it fills.
+    stretch of memory. Rows start as zeros. On CPU a large cache costs memory only as it fills.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class KVCache:
         rows = num_blocks * block_size
         widths = {spec.layer: 2 * spec.kv_heads * spec.head_dim for spec in specs}
         self._layers = {
-            layer: torch.zeros((rows, width), dtype=dtype, device=device)
+            layer: _zeros(rows, width, dtype, device)
             for layer, width in widths.items()
         }
 
@@ -41,6 +41,14 @@ class KVCache:
     def blocks(self, layer: int) -> torch.Tensor:
         """[num_blocks, block_size * 2 * kv_heads * head_dim], the same memory"""
         return self._layers[layer].view(self.num_blocks, -1)
+
+
+def _zeros(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros((rows, width), dtype=dtype, device=device)
+    # torch.zeros writes every page; numpy gets them zeroed from the system, on first use.
+    memory = np.zeros(rows * width * dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(rows, width)
 
 
 def bytes_per_block(specs: Sequence["AttentionSpec"], block_size: int, dtype: torch.dtype) -> int:

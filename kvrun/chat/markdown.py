@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 from io import StringIO
 from typing import TextIO
 
@@ -36,8 +37,8 @@ class MarkdownScreen:
         """A piece of an answer. Needs a running event loop, which draws at most 25 frames/s."""
         self._tail += printable(piece)
         done, self._tail = split(self._tail)
-        if done:
-            self._print(done)
+        for block in done:
+            self._print(block)
         if self._due is None:
             self._due = asyncio.get_running_loop().call_later(FRAME_SECONDS, self._draw)
 
@@ -112,20 +113,19 @@ class MarkdownScreen:
             self._out.flush()
 
 
-def split(text: str) -> tuple[str, str]:
-    """Cut Markdown where what stands before can no longer change, as far down as possible.
+def split(text: str) -> tuple[list[str], str]:
+    """The blocks of Markdown that what follows can no longer change, and the rest.
 
-    That is before a line at the margin that follows an empty line outside of a code fence.
+    A block ends before a line at the margin that follows an empty line outside of a code fence.
     """
-    cut, at, fence, empty = 0, 0, "", False
-    for line in text.splitlines(keepends=True):
+    blocks, start, at, fence, empty = [], 0, 0, "", False
+    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
+        # Even of a line that is not complete the beginning tells that it is not indented.
+        if empty and not fence and line[:1].strip():
+            blocks.append(text[start:at])
+            start = at
         if not line.endswith("\n"):
-            # What an unfinished line will be is open, but it cannot be indented any more.
-            if empty and not fence and line[:1].strip():
-                cut = at
             break
-        if not fence and empty and line[:1].strip():
-            cut = at
         mark = line.lstrip()[:3]
         if fence:
             fence = "" if mark == fence else fence
@@ -133,7 +133,7 @@ def split(text: str) -> tuple[str, str]:
             fence = mark
         empty = not line.strip()
         at += len(line)
-    return text[:cut], text[cut:]
+    return blocks, text[start:]
 
 
 def _lines(console: Console, text: str) -> list[tuple[str, str]]:

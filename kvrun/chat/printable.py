@@ -14,9 +14,3 @@ def printable(text: str) -> str:
     Of an escape sequence the ESC goes and the rest is shown literally.
     """
     return _LONE_SURROGATE.sub("\ufffd", _OBEYED.sub("", text))
-
-
-def one_line(text: str, width: int = 60) -> str:
-    """`text` as a label: printable, on one line, cut with an ellipsis after `width` characters."""
-    flat = " ".join(printable(text).split())
-    return flat if len(flat) <= width else flat[: width - 1] + "…"

@@ -285,15 +285,14 @@ class Reply:
         ended = delta.finish_reason == "stop" and ids
         # The token that ended the answer is counted and not shown.
         piece = stream.push(ids[:-1] if ended else ids)
-        if stream.stopped:
-            choice.tokens = stream.tokens_used
-            choice.finish_reason = "stop"
-            return piece
         choice.tokens += len(ids)
         if delta.finish_reason:
+            piece += stream.finish()  # what could still have become a stop string
             choice.finish_reason = delta.finish_reason
-            piece += stream.finish()
-            # Held back until now as the possible start of a stop string, and not one.
+        if stream.stopped:
+            # Tokens that came after the stop string are not part of the answer.
+            choice.tokens = stream.tokens_used
+            choice.finish_reason = "stop"
         return piece
 
 

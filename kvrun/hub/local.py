@@ -26,11 +26,11 @@ def resolve(name: str) -> Path:
     """
     if name in BUILTIN:
         return _with_config(BUILTIN[name], f"The built-in model '{name}'", "install kvrun again")
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = _existing(name)
+    if path is not None and path.is_dir():
         hint = "a model folder holds config.json, *.safetensors and tokenizer.json"
-        return _with_config(path.absolute(), f"The folder {name}", hint)
-    if path.is_file():
+        return _with_config(path, f"The folder {name}", hint)
+    if path is not None:
         raise NotFound(f"{name} is a file.", hint=f"name the folder: {path.parent}")
     parts = _parts(name)
     if parts is None:
@@ -48,10 +48,8 @@ def is_model_name(name: str) -> bool:
     parts = _parts(name)
     if parts is not None and ("/" in parts[0] or _cache_folder(parts[0]).is_dir()):
         return True
-    try:
-        return Path(name).expanduser().is_dir()
-    except (OSError, ValueError, RuntimeError):  # too long for a path, a NUL, an unknown ~user
-        return False
+    path = _existing(name)
+    return path is not None and path.is_dir()
 
 
 def builtin_names() -> list[str]:
@@ -101,6 +99,21 @@ def _parts(name: str) -> tuple[str, str | None] | None:
     if match is None or ".." in name or "--" in match["repo"] or len(name) > 200:
         return None
     return match["repo"], match["revision"]
+
+
+def _existing(name: str) -> Path | None:
+    """The absolute path of something that exists; any text may be asked for."""
+    if not name:
+        return None
+    try:
+        path = Path(name).expanduser().absolute()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, an unknown ~user
+        return None
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 80 else name[:77] + "..."
 
 
 def _is_path(name: str) -> bool:

@@ -176,11 +176,11 @@ _TOKEN_ID = Bounds(0, INT_MAX)
 
 
 def parse_option(text: str) -> tuple[str, Any]:
-    """The name and value of "temperature=0.7". See `parse` for how values are written."""
+    """The field and value of "temperature=0.7". See `parse` for how values are written."""
     name, equals, value = text.partition("=")
     if not equals:
         raise InvalidRequest(f"'{text}' is no option.", hint="write it as NAME=VALUE")
-    return name.strip(), parse(name.strip(), value)
+    return find(name.strip()).name, parse(name.strip(), value)
 
 
 def parse(name: str, text: str) -> Any:

@@ -4,9 +4,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import is_done
+from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import ColorDepth
@@ -40,11 +42,16 @@ class EditorReader:
         """One input. Raises EOFError for Ctrl+D, KeyboardInterrupt for Ctrl+C on an empty line."""
         while True:
             try:
-                return await self._session.prompt_async(placeholder=[("class:dim", PLACEHOLDER)])
+                return await self._session.prompt_async(placeholder=_placeholder)
             except KeyboardInterrupt:
                 if not self._session.default_buffer.text:
                     raise
                 # Ctrl+C in the middle of a line throws the line away, as in a shell.
+
+
+def _placeholder() -> StyleAndTextTuples:
+    """Shown while nothing is typed, and not left behind on the screen."""
+    return [] if get_app().is_done else [("fg:ansibrightblack", PLACEHOLDER)]
 
 
 def _keys() -> KeyBindings:

@@ -94,7 +94,9 @@ class MarkdownScreen:
         width = self._console().width
         rows = sum(max(1, -(-cell_len(line) // width)) for line in self._drawn)
         self._drawn = []
-        return ("\r" if rows == 1 else f"\r\x1b[{rows - 1}A") + "\x1b[J"
+        # Row by row: erasing all below, from the first row of the screen, is a clearing that some
+        # terminals keep a copy of in their scrollback.
+        return "\r\x1b[2K" + "\x1b[1A\x1b[2K" * (rows - 1)
 
     def _console(self) -> Console:
         size = _size(self._out)

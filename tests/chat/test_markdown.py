@@ -61,8 +61,10 @@ class Terminal(io.StringIO):
                 # What has scrolled out of sight cannot be reached.
                 assert self.at - climb >= len(self.rows) - self.height
                 self.at -= climb
-            elif token == "\x1b[J":
-                self.rows[self.at :] = [""]
+            elif token == "\x1b[2K":
+                self.rows[self.at] = ""
+            elif token.startswith("\x1b") and not token.endswith("m"):
+                raise AssertionError(f"unexpected {token!r}")
             elif token != "\r" and not token.startswith("\x1b"):
                 if len(self.rows[self.at]) == self.width:
                     self.at += 1

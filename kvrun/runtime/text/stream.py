@@ -110,7 +110,8 @@ class TextStream:
             if self.stopped:
                 break
             self.tokens_used += 1
-            if token not in self._skipped:
+            # Decoders pass over ids without a token: two byte tokens around one are neighbours.
+            if token not in self._skipped and self._tokenizer.id_to_token(token) is not None:
                 pieces.append(self._take(token))
         return "".join(pieces)
 

@@ -34,10 +34,10 @@ def resolve(name: str) -> Path:
         raise NotFound(f"{name} is a file.", hint=f"name the folder: {path.parent}")
     parts = _parts(name)
     if parts is None:
-        raise NotFound(
-            f"There is no folder {name}." if _is_path(name) else f"'{name}' is no name of a model.",
-            hint="a model is a folder, a name like ORG/NAME, or " + " or ".join(BUILTIN),
-        )
+        shown = name if len(name) <= 80 else name[:77] + "..."
+        what = f"There is no folder {shown}." if _is_path(name) else f"'{shown}' is no model name."
+        hint = "a model is a folder, a name like ORG/NAME, or " + " or ".join(BUILTIN)
+        raise NotFound(what, hint=hint)
     return _cached(name, *parts)
 
 
@@ -110,10 +110,6 @@ def _existing(name: str) -> Path | None:
         return path if path.exists() else None
     except (OSError, ValueError, RuntimeError):  # too long, a NUL, an unknown ~user
         return None
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 80 else name[:77] + "..."
 
 
 def _is_path(name: str) -> bool:

@@ -39,6 +39,13 @@ class Attention:
     def reject(spec: AttentionSpec, device: torch.device) -> str | None:
         return None
 
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Forget blocks that may hold NaN or infinity, before another sequence gets them.
+
+        What lies beyond a sequence's end weighs nothing, but nothing times NaN is NaN.
+        """
+        self._cache.clear(blocks)
+
     def plan(self, batch: "Batch") -> None:
         batch.plan = make_plan(batch, self._dtype)
 

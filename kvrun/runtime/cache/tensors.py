@@ -30,9 +30,14 @@ class KVCache:
         rows = num_blocks * block_size
         widths = {spec.layer: 2 * spec.kv_heads * spec.head_dim for spec in specs}
         self._layers = {
-            layer: _zeros(rows, width, dtype, device)
-            for layer, width in widths.items()
+            layer: _zeros(rows, width, dtype, device) for layer, width in widths.items()
         }
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zero the given blocks in every layer."""
+        for layer, tensor in self._layers.items():
+            ids = torch.tensor(list(blocks), device=tensor.device)
+            self.blocks(layer).index_fill_(0, ids, 0.0)
 
     def rows(self, layer: int) -> torch.Tensor:
         """[slots, 2 * kv_heads * head_dim]"""

@@ -45,6 +45,9 @@ class Decoder:
         x = self._embedding(batch.ids)
         for block in self._blocks:
             x = block(x, batch)
-        if len(batch.last_rows) < len(x):  # else every row is wanted, in order
+        wanted = len(batch.last_rows)
+        if wanted == 0:
+            return torch.empty((0, self.vocab_size), device=x.device)
+        if wanted < len(x):  # else every row is wanted, in order
             x = x.index_select(0, batch.last_rows)
         return self._head(self._norm(x))

@@ -1,0 +1,177 @@
+"""Norms, matrices, embeddings and activations by themselves."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from kvrun.runtime.checkpoint import Checkpoint, Shard
+from kvrun.runtime.layers import embedding
+from kvrun.runtime.layers.embedding import Embedding, Head
+from kvrun.runtime.layers.linear import Linear
+from kvrun.runtime.layers.mlp import GatedMLP
+from kvrun.runtime.layers.norm import RMSNorm, head_norm, rms_norm
+from kvrun.runtime.quant import dense
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def stored(folder: Path, dtype: torch.dtype = torch.float32, **values: torch.Tensor) -> Checkpoint:
+    (folder / "config.json").write_text(json.dumps({"model_type": "x", "num_hidden_layers": 1}))
+    save_file({n.replace("__", "."): t for n, t in values.items()}, folder / "model.safetensors")
+    return Checkpoint(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("size", [64, 100])
+def test_rms_norm(dtype: torch.dtype, size: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(7, size).to(dtype), torch.rand(size) + 0.5
+    x[3] *= 1e-3  # eps counts here
+    wide = x.double()
+    wanted = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5) * weight
+    found = RMSNorm(weight, 1e-5)(x)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_norm_of_zeros_is_zero() -> None:
+    assert torch.equal(RMSNorm(torch.ones(8), 1e-5)(torch.zeros(2, 8)), torch.zeros(2, 8))
+
+
+def test_norm_offset(tmp_path: Path) -> None:
+    weight = torch.randn(8)
+    w = stored(tmp_path, a__weight=weight)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(
+        rms_norm(w, "a", 8, 1e-6, offset=1.0)(x), RMSNorm(1 + weight, 1e-6)(x)
+    )
+    w.close()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_head_norm_works_in_place_on_views(tmp_path: Path, dtype: torch.dtype) -> None:
+    q, k = torch.rand(8) + 0.5, torch.rand(8) + 0.5
+    w = stored(tmp_path, q__weight=q, k__weight=k)
+    norm = head_norm(w, "q", "k", 4, 2, 8, 1e-6)
+    buffer = torch.randn(5, 8, 8).to(dtype)
+    before = buffer.clone()
+    view = buffer[:, :6]
+    norm(view, out=view)
+    assert torch.equal(buffer[:, 6:], before[:, 6:])
+    assert torch.equal(buffer[:, :4], RMSNorm(q, 1e-6)(before[:, :4].contiguous()))
+    assert torch.equal(buffer[:, 4:6], RMSNorm(k, 1e-6)(before[:, 4:6].contiguous()))
+    w.close()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_linear_joins_shards(tmp_path: Path, dtype: torch.dtype, bias: bool, rows: int) -> None:
+    torch.manual_seed(0)
+    a, b, bias_a, bias_b = (torch.randn(s) for s in ((16, 32), (24, 32), (16,), (24,)))
+    values = {"a__weight": a, "b__weight": b}
+    if bias:
+        values |= {"a__bias": bias_a, "b__bias": bias_b}
+    w = stored(tmp_path, dtype, **values)
+    linear = Linear(w, Shard("a", 16, 32), Shard("b", 24, 32, rows=((8, 24),)), bias=bias)
+    w.close()
+    x, add = torch.randn(rows, 32).to(dtype), torch.randn(rows, 32).to(dtype)
+    weight = torch.cat([a, b[8:]]).to(dtype).float()
+    offset = torch.cat([bias_a, bias_b[8:]]).to(dtype).float() if bias else None
+    wanted = F.linear(x.float(), weight, offset)
+    tolerance = 1e-5 if dtype is torch.float32 else 0.1
+    kept = x.clone(), add.clone()
+    torch.testing.assert_close(linear(x).float(), wanted, rtol=1e-2, atol=tolerance)
+    torch.testing.assert_close(
+        linear(x, add).float(), wanted + add.float(), rtol=1e-2, atol=tolerance
+    )
+    assert torch.equal(x, kept[0])
+    assert torch.equal(add, kept[1])
+
+
+@pytest.mark.parametrize("kind", [dense.Plain, dense.Packed])
+@pytest.mark.parametrize("bias", [None, torch.randn(48)])
+def test_forms_of_a_matrix_agree(kind: Any, bias: torch.Tensor | None) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(48, 64)
+    x, add = torch.randn(5, 64), torch.randn(5, 48)
+    wanted = F.linear(x, weight, bias)
+    torch.testing.assert_close(kind(weight, bias).matmul(x), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        kind(weight, bias).matmul(x, add), wanted + add, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_dtype_that_cannot_be_packed_is_multiplied_plainly() -> None:
+    assert isinstance(dense.lay_out(torch.randn(4, 4).half()), dense.Plain)
+
+
+def test_a_packed_matrix_is_held_once() -> None:
+    weight = torch.randn(256, 256)
+    packed: Any = dense.Packed(weight, None)
+    held = [v for v in vars(packed).values() if isinstance(v, torch.Tensor)]
+    assert len(held) == 1
+    assert held[0].is_mkldnn
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_tied_head_with_and_without_a_copy(
+    tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "_COPY_BYTES", limit)
+    table = torch.randn(32, 16)
+    w = stored(tmp_path, e__weight=table)
+    embed = Embedding(w, "e", 32, 16)
+    head = Head(w, "lm_head", embed, tied=True)
+    w.close()
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(head(x), x @ table.t(), rtol=1e-5, atol=1e-5)
+    assert head.copy_bytes == (table.nbytes if limit and dense.packs(torch.float32) else 0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_logits_are_fp32_and_capped(tmp_path: Path, dtype: torch.dtype) -> None:
+    table = torch.randn(32, 16)
+    w = stored(tmp_path, dtype, e__weight=table)
+    head = Head(w, "lm_head", Embedding(w, "e", 32, 16), tied=True, softcap=3.0)
+    w.close()
+    x = torch.randn(3, 16)
+    logits = head(x.to(dtype))
+    assert logits.dtype is torch.float32
+    wanted = 3.0 * torch.tanh(x @ table.t() / 3.0)
+    torch.testing.assert_close(logits, wanted, rtol=0.0, atol=1e-5 if dtype is FLOATS[0] else 0.1)
+
+
+def test_embedding_scale_is_rounded_to_the_dtype(tmp_path: Path) -> None:
+    w = stored(tmp_path, torch.bfloat16, e__weight=torch.ones(4, 8))
+    x = Embedding(w, "e", 4, 8, scale=3072**0.5)(torch.tensor([1, 3]))
+    w.close()
+    assert float(x[0, 0]) == 55.5  # sqrt(3072) = 55.43
+
+
+@pytest.mark.parametrize(
+    ("act", "function"),
+    [
+        ("silu", F.silu),
+        ("gelu", F.gelu),
+        ("gelu_pytorch_tanh", lambda x: F.gelu(x, approximate="tanh")),
+        ("relu", F.relu),
+    ],
+)
+def test_gated_mlp(tmp_path: Path, act: str, function: Any) -> None:
+    torch.manual_seed(0)
+    gate, up, down = torch.randn(12, 8), torch.randn(12, 8), torch.randn(8, 12)
+    w = stored(tmp_path, g__weight=gate, u__weight=up, d__weight=down)
+    mlp = GatedMLP(w, "g", "u", "d", hidden=8, inner=12, act=act)
+    w.close()
+    batch: Any = SimpleNamespace()
+    x, add = torch.randn(5, 8), torch.randn(5, 8)
+    wanted = (function(x @ gate.t()) * (x @ up.t())) @ down.t()
+    torch.testing.assert_close(mlp(x, batch), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mlp(x, batch, add), wanted + add, rtol=1e-4, atol=1e-4)

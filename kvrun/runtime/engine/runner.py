@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -71,6 +73,14 @@ class _Tables:
             self.written[slot] = len(blocks)
 
 
+class _Drawing(NamedTuple):
+    """The sequences of a step that draw a token, its place in each, and their slots."""
+
+    sequences: list[Running]
+    positions: torch.Tensor  # [S]
+    slots: torch.Tensor  # [S]
+
+
 class ModelRunner:
     """Fills a Batch from a schedule, runs the model, samples; nothing is read back here.
 
@@ -104,16 +114,14 @@ class ModelRunner:
     @torch.inference_mode()
     def submit(self, schedule: Schedule) -> Ticket:
         """Queue one step. Submitting the same rows again writes the same cache slots again."""
-        batch = self._batch(schedule)
+        batch, drawing = self._batch(schedule)
         self._backend.plan(batch)
         logits = self._model(batch)
-        rows = [row for row in schedule if row.sample]
-        if not rows:
+        if drawing is None:
             return Ticket(schedule, None)
-        positions = self._tensor([row.start + row.count for row in rows])
-        sampled = self._sampler.sample(logits, self._prepare(rows), positions)
-        slots = self._tensor([row.sequence.slot for row in rows])
-        self._last.index_copy_(0, slots, sampled.ids)
+        prepared = self._prepare(drawing.sequences)
+        sampled = self._sampler.sample(logits, prepared, drawing.positions)
+        self._last.index_copy_(0, drawing.slots, sampled.ids)
         return Ticket(schedule, sampled)
 
     def probe(self) -> None:
@@ -123,62 +131,63 @@ class ModelRunner:
         sequence.blocks, sequence.slot = [0], 0
         self.submit([Row(sequence, start=0, count=1, sample=False)])
 
-    def _batch(self, schedule: Schedule) -> Batch:
+    def _batch(self, schedule: Schedule) -> tuple[Batch, "_Drawing | None"]:
+        """The tensors of a step, and where it draws; all of them cross to the device at once."""
         counts = [row.count for row in schedule]
         lengths = [row.start + row.count for row in schedule]
         slots = [row.sequence.slot for row in schedule]
         for row in schedule:
             self._tables.update(row.sequence.slot, row.sequence.blocks)
-        starts = np.array([row.start for row in schedule], np.int64)
-        ends = np.cumsum(counts)
-        first = ends - counts  # where each sequence's rows begin
-        total = int(ends[-1])
-        # Position of every row: its place in the step, shifted to where its sequence stands.
-        positions = np.arange(total) + np.repeat(starts - first, counts)
-        of_row = np.repeat(slots, counts)
-        blocks = self._tables.rows[of_row, positions // self._size]
-        pages = -(-max(lengths) // self._size)
-        return Batch(
-            ids=self._ids(schedule, total),
-            positions=self._tensor(positions),
-            slot_mapping=self._tensor(blocks * self._size + positions % self._size),
-            block_tables=self._tensor(self._tables.rows[slots, :pages]),
-            cu_seqlens=self._tensor(np.concatenate(([0], ends))),
-            context_lens=self._tensor(lengths),
-            last_rows=self._tensor(
-                [end - 1 for end, r in zip(ends, schedule, strict=True) if r.sample]
-            ),
+        ends = list(accumulate(counts))
+        if ends[-1] == len(schedule):  # every sequence decodes
+            of_row = np.array(slots)
+            positions = np.array(lengths) - 1
+        else:
+            # Position of every row: its place in the step, shifted to where its sequence stands.
+            shifts = [row.start + row.count - end for row, end in zip(schedule, ends, strict=True)]
+            of_row = np.repeat(slots, counts)
+            positions = np.arange(ends[-1]) + np.repeat(shifts, counts)
+        pages, offsets = np.divmod(positions, self._size)
+        blocks = self._tables.rows[of_row, pages]
+        tables = self._tables.rows[slots, : -(-max(lengths) // self._size)]
+        drawing = [i for i, row in enumerate(schedule) if row.sample]
+        ids, unknown = _ids(schedule)
+        packed = self._pack(
+            ids, positions, blocks * self._size + offsets, tables.ravel(), [0, *ends], lengths,
+            [ends[i] - 1 for i in drawing], [lengths[i] for i in drawing],
+            [slots[i] for i in drawing], [place for place, _ in unknown],
+            [slot for _, slot in unknown],
+        )  # fmt: skip
+        if unknown:
+            packed[0][packed[9]] = self._last[packed[10]]
+        batch = Batch(
+            ids=packed[0],
+            positions=packed[1],
+            slot_mapping=packed[2],
+            block_tables=packed[3].view(tables.shape),
+            cu_seqlens=packed[4],
+            context_lens=packed[5],
+            last_rows=packed[6],
             query_lens_host=counts,
             context_lens_host=lengths,
             block_size=self._size,
             backend=self._backend,
         )
+        sequences = [schedule[i].sequence for i in drawing]
+        return batch, _Drawing(sequences, packed[7], packed[8]) if drawing else None
 
-    def _ids(self, schedule: Schedule, total: int) -> torch.Tensor:
-        ids: list[int] = []
-        unknown: list[tuple[int, int]] = []  # (row of the batch, slot)
-        for row in schedule:
-            known = row.sequence.tokens[row.start : row.start + row.count]
-            if len(known) < row.count:  # only ever the last token: it is still on the device
-                unknown.append((len(ids) + row.count - 1, row.sequence.slot))
-                known = [*known, 0]
-            ids += known
-        tensor = self._tensor(ids)
-        if unknown:
-            places, slots = (self._tensor(list(column)) for column in zip(*unknown, strict=True))
-            tensor[places] = self._last[slots]
-        return tensor
+    def _pack(self, *columns: "np.ndarray | list[int]") -> Sequence[torch.Tensor]:
+        """One int64 tensor per column, all of them views of one."""
+        sizes = [len(column) for column in columns]
+        whole = torch.from_numpy(np.concatenate(columns, dtype=np.int64, casting="unsafe"))
+        return torch.split_with_sizes(whole.to(self._device, non_blocking=True), sizes)
 
-    def _prepare(self, rows: list[Row]) -> Prepared:
-        sequences = [row.sequence for row in rows]
-        if (
-            self._prepared is None
-            or self._prepared.needs_history
-            or sequences != self._prepared_for
-        ):
+    def _prepare(self, sequences: list[Running]) -> Prepared:
+        old = self._prepared
+        if old is None or old.needs_history or sequences != self._prepared_for:
             self._prepared = self._sampler.prepare([self._sample_row(s) for s in sequences])
             self._prepared_for = sequences
-        return self._prepared
+        return cast(Prepared, self._prepared)
 
     def _sample_row(self, sequence: Running) -> SampleRow:
         history = sequence.tokens[sequence.prompt_len :] if sequence.needs_host else []
@@ -191,6 +200,15 @@ class ModelRunner:
             eos_ids=self._eos,
         )
 
-    def _tensor(self, values: "np.ndarray | list[int]") -> torch.Tensor:
-        array = np.asarray(values, np.int64)
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+def _ids(schedule: Schedule) -> tuple[list[int], list[tuple[int, int]]]:
+    """Input ids, and (row, slot) of those that only the device knows yet: last tokens."""
+    ids: list[int] = []
+    unknown: list[tuple[int, int]] = []
+    for row in schedule:
+        known = row.sequence.tokens[row.start : row.start + row.count]
+        ids += known
+        if len(known) < row.count:
+            unknown.append((len(ids), row.sequence.slot))
+            ids.append(0)
+    return ids, unknown

@@ -48,7 +48,7 @@ def test_blocks_without_a_prefix_go_first_then_the_tails() -> None:
 
 
 def test_a_hit_in_use_is_evicted_later() -> None:
-    pool, cache, taken = filled([1, 2, 3, 4], blocks=2)
+    pool, _, taken = filled([1, 2, 3, 4], blocks=2)
     pool.share(taken[:1])
     pool.release(taken[:1])
     assert pool.take(1) == [taken[1]]

@@ -54,15 +54,11 @@ class Shard:
 class Source(Protocol):
     """Where tensors come from: files, or thin air."""
 
-    parameters: int  # how many values there are; 0 where that is not known
-
     def has(self, name: str, otherwise: bool) -> bool:
         """Whether there is such a tensor; a source that cannot know says `otherwise`."""
 
-    def read(
-        self, name: str, shape: tuple[int, ...], cut: Cut, dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
-        """The kept part of a tensor whose full shape must be `shape`."""
+    def fill(self, name: str, shape: tuple[int, ...], cut: Cut, out: torch.Tensor) -> None:
+        """Write the kept part of a tensor whose full shape must be `shape` to `out`."""
 
     def finish(self, layers: int) -> None:
         """Raise BadCheckpoint unless everything wanted was there, and all of it was wanted."""
@@ -117,18 +113,36 @@ class Checkpoint:
         A name that is missing, or has another shape, is reported by `finish`.
         """
         cut = cut or (None,) * len(shape)
-        tensor = self._source.read(name, shape, cut, dtype or self.dtype, self.device)
-        self.parameter_bytes += tensor.numel() * tensor.element_size()
-        return tensor
+        kept = tuple(_kept(size, ranges) for size, ranges in zip(shape, cut, strict=True))
+        out = torch.empty(kept, dtype=dtype or self.dtype, device=self.device)
+        self._fill(name, shape, cut, out)
+        return out
 
-    def matrix(self, shard: Shard, suffix: str = "weight") -> torch.Tensor:
-        """The kept part [out, in] of a plain matrix."""
-        shape = (shard.out_features, shard.in_features)
-        return self.read(f"{shard.name}.{suffix}", shape, (shard.rows, shard.cols))
+    def matrix(self, *shards: Shard, suffix: str = "weight") -> torch.Tensor:
+        """The kept parts [out, in] of plain matrices, one below the other."""
+        rows, cols = sum(s.shape[0] for s in shards), shards[0].shape[1]
+        out = torch.empty((rows, cols), dtype=self.dtype, device=self.device)
+        at = 0
+        for s in shards:
+            part = out[at : at + s.shape[0]]
+            self._fill(
+                f"{s.name}.{suffix}", (s.out_features, s.in_features), (s.rows, s.cols), part
+            )
+            at += len(part)
+        return out
 
-    def vector(self, shard: Shard, suffix: str = "bias") -> torch.Tensor:
-        """The kept part [out] of a vector with one value for each output row."""
-        return self.read(f"{shard.name}.{suffix}", (shard.out_features,), (shard.rows,))
+    def vector(self, *shards: Shard, suffix: str = "bias") -> torch.Tensor:
+        """The kept parts [out] of vectors with one value for each output row."""
+        return torch.cat(
+            [self.read(f"{s.name}.{suffix}", (s.out_features,), (s.rows,)) for s in shards]
+        )
+
+    def _fill(self, name: str, shape: tuple[int, ...], cut: Cut, out: torch.Tensor) -> None:
+        # All of a dimension is no cut: such rows are read as they lie.
+        pairs = zip(shape, cut, strict=True)
+        needed = [None if ranges == ((0, size),) else ranges for size, ranges in pairs]
+        self._source.fill(name, shape, needed, out)
+        self.parameter_bytes += out.nbytes
 
     def close(self) -> None:
         """Let go of the files; nothing can be read afterwards."""
@@ -152,10 +166,7 @@ class FileSource:
     def has(self, name: str, otherwise: bool) -> bool:
         return name in self._tensors
 
-    def read(
-        self, name: str, shape: tuple[int, ...], cut: Cut, dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
-        kept = tuple(_kept(size, ranges) for size, ranges in zip(shape, cut, strict=True))
+    def fill(self, name: str, shape: tuple[int, ...], cut: Cut, out: torch.Tensor) -> None:
         self._unread.discard(name)
         if name not in self._tensors:
             self._missing.append(name)
@@ -163,12 +174,11 @@ class FileSource:
             file, stored = self._tensors.find(name)
             if stored.shape != shape:
                 self._wrong.append(f"{name} is {list(stored.shape)}, expected {list(shape)}")
-            elif stored.dtype not in _FLOATS and dtype.is_floating_point:
+            elif stored.dtype not in _FLOATS and out.is_floating_point():
                 self._wrong.append(f"{name} is stored as {stored.dtype}, expected a float type")
-        if self._missing or self._wrong:
-            # The load has failed; what follows only completes the list of what is wrong.
-            return torch.zeros((), dtype=dtype, device=device).expand(kept)
-        return _read(file, stored, cut, kept).to(device=device, dtype=dtype)
+        # Once the load has failed, what follows only completes the list of what is wrong.
+        if not self._missing and not self._wrong:
+            _read(file, stored, cut, out)
 
     def finish(self, layers: int) -> None:
         extra = sorted(name for name in self._unread if not _ignored(name, layers))
@@ -203,18 +213,15 @@ class RandomSource:
     def has(self, name: str, otherwise: bool) -> bool:
         return otherwise
 
-    def read(
-        self, name: str, shape: tuple[int, ...], cut: Cut, dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
-        if not dtype.is_floating_point:
-            raise Unsupported(f"load_format 'dummy' cannot make {name} of {dtype}.")
-        kept = tuple(_kept(size, ranges) for size, ranges in zip(shape, cut, strict=True))
-        generator = torch.Generator(device)
+    def fill(self, name: str, shape: tuple[int, ...], cut: Cut, out: torch.Tensor) -> None:
+        if not out.is_floating_point():
+            raise Unsupported(f"load_format 'dummy' cannot make {name} of {out.dtype}.")
+        generator = torch.Generator(out.device)
         generator.manual_seed(zlib.crc32(f"{self._seed} {name} {cut}".encode()))
-        values = torch.empty(kept, dtype=dtype, device=device)
         # Products keep the size of what they are given; norms stay near one.
-        values.normal_(0.0, 0.02 if len(shape) == 1 else shape[-1] ** -0.5, generator=generator)
-        return values.add_(1.0) if name.endswith("norm.weight") else values
+        out.normal_(0.0, 0.02 if len(shape) == 1 else shape[-1] ** -0.5, generator=generator)
+        if name.endswith("norm.weight"):
+            out.add_(1.0)
 
     def finish(self, layers: int) -> None:
         pass
@@ -233,32 +240,35 @@ def _kept(size: int, ranges: Ranges | None) -> int:
     return size if ranges is None else sum(stop - start for start, stop in ranges)
 
 
-def _read(file: TensorFile, stored: Stored, cut: Cut, kept: tuple[int, ...]) -> torch.Tensor:
-    """Read only the rows kept; columns are cut from pieces, so that memory stays bounded."""
-    out = torch.empty(kept, dtype=_DTYPES[stored.dtype])
+def _read(file: TensorFile, stored: Stored, cut: Cut, out: torch.Tensor) -> None:
+    """Read only the rows kept, straight into `out` where it can take them as they are; else in
+    pieces that are cut and converted, so that memory stays bounded."""
     if out.numel() == 0:
-        return out
-    if not stored.shape:
-        file.read_into(stored.start, _bytes_of(out))
-        return out
-    row_bytes = stored.nbytes // stored.shape[0]
+        return
+    dtype, length = _DTYPES[stored.dtype], stored.shape[0] if stored.shape else 1
+    row_bytes = stored.nbytes // length
     whole_rows = all(ranges is None for ranges in cut[1:])
-    step = stored.shape[0] if whole_rows else max(1, _PIECE // row_bytes)
+    direct = whole_rows and out.dtype is dtype and out.device.type == "cpu"
+    step = length if direct else max(1, _PIECE // row_bytes)
     at = 0
-    for first, last in cut[0] or ((0, stored.shape[0]),):
+    for first, last in (cut[0] if cut else None) or ((0, length),):
         for start in range(first, last, step):
             count = min(step, last - start)
-            place = out[at : at + count]
-            piece = place if whole_rows else out.new_empty((count, *stored.shape[1:]))
+            place = out.view(-1, *out.shape[1:])[at : at + count]
+            piece = place
+            if not direct:
+                piece = torch.empty((count, *stored.shape[1:]), dtype=dtype)
             file.read_into(stored.start + start * row_bytes, _bytes_of(piece))
-            if not whole_rows:
-                for dim, ranges in enumerate(cut[1:], start=1):
-                    if ranges is not None:
-                        parts = [piece.narrow(dim, a, b - a) for a, b in ranges]
-                        piece = torch.cat(parts, dim)
-                place.copy_(piece)
+            if not direct:
+                place.copy_(_columns(piece, cut))
             at += count
-    return out
+
+
+def _columns(piece: torch.Tensor, cut: Cut) -> torch.Tensor:
+    for dim, ranges in enumerate(cut[1:], start=1):
+        if ranges is not None:
+            piece = torch.cat([piece.narrow(dim, a, b - a) for a, b in ranges], dim)
+    return piece
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -53,6 +53,9 @@ class Backend(Protocol):
     def plan(self, batch: "Batch") -> None:
         """Once a step, before the first layer: whatever all layers share goes to `batch.plan`."""
 
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Make the content of blocks finite again: masked keys weigh 0, but 0 · NaN is NaN."""
+
     def attend(
         self,
         spec: AttentionSpec,

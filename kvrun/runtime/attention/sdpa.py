@@ -101,11 +101,11 @@ class Attention:
 
 def _side_by_side(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """[tokens, 2 * kv_heads * head_dim]; a view when v lies right behind k."""
-    tokens, width = len(k), k.shape[1] * k.shape[2]
-    stride = k.stride(0)
-    packed = k.stride()[1:] == v.stride()[1:] == (k.shape[2], 1) and stride == v.stride(0)
-    if packed and v.data_ptr() == k.data_ptr() + width * k.element_size():
-        return k.as_strided((tokens, 2 * width), (stride, 1))
+    tokens, heads, head_dim = k.shape
+    width, strides = heads * head_dim, k.stride()
+    behind = v.data_ptr() == k.data_ptr() + width * k.element_size()
+    if behind and strides == v.stride() and strides[1:] == (head_dim, 1):
+        return k.as_strided((tokens, 2 * width), (strides[0], 1))
     return torch.cat((k.reshape(tokens, width), v.reshape(tokens, width)), 1)
 
 

@@ -5,6 +5,8 @@ A file of this folder is named as the checkpoint's `quant_method` (`dense`: plai
 """
 
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
@@ -31,11 +33,14 @@ def read(w: "Checkpoint", shards: Sequence["Shard"], bias: bool) -> Weight:
 
     Raises Unsupported for a format that kvrun does not read.
     """
-    method = w.config.quant_method or "dense"
-    known = folder.names(__name__)
-    if method not in known:
+    return cast(Weight, _format(w.config.quant_method or "dense").read(w, shards, bias))
+
+
+@cache
+def _format(method: str) -> ModuleType:
+    if method not in folder.names(__name__):
         raise Unsupported(
             f"the weights are stored as '{method}', which kvrun cannot read.",
             hint="use the model's version in 16 or 32 bits",
         )
-    return cast(Weight, folder.load(__name__, method).read(w, shards, bias))
+    return folder.load(__name__, method)

@@ -49,12 +49,7 @@ class Packed:
 
 
 def read(w: "Checkpoint", shards: Sequence["Shard"], bias: bool) -> "Weight":
-    weights = [w.matrix(shard) for shard in shards]
-    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    if not bias:
-        return lay_out(weight, None)
-    biases = [w.vector(shard) for shard in shards]
-    return lay_out(weight, biases[0] if len(biases) == 1 else torch.cat(biases))
+    return lay_out(w.matrix(*shards), w.vector(*shards) if bias else None)
 
 
 def lay_out(weight: torch.Tensor, bias: torch.Tensor | None = None) -> "Weight":

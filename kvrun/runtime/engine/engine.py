@@ -25,6 +25,8 @@ class Runner(Protocol):
 
     def probe(self) -> None: ...
 
+    def clear(self, blocks: list[int]) -> None: ...
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -101,6 +103,8 @@ class Engine:
         deltas = self.scheduler.take_deltas()
         schedule: Schedule = []
         while len(self._open) <= self._run_ahead and (schedule := self.scheduler.schedule()):
+            if spoilt := self.scheduler.take_spoilt():
+                self._runner.clear(spoilt)
             if not self._submit(schedule):
                 break
         while self._open:

@@ -131,6 +131,10 @@ class ModelRunner:
         sequence.blocks, sequence.slot = [0], 0
         self.submit([Row(sequence, start=0, count=1, sample=False)])
 
+    def clear(self, blocks: list[int]) -> None:
+        """Make blocks harmless in which a request has left NaN or infinity."""
+        self._backend.clear(blocks)
+
     def _batch(self, schedule: Schedule) -> tuple[Batch, "_Drawing | None"]:
         """The tensors of a step, and where it draws; all of them cross to the device at once."""
         counts = [row.count for row in schedule]

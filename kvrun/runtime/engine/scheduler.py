@@ -61,6 +61,7 @@ class Scheduler:
         self._budget = max(max_num_batched_tokens, max_num_seqs)
         self._slots = list(range(max_num_seqs - 1, -1, -1))
         self._eos = eos_ids
+        self._spoilt: list[int] = []
         self._deltas: list[Delta] = []  # made outside `commit`, sent with the next step
         self.stats = Stats(blocks_total=pool.total)
 
@@ -82,6 +83,7 @@ class Scheduler:
             return
         if self.prefix:
             self.prefix.forget(sequence.blocks[sequence.hit_blocks :])
+        sequence.failed = True
         self._emit(sequence, [], None, "error", why)
         self._leave(sequence)
 
@@ -92,6 +94,11 @@ class Scheduler:
     def take_deltas(self) -> list[Delta]:
         deltas, self._deltas = self._deltas, []
         return deltas
+
+    def take_spoilt(self) -> list[int]:
+        """Free blocks that may hold NaN, which would spoil whoever gets them next."""
+        spoilt, self._spoilt = self._spoilt, []
+        return spoilt
 
     # -- one step ---------------------------------------------------------------------------
 
@@ -285,6 +292,8 @@ class Scheduler:
         if not sequence.draining or sequence.open_tickets:
             return
         self.pool.release(sequence.blocks)
+        if sequence.failed:
+            self._spoilt += [b for b in sequence.blocks if not self.pool.owners(b)]
         self._slots.append(sequence.slot)
         sequence.restart()
         if sequence.state is State.FINISHED:

@@ -33,6 +33,7 @@ class Sequence:
         self.in_flight = 0
         self.open_tickets = 0
         self.draining = False  # preempted or finished; blocks go when the last ticket has landed
+        self.failed = False
         self.slot = -1  # row of the runner's state on the device
         self.blocks: list[int] = []
         self.keys = [root]  # the prefix-cache key behind each full block, the root first

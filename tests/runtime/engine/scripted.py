@@ -47,6 +47,7 @@ class ScriptedRunner:
     last: dict[int, int] = field(default_factory=dict)  # sequence slot -> sampled id
     poison: Callable[[Row], None] = lambda row: None
     not_finite: Callable[[Row], bool] = lambda row: False
+    cleared: list[int] = field(default_factory=list)
     submitted: int = 0
     max_rows: int = 0
     chunks: int = 0
@@ -65,6 +66,12 @@ class ScriptedRunner:
 
     def probe(self) -> None:
         pass
+
+    def clear(self, blocks: list[int]) -> None:
+        self.cleared += blocks
+        for block in blocks:
+            for offset in range(self.block_size):
+                self.slots.pop(block * self.block_size + offset, None)
 
     def _place(self, row: Row, position: int) -> int:
         block = row.sequence.blocks[position // self.block_size]

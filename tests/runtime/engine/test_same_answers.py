@@ -98,3 +98,22 @@ def test_logprobs_belong_to_their_tokens(config: EngineConfig) -> None:
         assert zero.top == []
         assert [value for _, value in three.top] == sorted((v for _, v in three.top), reverse=True)
         assert len(three.top) == 3
+
+
+def test_E7_what_a_broken_request_leaves_in_its_blocks_hurts_nobody(config: EngineConfig) -> None:
+    expected = alone(config)
+    # Room for one sequence only: the next one gets the same blocks.
+    small = dataclasses.replace(config, kv_memory=26 * 4 * 256, max_model_len=96)
+    engine = start(dataclasses.replace(small, max_num_batched_tokens=128))
+    cache = engine._runner._backend._cache  # type: ignore[attr-defined]
+    for number, ids in enumerate(prompts(12)):
+        engine.add(Request(id=f"bad{number}", prompt_ids=ids, params=GREEDY))
+        engine.step()
+        (running,) = engine.scheduler.running
+        for layer in range(2):
+            cache.blocks(layer)[running.blocks] = float("nan")
+        assert drain(engine)[f"bad{number}", 0][1] == "error"
+        engine.add(Request(id=str(number), prompt_ids=ids, params=GREEDY))
+        deltas = engine.step()
+        assert deltas[0].cached_tokens == 0
+        assert drain(engine, deltas)[str(number), 0][0] == expected[number]

@@ -293,7 +293,8 @@ class Scheduler:
             return
         self.pool.release(sequence.blocks)
         if sequence.failed:
-            self._spoilt += [b for b in sequence.blocks if not self.pool.owners(b)]
+            own = sequence.blocks[sequence.hit_blocks :]
+            self._spoilt += [block for block in own if not self.pool.owners(block)]
         self._slots.append(sequence.slot)
         sequence.restart()
         if sequence.state is State.FINISHED:

@@ -125,7 +125,7 @@ def test_the_only_commit_serves_without_a_branch(download: Download) -> None:
     assert "complete download" in refused("org/m").cause
 
 
-@pytest.mark.parametrize("content", ["../../../etc", "", "main\0", "zz"])
+@pytest.mark.parametrize("content", ["../refs", "", "main\0", "zz"])
 def test_a_reference_that_is_no_commit_is_not_followed(download: Download, content: str) -> None:
     snapshot = download("org/m")
     download("org/m", commit=OTHER, reference=None)
@@ -157,6 +157,16 @@ def test_a_link_to_a_blob_that_is_not_there_yet(download: Download) -> None:
     assert "weights" in refused("org/m", BadCheckpoint).cause
 
 
+def test_a_link_to_a_shard_that_is_not_there_yet(download: Download) -> None:
+    shards = ("a.safetensors", "b.safetensors")
+    snapshot = download("org/m", "config.json", "model.safetensors.index.json", *shards)
+    index = {"weight_map": dict(zip("xy", shards, strict=True))}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert local.resolve("org/m") == snapshot
+    (snapshot / "b.safetensors").resolve().unlink()
+    assert "b.safetensors" in refused("org/m", BadCheckpoint).cause
+
+
 def test_a_damaged_index(download: Download) -> None:
     snapshot = download("org/m", *FILES, "model.safetensors.index.json")
     for content in ("{", "[]", '{"weight_map": 3}', "{}"):
@@ -180,8 +190,8 @@ def test_unknown_names(download: Download) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "a/b/c", "org/../m", "org--x/m", "hello there", "~nobody-here/m", "x" * 5000, "a\0b",
-     "org/m@", "org/m@../x", "@main", "-m", ".hidden", "a/.b", "ä/b", "org/m\n"],
+    ["", "a/b/c", "org/../m", "a..b/m", "org--x/m", "hello there", "~nobody-here/m", "x" * 5000,
+     "a\0b", "org/m@", "org/m@../x", "@main", "-m", ".hidden", "a/.b", "ä/b", "org/m\n"],
     ids=lambda name: repr(name[:12]),
 )  # fmt: skip
 def test_what_is_no_name(name: str) -> None:

@@ -53,6 +53,14 @@ def test_values_are_gumbel_distributed() -> None:
     assert chi_square(np.histogram(values, 1000, (0, 1))[0]) < 4
 
 
+@pytest.mark.parametrize(("position", "token"), [(14252, 1364), (29399, 3707)])
+def test_the_highest_bits_give_finite_noise(position: int, token: int) -> None:
+    """31 bits above 2**31 - 64, found by search: as fp32 they round to 2**31, the whole unit."""
+    noise = Gumbel(4096, CPU)(rows((0, 0)), torch.tensor([position]))
+    assert -3 < noise[0, token] < -2.7
+    assert noise.isfinite().all()
+
+
 def test_one_token_over_positions_is_uniform() -> None:
     noise = Gumbel(16, CPU)(rows((7, 0)).expand(20000, 2), torch.arange(20000))
     for column in uniform(noise).T:

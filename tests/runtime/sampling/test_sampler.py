@@ -182,18 +182,43 @@ def test_a_row_does_not_feel_its_batch(batch: list[SampleRow], draw: int) -> Non
                 assert torch.equal(mine[0], row_of)
 
 
+def nucleus(logits: torch.Tensor, p: float) -> torch.Tensor:
+    ((stage, data),) = Sampler(logits.shape[1], "cpu").prepare([row(top_p=p)] * len(logits)).stages
+    return stage.apply(logits, data, torch.zeros(len(logits)))
+
+
 def test_the_nucleus_is_the_same_by_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """A flat row, whose nucleus is wide, may not change what a peaked one keeps."""
     torch.manual_seed(0)
     peaked, flat = torch.randn(6, 3000) * 5, torch.randn(1, 3000) * 0.1
-    sampler, kept = Sampler(3000, "cpu"), []
-    for width, logits in ((256, peaked), (256, torch.cat([peaked, flat])), (10**9, peaked)):
-        monkeypatch.setattr(module, "NUCLEUS_TRY", width)
-        ((stage, data),) = sampler.prepare([row(top_p=0.9)] * len(logits)).stages
-        kept.append(stage.apply(logits, data, torch.zeros(len(logits)))[:6])
-    assert torch.equal(kept[0], kept[1])
-    assert torch.equal(kept[0], kept[2])
-    assert 0 < int(kept[0].isfinite().sum()) < 6 * 256
+    alone, mixed = nucleus(peaked, 0.9), nucleus(torch.cat([peaked, flat]), 0.9)
+    monkeypatch.setattr(module, "NUCLEUS_TRY", 10**9)
+    sorted_all = nucleus(torch.cat([peaked, flat]), 0.9)
+    assert torch.equal(alone, mixed[:6])
+    assert torch.equal(mixed, sorted_all)
+    assert (alone.isfinite().sum(-1) < 256).all()
+    assert mixed[6].isfinite().sum() > 2000
+
+
+def test_the_nucleus_holds_its_mass_and_no_token_more() -> None:
+    logits = np.random.default_rng(3).normal(0, 2, 500).astype(np.float32)
+    probabilities = np.exp(logits.astype(float)) / np.exp(logits.astype(float)).sum()
+    mass = np.sort(probabilities)[::-1].cumsum()
+    for p in np.linspace(0.01, 0.99, 99):
+        kept = nucleus(torch.from_numpy(logits)[None], float(p))[0].isfinite().numpy()
+        assert kept.sum() == np.searchsorted(mass, p) + 1
+        assert probabilities[kept].min() > probabilities[~kept].max()
+
+
+@pytest.mark.parametrize("name", ["top_p", "typical_p"])
+def test_an_option_that_is_off_leaves_a_row_as_it_is(name: str) -> None:
+    """One token has all the mass that fp32 can tell, and the others stay all the same."""
+    sampler = Sampler(4, "cpu")
+    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0], [50.0, 1.0, 2.0, 3.0]])
+    ((stage, data),) = sampler.prepare([row(**{name: 0.3}), row()]).stages
+    scores = stage.apply(logits, data, torch.zeros(2))
+    assert torch.equal(scores[1], logits[1])
+    assert not torch.equal(scores[0], logits[0])
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.6, "top_p": 0.9}], ids=str)
@@ -287,6 +312,14 @@ def test_e7_options_that_leave_no_token_are_flagged() -> None:
     assert sampled.finite.tolist() == [False, False, True]
 
 
+def test_e7_a_fault_that_an_option_hides_is_flagged() -> None:
+    sampler = Sampler(3, "cpu")
+    for fault in (math.nan, INF):
+        logits = torch.tensor([[fault, 1.0, 2.0]])
+        prepared = sampler.prepare([row(eos=(0,), min_tokens=1, temperature=0)])
+        assert sampler.sample(logits, prepared, torch.tensor([0])).finite.tolist() == [False]
+
+
 def test_a_masked_logit_is_no_fault() -> None:
     sampler = Sampler(3, "cpu")
     for options in ({"temperature": 0}, {"typical_p": 0.9, "top_p": 0.9, "min_p": 0.1}):
@@ -318,6 +351,7 @@ def test_likeliest_tokens_of_equals_are_the_lowest() -> None:
     sampler = Sampler(500, "cpu")
     logits = torch.zeros(1, 500)
     logits[0, 400] = -1
+    logits[0, ::2] = -0.0
     prepared = sampler.prepare([row(logprobs=20)])
     sampled = sampler.sample(logits, prepared, torch.tensor([0]))
     assert sampled.logprobs is not None

@@ -48,6 +48,7 @@ def byte_fallback() -> Tokenizer:
         ("o", "r"),
     ]
     pieces += ["".join(pair) for pair in merges]
+    pieces.append("")  # decodes to nothing, yet keeps the next word from being the first
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     model = models.BPE(
         vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True

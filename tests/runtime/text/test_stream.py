@@ -100,6 +100,15 @@ def test_spaces_between_words_and_none_in_front(open_text: Open, kind: str) -> N
     assert pieces[0] == "hello" or kind == "byte_fallback"
 
 
+def test_a_token_without_text_is_no_beginning(open_text: Open, toys: dict[str, Tokenizer]) -> None:
+    """The decoder takes a space away at the beginning, and only there."""
+    model, empty = open_text("byte_fallback"), toys["byte_fallback"].token_to_id("")
+    ids = [*model.encode("hello"), empty, empty, *model.encode("wor")]
+    stream = model.stream()
+    pieces = [stream.push([token]) for token in ids]
+    assert "".join([*pieces, stream.finish()]) == model.decode(ids) == "hello wor"
+
+
 def first_stop(text: Text, ids: list[int], stops: list[str]) -> tuple[str, int, str | None]:
     """Text, tokens used and stop string, found naively: decode all again after every token."""
     for count in range(1, len(ids) + 1):

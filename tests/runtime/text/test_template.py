@@ -111,6 +111,17 @@ def test_continuing_equals_transformers(
     assert Text(folder).decode(ids).endswith(ending.strip() if template == "headers" else ending)
 
 
+def test_keys_that_are_none_are_not_there(make_folder: MakeFolder) -> None:
+    template = (
+        "{% for m in messages %}{{ m.name is defined }}{{ m.content is defined }}{% endfor %}"
+    )
+    folder = make_folder("byte_level", template)
+    messages = [{"role": "user", "content": None, "name": "x"}, {"role": "user", "name": None}]
+    text = Text(folder)
+    assert text.decode(text.chat(messages)) == "TrueFalseFalseFalse"
+    assert text.chat(messages) == oracle(folder, messages)
+
+
 def test_parts_of_a_content(make_folder: MakeFolder) -> None:
     template = (
         "{% for m in messages %}{% for p in m.content %}{{ p.text }}|{% endfor %}{% endfor %}"

@@ -10,7 +10,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
-from tokenizers import Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer, normalizers, processors
 
 from kvrun.errors import BadCheckpoint, InvalidRequest, NotFound
 from kvrun.runtime import text as module
@@ -111,6 +111,39 @@ def test_h10_harmless_added_tokens_stay_tokens(make_folder: MakeFolder) -> None:
         tokens = tokens_of(folder, Text(folder).chat(one(content)))
         for token in ("<table>", "  ", "covid"):
             assert (token in tokens) == (token in content)
+
+
+def test_h10_harmless_tokens_stay_even_when_the_template_writes_them(
+    make_folder: MakeFolder,
+) -> None:
+    folder = make_folder("byte_level", "covid  " + TEMPLATE)
+    for content in ("x covid  y", "x covid  y <|end|>"):
+        tokens = tokens_of(folder, Text(folder).chat(one(content)))
+        assert tokens.count("covid") == 2
+        assert tokens.count("  ") == 2
+
+
+def test_h10_a_token_that_the_normalizer_would_make(make_folder: MakeFolder) -> None:
+    """<LOUD> in a message becomes <loud>, which is a control token."""
+    folder = make_folder("byte_level", TEMPLATE + "<loud>")
+    path = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.add_special_tokens([AddedToken("<loud>", normalized=True, special=True)])
+    tokenizer.save(str(path))
+    text = Text(folder)
+    assert tokens_of(folder, text.encode("<LOUD>")) == ["<loud>"]
+    assert tokens_of(folder, text.chat(one("x <LOUD> y"))).count("<loud>") == 1
+
+
+def test_h10_the_longest_token_counts(make_folder: MakeFolder) -> None:
+    folder = make_folder("byte_level", TEMPLATE + "<|end|><|end|>x")
+    path = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens(["<|end|><|end|>"])
+    tokenizer.save(str(path))
+    text = Text(folder)
+    assert text.chat(one("hello"))[-2:] == text.chat(one("[INST] hello"))[-2:]
 
 
 def test_h10_a_mark_cannot_be_taken_apart(make_folder: MakeFolder) -> None:

@@ -1,0 +1,1 @@
+"""How the built-in model `tiny` is made: corpus, tokenizer, training, adapters, evaluation."""

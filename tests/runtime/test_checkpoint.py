@@ -258,6 +258,16 @@ def test_d6_malformed_file(tmp_path: Path, case: str) -> None:
     assert len(str(caught.value)) < 1000
 
 
+def test_d6_a_huge_header_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 150_000_000))
+    os.truncate(path, 200_000_000)  # a hole: takes no space
+    with pytest.raises(BadCheckpoint) as caught:
+        load(tmp_path)
+    assert "the limit is" in caught.value.cause
+
+
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -130,6 +130,7 @@ MIXES = {
     "equal prefills": [(0, 6)] * 2,
     "equal chunks": [(8, 6)] * 2,
     "far apart decodes": [(3, 1), (700, 1), (5, 1)],
+    "equal lengths, other starts": [(0, 12), (3, 9), (2, 10)],
     "everything": [(20, 1), (0, 9), (6, 3), (33, 1), (2, 14), (0, 1), (15, 4)],
 }
 

@@ -36,14 +36,14 @@ class Group:
     _masks: dict[tuple[int | None, int], torch.Tensor | None] = field(default_factory=dict)
 
     def gather(self, cache: "KVCache", spec: "AttentionSpec") -> torch.Tensor:
-        """Keys and values [size, keys, 2, kv_heads, head_dim]"""
+        """Keys and values [2, size, kv_heads, keys, head_dim]"""
         if self.first_block is not None:
             start = self.first_block * cache.block_size
             found = cache.rows(spec.layer)[start : start + self.keys]
         else:
             found = cache.blocks(spec.layer).index_select(0, self.tables)
-        found = found.view(self.size, -1, 2, spec.kv_heads, spec.head_dim)
-        return found if found.shape[1] == self.keys else found[:, : self.keys]
+        found = found.view(self.size, -1, 2, spec.kv_heads, spec.head_dim).permute(2, 0, 3, 1, 4)
+        return found if found.shape[3] == self.keys else found[..., : self.keys, :]
 
     def mask(self, spec: "AttentionSpec") -> torch.Tensor | None:
         """What to add to scaled scores: [size, 1 or heads, queries, keys].

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 # oneDNN chooses the layout for this many rows. Measured on AVX-512 in fp32: packed for 32 rows, one
 # row takes 0.3 to 0.6 of what it takes packed for one; in bf16 it makes no difference.
 _ROWS = 32
+# A call of oneDNN costs about 12 µs before it computes anything, plain products 1 µs: up to this
+# many elements the plain fp32 product of one row is done first, and eight rows take as long.
+_SMALL = 1 << 16
 
 
 class Plain:
@@ -54,7 +57,8 @@ def read(w: "Checkpoint", shards: Sequence["Shard"], bias: bool) -> "Weight":
 
 def lay_out(weight: torch.Tensor, bias: torch.Tensor | None = None) -> "Weight":
     """`weight` [out, in] in the form that multiplies fastest where it lies."""
-    if weight.device.type == "cpu" and weight.numel() and packs(weight.dtype):
+    small = weight.dtype is torch.float32 and weight.numel() <= _SMALL
+    if weight.device.type == "cpu" and not small and weight.numel() and packs(weight.dtype):
         return Packed(weight, bias)
     return Plain(weight, bias)
 

@@ -72,7 +72,16 @@ def test_head_norm_works_in_place_on_views(tmp_path: Path, dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 40])
-def test_linear_joins_shards(tmp_path: Path, dtype: torch.dtype, bias: bool, rows: int) -> None:
+@pytest.mark.parametrize("small", [0, 1 << 16])
+def test_linear_joins_shards(
+    tmp_path: Path,
+    dtype: torch.dtype,
+    bias: bool,
+    rows: int,
+    small: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dense, "_SMALL", small)
     torch.manual_seed(0)
     a, b, bias_a, bias_b = (torch.randn(s) for s in ((16, 32), (24, 32), (16,), (24,)))
     values = {"a__weight": a, "b__weight": b}
@@ -125,6 +134,7 @@ def test_tied_head_with_and_without_a_copy(
     tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedding, "_COPY_BYTES", limit)
+    monkeypatch.setattr(dense, "_SMALL", 0)
     table = torch.randn(32, 16)
     w = stored(tmp_path, e__weight=table)
     embed = Embedding(w, "e", 32, 16)

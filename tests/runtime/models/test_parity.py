@@ -13,6 +13,7 @@ from kvrun import folder as registry
 from kvrun.runtime.layers.embedding import Embedding
 from kvrun.runtime.layers.norm import head_norm
 from kvrun.runtime.models import gemma2, qwen3
+from kvrun.runtime.quant import dense
 from tests.runtime.driver import Driver
 from tests.runtime.models import zoo
 
@@ -71,7 +72,11 @@ def test_every_family_of_the_folder_is_compared() -> None:
     assert set(zoo.VARIANTS) == set(registry.names("kvrun.runtime.models"))
 
 
-def test_prefill_and_steps(model: tuple[Path, Any]) -> None:
+@pytest.mark.parametrize("small", [0, 1 << 16], ids=["packed", "plain"])
+def test_prefill_and_steps(
+    model: tuple[Path, Any], small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "_SMALL", small)  # the models here are smaller than real ones
     folder, oracle = model
     assert stepwise(Driver(folder), oracle) <= TOLERANCE
 

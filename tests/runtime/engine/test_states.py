@@ -43,7 +43,9 @@ class Requests(RuleBasedStateMachine):
             run_ahead=run_ahead,
         )
         self.runner.poison = self.poison
+        self.runner.not_finite = lambda row: row.sequence.request.id == self.spoilt
         self.poisoned: str | None = None
+        self.spoilt: str | None = None
         self.aborted: set[str] = set()
         self.requests: dict[str, Request] = {}
         self.answers: dict[tuple[str, int], list[int]] = {}
@@ -93,6 +95,12 @@ class Requests(RuleBasedStateMachine):
             self.poisoned = data.draw(st.sampled_from([None, *sorted(self.requests)]))
             self.aborted |= {self.poisoned} if self.poisoned else set()
 
+    @rule(data=st.data())
+    def spoil_one(self, data: st.DataObject) -> None:
+        if self.requests:
+            self.spoilt = data.draw(st.sampled_from([None, *sorted(self.requests)]))
+            self.aborted |= {self.spoilt} if self.spoilt else set()
+
     @invariant()
     def pages_are_counted(self) -> None:
         check_pages(self.engine)
@@ -127,6 +135,7 @@ class Requests(RuleBasedStateMachine):
         seen["hits"] += stats.prefix_hit_tokens
         seen["chunks"] += self.runner.chunks
         seen["failed"] += stats.failed_steps
+        seen["spoilt"] += len(self.runner.cleared)
 
 
 def test_E10_any_order_of_events() -> None:
@@ -141,4 +150,6 @@ def test_E10_any_order_of_events() -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
-    assert min(seen[name] for name in ("preemptions", "hits", "chunks", "failed")) > 0, seen
+    assert min(seen[name] for name in ("preemptions", "hits", "chunks", "failed", "spoilt")) > 0, (
+        seen
+    )

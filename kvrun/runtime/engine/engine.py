@@ -137,6 +137,7 @@ class Engine:
             raise InvalidRequest(
                 f"token id {wrong[0]} is outside the vocabulary of {self._limits.vocab_size:,}."
             )
+        request.params.check_vocabulary(self._limits.vocab_size)
         asked = request.params.max_tokens
         if asked is None:
             return limit

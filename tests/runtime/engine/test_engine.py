@@ -62,6 +62,8 @@ def test_E2_a_request_larger_than_the_pool_is_refused() -> None:
         engine.add(ask(2, []))
     with pytest.raises(InvalidRequest, match="vocabulary"):
         engine.add(ask(3, [50]))
+    with pytest.raises(InvalidRequest, match="logit_bias"):
+        engine.add(ask(4, [1], logit_bias={50: 1.0}))
     assert engine.idle
 
 

@@ -25,7 +25,8 @@ _DTYPES = {
     "BOOL": torch.bool,
 }  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_PIECE = 16 << 20  # bytes read at once where only some columns are kept
+_PIECE = 16 << 20  # bytes read at once where they are cut or converted
+_MISSING = 1000  # names after which a load gives up
 # Masks and tables that old files carry beside their weights.
 _SKIPPED = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|attention\.bias|rotary_emb\.inv_freq)$")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
@@ -57,8 +58,11 @@ class Source(Protocol):
     def has(self, name: str, otherwise: bool) -> bool:
         """Whether there is such a tensor; a source that cannot know says `otherwise`."""
 
+    def expect(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Raise BadCheckpoint, before memory is taken, if such a tensor cannot be filled."""
+
     def fill(self, name: str, shape: tuple[int, ...], cut: Cut, out: torch.Tensor) -> None:
-        """Write the kept part of a tensor whose full shape must be `shape` to `out`."""
+        """Write the kept part of a tensor whose full shape is `shape` to `out`."""
 
     def finish(self, layers: int) -> None:
         """Raise BadCheckpoint unless everything wanted was there, and all of it was wanted."""
@@ -110,8 +114,9 @@ class Checkpoint:
     ) -> torch.Tensor:
         """The tensor `name`, whose full shape is `shape`, or the ranges `cut` keeps of it.
 
-        A name that is missing, or has another shape, is reported by `finish`.
+        Raises BadCheckpoint for another shape; names that are missing are reported by `finish`.
         """
+        self._source.expect(name, shape, dtype or self.dtype)
         cut = cut or (None,) * len(shape)
         kept = tuple(_kept(size, ranges) for size, ranges in zip(shape, cut, strict=True))
         out = torch.empty(kept, dtype=dtype or self.dtype, device=self.device)
@@ -120,6 +125,9 @@ class Checkpoint:
 
     def matrix(self, *shards: Shard, suffix: str = "weight") -> torch.Tensor:
         """The kept parts [out, in] of plain matrices, one below the other."""
+        for s in shards:
+            shape = (s.out_features, s.in_features)
+            self._source.expect(f"{s.name}.{suffix}", shape, self.dtype)
         rows, cols = sum(s.shape[0] for s in shards), shards[0].shape[1]
         out = torch.empty((rows, cols), dtype=self.dtype, device=self.device)
         at = 0
@@ -161,45 +169,51 @@ class FileSource:
         self._unread = self._tensors.names
         self.parameters = sum(prod(self._tensors.find(n)[1].shape) for n in self._unread)
         self._missing: list[str] = []
-        self._wrong: list[str] = []
 
     def has(self, name: str, otherwise: bool) -> bool:
         return name in self._tensors
 
-    def fill(self, name: str, shape: tuple[int, ...], cut: Cut, out: torch.Tensor) -> None:
+    def expect(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._unread.discard(name)
         if name not in self._tensors:
             self._missing.append(name)
-        else:
+            if len(self._missing) == _MISSING:
+                raise self._refused()
+            return
+        _, stored = self._tensors.find(name)
+        if stored.shape != shape:
+            raise self._refused(f"{name} is {list(stored.shape)}, expected {list(shape)}")
+        if stored.dtype not in _FLOATS and dtype.is_floating_point:
+            raise self._refused(f"{name} is stored as {stored.dtype}, expected a float type")
+
+    def fill(self, name: str, shape: tuple[int, ...], cut: Cut, out: torch.Tensor) -> None:
+        # Once the load has failed, what follows only completes the list of what is missing.
+        if not self._missing:
             file, stored = self._tensors.find(name)
-            if stored.shape != shape:
-                self._wrong.append(f"{name} is {list(stored.shape)}, expected {list(shape)}")
-            elif stored.dtype not in _FLOATS and out.is_floating_point():
-                self._wrong.append(f"{name} is stored as {stored.dtype}, expected a float type")
-        # Once the load has failed, what follows only completes the list of what is wrong.
-        if not self._missing and not self._wrong:
             _read(file, stored, cut, out)
 
     def finish(self, layers: int) -> None:
         extra = sorted(name for name in self._unread if not _ignored(name, layers))
-        causes = []
+        if self._missing or extra:
+            raise self._refused(extra=extra)
+
+    def close(self) -> None:
+        self._tensors.close()
+
+    def _refused(self, wrong: str = "", extra: Sequence[str] = ()) -> BadCheckpoint:
+        causes = [wrong] if wrong else []
         for what, names in (
             ("missing", self._missing),
-            ("wrong", self._wrong),
             ("not part of this architecture", extra),
         ):
             if names:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
                 causes.append(f"{what}: {', '.join(names[:5])}{more}")
-        if causes:
-            raise BadCheckpoint(
-                f"the weights in {self._tensors.folder} do not fit its config.json.",
-                cause="; ".join(causes),
-                hint="fetch the model again, or check that config.json belongs to these weights",
-            )
-
-    def close(self) -> None:
-        self._tensors.close()
+        return BadCheckpoint(
+            f"the weights in {self._tensors.folder} do not fit its config.json.",
+            cause="; ".join(causes),
+            hint="fetch the model again, or check that config.json belongs to these weights",
+        )
 
 
 class RandomSource:
@@ -213,9 +227,11 @@ class RandomSource:
     def has(self, name: str, otherwise: bool) -> bool:
         return otherwise
 
+    def expect(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        if not dtype.is_floating_point:
+            raise Unsupported(f"load_format 'dummy' cannot make {name} of {dtype}.")
+
     def fill(self, name: str, shape: tuple[int, ...], cut: Cut, out: torch.Tensor) -> None:
-        if not out.is_floating_point():
-            raise Unsupported(f"load_format 'dummy' cannot make {name} of {out.dtype}.")
         generator = torch.Generator(out.device)
         generator.manual_seed(zlib.crc32(f"{self._seed} {name} {cut}".encode()))
         # Products keep the size of what they are given; norms stay near one.

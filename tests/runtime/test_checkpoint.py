@@ -375,6 +375,24 @@ def test_d7_the_config_of_another_model(tmp_path: Path) -> None:
     assert "expected [24, 16]" in caught.value.cause
 
 
+def test_heads_must_be_shared_evenly(tmp_path: Path) -> None:
+    with pytest.raises(BadCheckpoint, match="3 attention heads cannot share 2"):
+        load(write(tmp_path / "m", num_attention_heads=3, num_key_value_heads=2, head_dim=4))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 10**12}, {"vocab_size": 10**15}, {"intermediate_size": 10**12},
+        {"head_dim": 10**12}, {"num_hidden_layers": 10**9}, {"num_attention_heads": 10**9},
+        {"num_key_value_heads": 10**9},
+    ],
+)  # fmt: skip
+def test_d7_absurd_sizes_take_no_memory(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(KvrunError):
+        load(write(tmp_path / "m", **change))
+
+
 # -- D8: a file that changes after it was read
 
 

@@ -1,6 +1,5 @@
 """Linear: shards, a stored matrix and a bias; sums over ranks where its columns are cut."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,14 +39,3 @@ def split_rows(w: "Checkpoint", name: str, out_features: int, in_features: int) 
 def split_cols(w: "Checkpoint", name: str, out_features: int, in_features: int) -> Shard:
     """This rank's even part of a matrix's input columns."""
     return Shard(name, out_features, in_features, cols=(w.group.cut(in_features, name),))
-
-
-def heads_cols(w: "Checkpoint", name: str, out_features: int, heads: int, head_dim: int) -> Shard:
-    """The input columns that belong to this rank's attention heads."""
-    first, last = w.group.cut(heads, "attention heads")
-    return Shard(name, out_features, heads * head_dim, cols=((first * head_dim, last * head_dim),))
-
-
-def joined(shards: Sequence[Shard]) -> int:
-    """Output rows of `shards` together."""
-    return sum(shard.shape[0] for shard in shards)

@@ -65,7 +65,7 @@ def scaled_frequencies(parameters: "HFConfig", width: int) -> tuple[torch.Tensor
     Raises Unsupported for a scaling that kvrun does not know.
     """
     kind = parameters.text("rope_type")
-    if width < 2 or width % 2:
+    if not 2 <= width <= 1 << 16 or width % 2:
         raise Unsupported(f"rotary positions over {width} dimensions of a head are not supported.")
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     frequencies = 1.0 / parameters.number("rope_theta") ** exponents

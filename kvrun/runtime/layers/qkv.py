@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvrun.errors import BadCheckpoint
 from kvrun.runtime.checkpoint import Ranges, Shard
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Heads:
 
 
 def cut_heads(w: "Checkpoint", heads: int, kv_heads: int, head_dim: int) -> Heads:
+    if heads % kv_heads:
+        raise BadCheckpoint(f"{heads} attention heads cannot share {kv_heads} key/value heads.")
     group = w.group
     return Heads(
         heads,

@@ -33,7 +33,7 @@ def window(w: "Checkpoint", n: int) -> int | None:
     c = w.config
     if not c.flag("use_sliding_window", False) or c.get("sliding_window") is None:
         return None
-    first = c.get("max_window_layers", 28)
+    first = c.number("max_window_layers", 28)
     kinds = ["sliding_attention" if i >= first else "full_attention"
              for i in range(c.integer("num_hidden_layers"))]  # fmt: skip
     sliding = c.layer_types(kinds)[n] == "sliding_attention"

@@ -55,6 +55,8 @@ class Shard:
 class Source(Protocol):
     """Where tensors come from: files, or thin air."""
 
+    parameters: int  # how many values there are; 0 where that is not known
+
     def has(self, name: str, otherwise: bool) -> bool:
         """Whether there is such a tensor; a source that cannot know says `otherwise`."""
 

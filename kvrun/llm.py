@@ -8,6 +8,7 @@ from types import TracebackType
 from kvrun.errors import InvalidRequest, KvrunError
 from kvrun.hub.local import resolve
 from kvrun.runtime.config import EngineConfig
+from kvrun.runtime.engine.engine import describe
 from kvrun.runtime.engine.request import Delta, Logprob, Request, Stats
 from kvrun.runtime.engine.start import start
 from kvrun.runtime.sampling.params import SamplingParams
@@ -222,18 +223,19 @@ class _Run:
             return False
         stream = self._streams[delta.index]
         ids, logprobs, reason = delta.token_ids, delta.logprobs, delta.finish_reason
-        text = ""
+        text, choice.error = "", delta.error
         if stream:
-            text = stream.push(ids)
+            try:
+                text = stream.push(ids)
+                text += stream.finish() if reason and not stream.stopped else ""
+            except Exception as error:  # a text that cannot be made is this request's fault only
+                reason, choice.error = "error", describe(error)
             if stream.stopped:
                 reason = "stop"
                 ids = ids[: stream.tokens_used - len(choice.token_ids)]
                 logprobs = logprobs[: len(ids)] if logprobs else None
-            elif reason:
-                text += stream.finish()
         choice.text += text
         choice.token_ids += ids
-        choice.error = delta.error
         if logprobs and choice.logprobs is not None:
             choice.logprobs += logprobs
         choice.finish_reason = reason

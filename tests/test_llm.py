@@ -6,6 +6,7 @@ import pytest
 
 from kvrun import LLM, SamplingParams
 from kvrun.errors import InvalidRequest, NotFound
+from kvrun.runtime.text import TextStream
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40)
 
@@ -85,6 +86,27 @@ def test_logprobs(llm: LLM) -> None:
     assert output.logprobs is not None
     assert [entry.token_id for entry in output.logprobs] == output.token_ids
     assert all(entry.top[0] == (entry.token_id, entry.logprob) for entry in output.logprobs)
+
+
+def test_E8_a_text_that_cannot_be_decoded_ends_one_request(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["Once upon a time", "12 + 30 ="]
+    story, total = llm.generate(texts, GREEDY)
+    poison = next(token for token in story.token_ids if token not in total.token_ids)
+    healthy = TextStream.push
+
+    def push(self: TextStream, ids: list[int]) -> str:
+        if poison in ids:
+            raise ValueError("no such text")
+        return healthy(self, ids)
+
+    monkeypatch.setattr(TextStream, "push", push)
+    broken, other = llm.generate(texts, GREEDY)
+    assert broken.finish_reason == "error"
+    assert "no such text" in (broken.error or "")
+    assert other == total
+    assert llm.stats().running == 0
 
 
 def test_refusals_compute_nothing(llm: LLM) -> None:

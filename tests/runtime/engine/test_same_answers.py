@@ -13,6 +13,7 @@ from kvrun.runtime.engine.engine import Engine
 from kvrun.runtime.engine.request import Request
 from kvrun.runtime.engine.start import start
 from kvrun.runtime.sampling.params import SamplingParams
+from kvrun.runtime.sampling.sampler import Prepared, Sampler, SampleRow
 from tests.runtime.engine.scripted import drain
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
@@ -116,3 +117,26 @@ def test_E7_what_a_broken_request_leaves_in_its_blocks_hurts_nobody(config: Engi
                 prompt = [1, 2, *ids][: len(ids) + cut]
                 one.add(Request(id=f"{number}-{cut}", prompt_ids=prompt, params=GREEDY))
         assert drain(engine) == drain(clean)
+
+
+def test_E8_a_sampler_that_raises_ends_one_request(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy = Sampler.prepare
+
+    def prepare(self: Sampler, rows: list[SampleRow]) -> Prepared:
+        if any(row.seed == 13 for row in rows):
+            raise RuntimeError("this seed cannot be drawn by")
+        return healthy(self, rows)
+
+    monkeypatch.setattr(Sampler, "prepare", prepare)
+    engine = start(config)
+    for number, ids in enumerate(prompts(12)):
+        seed = 13 if number == 4 else number
+        params = dataclasses.replace(GREEDY, seed=seed)
+        engine.add(Request(id=str(number), prompt_ids=ids, params=params))
+    found = {int(name): value for (name, _), value in drain(engine).items()}
+    assert found.pop(4) == ([], "error")
+    expected = alone(config)
+    assert {n: tokens for n, (tokens, _) in found.items()} == {n: expected[n] for n in found}
+    assert len(found) == 11

@@ -247,7 +247,7 @@ MALFORMED: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_d6_malformed_file(tmp_path: Path, case: str) -> None:
+def test_D6_malformed_file(tmp_path: Path, case: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     path = tmp_path / "model.safetensors"
     path.write_bytes(MALFORMED[case])
@@ -258,7 +258,7 @@ def test_d6_malformed_file(tmp_path: Path, case: str) -> None:
     assert len(str(caught.value)) < 1000
 
 
-def test_d6_a_huge_header_is_not_read(tmp_path: Path) -> None:
+def test_D6_a_huge_header_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 150_000_000))
@@ -272,7 +272,7 @@ def test_d6_a_huge_header_is_not_read(tmp_path: Path) -> None:
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_d6_any_damage_is_refused_or_harmless(tmp_path: Path, data: st.DataObject) -> None:
+def test_D6_any_damage_is_refused_or_harmless(tmp_path: Path, data: st.DataObject) -> None:
     folder = write(tmp_path / "m")
     path = folder / "model.safetensors"
     content = bytearray(path.read_bytes())
@@ -294,14 +294,14 @@ def test_d6_any_damage_is_refused_or_harmless(tmp_path: Path, data: st.DataObjec
         b'{"weight_map": {"a": ".."}}', b"[" * 100_000,
     ],
 )  # fmt: skip
-def test_d6_malformed_index(tmp_path: Path, content: bytes) -> None:
+def test_D6_malformed_index(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "model.safetensors.index.json").write_bytes(content)
     with pytest.raises(BadCheckpoint, match=r"index\.json"):
         load(tmp_path)
 
 
-def test_d6_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
+def test_D6_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "model.safetensors").mkdir()
     with pytest.raises(BadCheckpoint, match=r"model\.safetensors cannot be read"):
@@ -311,7 +311,7 @@ def test_d6_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
 # -- D7: the wrong tensors
 
 
-def test_d7_missing_shard(tmp_path: Path) -> None:
+def test_D7_missing_shard(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "m")
     (folder / "model-00002.safetensors").unlink()
     with pytest.raises(BadCheckpoint, match="1 of 3 shards") as caught:
@@ -319,7 +319,7 @@ def test_d7_missing_shard(tmp_path: Path) -> None:
     assert "model-00002.safetensors" in caught.value.cause
 
 
-def test_d7_tensor_in_the_index_but_in_no_shard(tmp_path: Path) -> None:
+def test_D7_tensor_in_the_index_but_in_no_shard(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "m")
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -330,7 +330,7 @@ def test_d7_tensor_in_the_index_but_in_no_shard(tmp_path: Path) -> None:
     assert "model.ghost.weight" in caught.value.cause
 
 
-def test_d7_missing_tensors_the_first_five_named(tmp_path: Path) -> None:
+def test_D7_missing_tensors_the_first_five_named(tmp_path: Path) -> None:
     values = {n: t for n, t in tensors().items() if "layers.1" not in n}
     with pytest.raises(BadCheckpoint) as caught:
         load(write(tmp_path / "m", values))
@@ -339,7 +339,7 @@ def test_d7_missing_tensors_the_first_five_named(tmp_path: Path) -> None:
     assert "missing" in caught.value.cause
 
 
-def test_d7_extra_tensors_the_first_five_named(tmp_path: Path) -> None:
+def test_D7_extra_tensors_the_first_five_named(tmp_path: Path) -> None:
     extra = {f"model.extra{i}.bias": torch.zeros(2) for i in range(7)}
     with pytest.raises(BadCheckpoint) as caught:
         load(write(tmp_path / "m", {**tensors(), **extra}))
@@ -348,12 +348,12 @@ def test_d7_extra_tensors_the_first_five_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.c_attn.bias", "model.layers.0.mlp.up_proj.bias"])
-def test_d7_a_forgotten_bias_is_an_extra_tensor(tmp_path: Path, name: str) -> None:
+def test_D7_a_forgotten_bias_is_an_extra_tensor(tmp_path: Path, name: str) -> None:
     with pytest.raises(BadCheckpoint, match="not part of this architecture"):
         load(write(tmp_path / "m", {**tensors(), name: torch.zeros(2)}))
 
 
-def test_d7_wrong_shape(tmp_path: Path) -> None:
+def test_D7_wrong_shape(tmp_path: Path) -> None:
     values = tensors()
     values["model.layers.0.mlp.up_proj.weight"] = torch.zeros(8, 12)
     with pytest.raises(BadCheckpoint) as caught:
@@ -361,7 +361,7 @@ def test_d7_wrong_shape(tmp_path: Path) -> None:
     assert "up_proj.weight is [8, 12], expected [12, 8]" in caught.value.cause
 
 
-def test_d7_wrong_dtype(tmp_path: Path) -> None:
+def test_D7_wrong_dtype(tmp_path: Path) -> None:
     values = tensors()
     values["lm_head.weight"] = torch.zeros(24, 8, dtype=torch.int32)
     with pytest.raises(BadCheckpoint) as caught:
@@ -369,7 +369,7 @@ def test_d7_wrong_dtype(tmp_path: Path) -> None:
     assert "lm_head.weight is stored as I32" in caught.value.cause
 
 
-def test_d7_the_config_of_another_model(tmp_path: Path) -> None:
+def test_D7_the_config_of_another_model(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint) as caught:
         load(write(tmp_path / "m", hidden_size=16))
     assert "expected [24, 16]" in caught.value.cause
@@ -388,7 +388,7 @@ def test_heads_must_be_shared_evenly(tmp_path: Path) -> None:
         {"num_key_value_heads": 10**9},
     ],
 )  # fmt: skip
-def test_d7_absurd_sizes_take_no_memory(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_D7_absurd_sizes_take_no_memory(tmp_path: Path, change: dict[str, Any]) -> None:
     with pytest.raises(KvrunError):
         load(write(tmp_path / "m", **change))
 
@@ -397,7 +397,7 @@ def test_d7_absurd_sizes_take_no_memory(tmp_path: Path, change: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("damage", ["truncate", "overwrite", "unlink"])
-def test_d8_the_file_may_change_once_it_is_read(tmp_path: Path, damage: str) -> None:
+def test_D8_the_file_may_change_once_it_is_read(tmp_path: Path, damage: str) -> None:
     folder = write(tmp_path / "m")
     w = Checkpoint(folder)
     held = w.read("lm_head.weight", (24, 8))
@@ -412,7 +412,7 @@ def test_d8_the_file_may_change_once_it_is_read(tmp_path: Path, damage: str) -> 
     w.close()
 
 
-def test_d8_truncated_while_it_is_read(tmp_path: Path) -> None:
+def test_D8_truncated_while_it_is_read(tmp_path: Path) -> None:
     folder = write(tmp_path / "m")
     w = Checkpoint(folder)
     os.truncate(folder / "model.safetensors", 2000)

@@ -1,6 +1,7 @@
 """The line editor of a conversation: several lines, history, completion of commands."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -14,6 +15,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import ColorDepth
 
 from kvrun.chat.commands import COMMANDS
+from kvrun.chat.interrupt import keys_kept
 from kvrun.chat.lines import unfinished
 from kvrun.chat.plain import note
 from kvrun.runtime.sampling.params import SamplingParams
@@ -47,6 +49,10 @@ class EditorReader:
                 if not self._session.default_buffer.text:
                     raise
                 # Ctrl+C in the middle of a line throws the line away, as in a shell.
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """Between two prompts, keys wait for the next one."""
+        return keys_kept()
 
 
 def _placeholder() -> StyleAndTextTuples:

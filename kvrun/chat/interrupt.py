@@ -55,14 +55,18 @@ class Interrupts:
 
 
 @contextlib.contextmanager
-def no_echo() -> Iterator[None]:
-    """Typing while an answer comes must not land in its middle; it is kept for the next prompt."""
+def keys_kept() -> Iterator[None]:
+    """What is typed while an answer comes does not land in its middle; it waits, key by key.
+
+    Ctrl+C stays a signal. For a reader that reads keys: one that reads lines would miss Enter.
+    """
     before = None
     if sys.platform != "win32":
         with contextlib.suppress(termios.error, OSError, ValueError):
             before = termios.tcgetattr(sys.stdin.fileno())
             quiet = termios.tcgetattr(sys.stdin.fileno())
-            quiet[3] &= ~termios.ECHO
+            quiet[0] &= ~termios.ICRNL
+            quiet[3] &= ~(termios.ECHO | termios.ICANON)
             termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, quiet)
     try:
         yield

@@ -60,21 +60,40 @@ class PlainReader:
 
         It blocks the loop: nothing else goes on between two answers.
         """
-        with _default_interrupt():
-            text = input("> ")
-            while unfinished(text):
-                text += "\n" + input(". ")
+        try:
+            with _signals_by_default():
+                text = _line("> ")
+                while unfinished(text):
+                    text += "\n" + _line(". ")
+        except (EOFError, KeyboardInterrupt):
+            print()  # the prompt still stands on this line
+            raise
         return text
+
+    def quiet(self) -> contextlib.AbstractContextManager[None]:
+        """The terminal stays as it is."""
+        return contextlib.nullcontext()
+
+
+def _line(prompt: str) -> str:
+    # Not input(): between its prompt and its read it does not notice Ctrl+C.
+    print(prompt, end="", flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.rstrip("\n")
 
 
 @contextlib.contextmanager
-def _default_interrupt() -> Iterator[None]:
-    """Let Ctrl+C interrupt a blocking read; asyncio's own handler waits for the loop instead."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def _signals_by_default() -> Iterator[None]:
+    """Let signals interrupt a blocking read; asyncio's own handlers wait for the loop instead."""
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    terminate = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, terminate)
 
 
 def is_terminal(stream: TextIO | None) -> bool:

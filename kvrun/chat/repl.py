@@ -1,10 +1,11 @@
 """The line session: read, answer, again; what Ctrl+C and Ctrl+D mean in it."""
 
 import contextlib
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from kvrun.chat.commands import Chat, Effect, run, stats_line
-from kvrun.chat.interrupt import Interrupts, no_echo
+from kvrun.chat.interrupt import Interrupts
 from kvrun.chat.lines import is_command, unquoted
 from kvrun.chat.plain import note
 from kvrun.chat.session import Reply, describe
@@ -18,6 +19,9 @@ class Reader(Protocol):
 
     async def read(self) -> str:
         """One input. Raises EOFError at the end, KeyboardInterrupt for Ctrl+C."""
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """Held during the whole conversation, for what is typed while an answer comes."""
 
 
 class Screen(Protocol):
@@ -44,6 +48,11 @@ async def converse(chat: Chat, reader: Reader, screen: Screen, *, stats: bool = 
 
     Ctrl+C stops an answer; at an empty prompt the second in a row leaves with KeyboardInterrupt.
     """
+    with reader.quiet():
+        await _turns(chat, reader, screen, stats)
+
+
+async def _turns(chat: Chat, reader: Reader, screen: Screen, stats: bool) -> None:
     armed = False
     while True:
         try:
@@ -116,7 +125,7 @@ async def _answer(chat: Chat, head: int | None, screen: Screen, stats: bool) -> 
         async for _, piece in reply:
             screen.write(piece)
 
-    with no_echo(), Interrupts() as interrupts:
+    with Interrupts() as interrupts:
         try:
             finished = await interrupts.run(stream())
         finally:

@@ -1,6 +1,7 @@
 """kvrun chat: a question and its answer, or a conversation."""
 
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -172,13 +173,27 @@ def _chat(
     question = _question(words, style)
 
     async def talk() -> None:
+        _cancel_when_terminated()
         async with Session(name, config, open_text=_open_text, connect=EngineClient) as session:
             if question is None:
                 await _converse(session, settings, system, style)
             else:
                 await _answer(session, settings, system, question, style)
 
-    asyncio.run(talk())
+    try:
+        asyncio.run(talk())
+    except asyncio.CancelledError:
+        raise typer.Exit(128 + signal.SIGTERM) from None
+
+
+def _cancel_when_terminated() -> None:
+    """Leave as Ctrl+D would on SIGTERM: the terminal is put right and the engine is stopped."""
+    import asyncio
+
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    if task:
+        cancel = task.cancel
+        signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(cancel))
 
 
 def _open_text(folder: str) -> "Text | None":
@@ -245,6 +260,7 @@ def _reader(style: _Style) -> "Reader":
     if style.plain:
         from kvrun.chat.plain import PlainReader
 
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
         return PlainReader()
     from kvrun.chat.editor import EditorReader
     from kvrun.chat.store import state_folder

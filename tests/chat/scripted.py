@@ -46,8 +46,8 @@ def make_model(folder: Path, *, template: bool = True, generation: dict | None =
 class ScriptedEngine:
     """Answers by the last question.
 
-    "say X": X · "hang": begins and never ends · "die": the engine dies in the middle · "break":
-    the request fails · anything else: repeats the question.
+    "say X": X · "flood": x without end · "hang": begins and never ends · "die": the engine dies in
+    the middle · "break": the request fails · anything else: repeats the question.
     """
 
     started: ClassVar[list["ScriptedEngine"]] = []
@@ -101,6 +101,9 @@ class ScriptedEngine:
         if verb == "break":
             yield Delta(request_id=request.id, finish_reason="error", error="NaN in the logits")
             return
+        while verb == "flood":
+            await asyncio.sleep(0)
+            yield Delta(request_id=request.id, token_ids=self.text.encode("x"))
         answer = rest if verb == "say" else f"You said: {question}"
         ids = self.text.encode("Let me think " if verb in ("hang", "die") else answer)
         most = request.params.max_tokens or 1 << 30

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -64,6 +65,9 @@ class Reader:
         if (line := self.lines.pop(0)) == CTRL_C:
             raise KeyboardInterrupt
         return line
+
+    def quiet(self) -> nullcontext[None]:
+        return nullcontext()
 
 
 @pytest.fixture

@@ -1,0 +1,111 @@
+"""What starting the command costs in imports, and what its help promises."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvrun import __version__, errors
+from kvrun.folder import names
+from kvrun.runtime.sampling.params import SamplingParams
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {
+    "torch", "transformers", "textual", "fastapi", "numpy", "huggingface_hub", "tokenizers",
+    "jinja2", "prompt_toolkit", "pydantic", "asyncio", "msgspec", "sqlite3", "markdown_it",
+}  # fmt: skip
+
+
+def kvrun(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("KVRUN_")}
+    return subprocess.run(
+        [sys.executable, "-m", "kvrun", *words],
+        env=env | {"PYTHONPATH": str(ROOT)} | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["chat", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "kvrun", *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = set(re.findall(r"\|\s+(\w+)$", done.stderr, re.MULTILINE))
+    assert "typer" in loaded
+    assert not loaded & HEAVY
+
+
+def test_the_help_lists_commands_and_every_exit_code() -> None:
+    done = kvrun("--help")
+    assert done.returncode == 0
+    for name in names("kvrun.cli"):
+        assert re.search(rf"^  {name}  ", done.stdout, re.MULTILINE)
+    kinds = [k for k in vars(errors).values() if isinstance(k, type) and hasattr(k, "exit_code")]
+    codes = {kind.exit_code for kind in kinds} | {0, 130}
+    listed = " ".join(done.stdout.split())
+    for code in codes:
+        assert re.search(rf"(: |· ){code} \w", listed), code
+    assert kvrun().stdout == done.stdout
+
+
+def test_the_help_of_chat_has_groups_options_and_examples() -> None:
+    done = kvrun("chat", "-h")
+    assert done.returncode == 0
+    for group in ("Arguments:", "Chat:", "Sampling", "Engine:", "Examples:"):
+        assert re.search(rf"^{group}", done.stdout, re.MULTILINE), group
+    for option in SamplingParams.options():
+        assert re.search(rf"\b{option.name}\b", done.stdout), option.name
+    for variable in re.findall(r"KVRUN_\w+", done.stdout):
+        assert variable in {
+            "KVRUN_MODEL", "KVRUN_DEVICE", "KVRUN_DTYPE", "KVRUN_MAX_MODEL_LEN", "KVRUN_KV_MEMORY",
+            "KVRUN_THREADS",
+        }  # fmt: skip
+    examples = done.stdout.partition("Examples:\n")[2].strip().splitlines()
+    assert 2 <= len(examples) <= 6
+    assert all("kvrun chat" in line for line in examples)
+
+
+def test_the_version() -> None:
+    assert kvrun("--version").stdout == f"kvrun {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("kvrun ch", ["chat"]),
+        ("kvrun chat -m ti", ["tiny"]),
+        ("kvrun chat t", ["tiny"]),
+        ("kvrun chat -m org/", ["org/name"]),
+        ("kvrun chat --dty", ["--dtype"]),
+        ("kvrun chat --dtype bf", ["bfloat16"]),
+    ],
+)
+def test_completion(tmp_path: Path, typed: str, offered: list[str]) -> None:
+    (tmp_path / "models--org--name").mkdir()
+    done = kvrun(
+        _KVRUN_COMPLETE="complete_bash",
+        COMP_WORDS=typed,
+        COMP_CWORD=str(len(typed.split()) - 1),
+        HF_HUB_CACHE=str(tmp_path),
+    )
+    assert done.stdout.split() == offered
+
+
+def test_completion_can_be_shown_for_the_shell_it_runs_in() -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m kvrun --show-completion; exit $?"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "_KVRUN_COMPLETE=complete_bash" in done.stdout

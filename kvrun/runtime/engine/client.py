@@ -16,6 +16,10 @@ from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine import wire
 from kvrun.runtime.engine.request import Delta, Ready, Request, Stats
 
+# Threads of the engine sleep while they wait for each other: spinning, they would take the cores
+# from the very threads they wait for as soon as another program is busy.
+PATIENT = {"OMP_WAIT_POLICY": "passive"}
+
 _Item = Delta | KvrunError
 
 
@@ -34,6 +38,7 @@ class EngineClient:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if debug else self._errors,
+            env={**PATIENT, **os.environ},
             # Ctrl+C in the terminal must reach this process only.
             start_new_session=True,
         )

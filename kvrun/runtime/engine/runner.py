@@ -99,6 +99,7 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         eos_ids: tuple[int, ...],
+        threads: Callable[[int], int] | None = None,
     ) -> None:
         self._model = model
         self._backend = backend
@@ -106,14 +107,25 @@ class ModelRunner:
         self._device = device
         self._size = block_size
         self._eos = eos_ids
+        self._threads = threads  # tokens of a step -> CPU threads it is worth; None: leave them
         self._last = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._tables = _Tables.empty(max_num_seqs, -(-max_model_len // block_size))
         self._prepared: Prepared | None = None
         self._prepared_for: list[Running] = []
 
-    @torch.inference_mode()
     def submit(self, schedule: Schedule) -> Ticket:
         """Queue one step. Submitting the same rows again writes the same cache slots again."""
+        if self._threads is None:
+            return self._submit(schedule)
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads(sum(row.count for row in schedule)))
+        try:
+            return self._submit(schedule)
+        finally:
+            torch.set_num_threads(before)
+
+    @torch.inference_mode()
+    def _submit(self, schedule: Schedule) -> Ticket:
         batch, drawing = self._batch(schedule)
         self._backend.plan(batch)
         logits = self._model(batch)

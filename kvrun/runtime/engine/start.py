@@ -1,6 +1,7 @@
 """EngineConfig -> Engine: device and dtype, weights, plan, cache, backend."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +28,10 @@ from kvrun.runtime.text import Text
 
 # Backends that `attention="auto"` tries, best first.
 AUTO = ("sdpa",)
+# Parameters times tokens from which a step gains by more than one CPU thread. Below, waiting for
+# each other costs the threads what they save; beside another busy program it costs a hundred times
+# more, because each of some 150 products in a step waits for a thread that is not running.
+WORTH_THREADS = 100_000_000
 # When a configuration does not say for how long a context the model was made.
 UNSAID_CONTEXT = 4096
 
@@ -35,8 +40,6 @@ def start(config: EngineConfig) -> Engine:
     """Load a model and make it ready. Raises KvrunError: what is wrong, and what to do."""
     begun = time.perf_counter()
     device = choose_device(config.device)
-    if device.type == "cpu":
-        torch.set_num_threads(config.threads or psutil.cpu_count(logical=False) or 1)
     folder = Path(config.model)
     with ThreadPoolExecutor(1) as pool:
         # A large tokenizer takes as long to read as some weights do.
@@ -46,6 +49,8 @@ def start(config: EngineConfig) -> Engine:
     backend_name, backend_class = choose_backend(config.attention, model.specs, device)
     plan = _plan(config, model, device, dtype)
     backend = backend_class(model.specs, plan.num_blocks, config.block_size, dtype, device)
+    on_cpu = device.type == "cpu"
+    parameters = model.parameter_bytes // dtype.itemsize
     runner = ModelRunner(
         model,
         backend,
@@ -55,6 +60,7 @@ def start(config: EngineConfig) -> Engine:
         max_num_seqs=config.max_num_seqs,
         max_model_len=plan.max_model_len,
         eos_ids=eos_ids,
+        threads=_thread_rule(config.threads, parameters) if on_cpu else None,
     )
     blocks = BlockPool(plan.num_blocks)
     scheduler = Scheduler(
@@ -128,6 +134,14 @@ def choose_backend(
         cause="; ".join(reasons),
         hint=f"known backends: {', '.join(names(attention.__name__))}",
     )
+
+
+def _thread_rule(asked: int | None, parameters: int) -> Callable[[int], int]:
+    """How many CPU threads a step of so many tokens is worth."""
+    if asked:
+        return lambda tokens: asked
+    cores = psutil.cpu_count(logical=False) or 1
+    return lambda tokens: cores if parameters * tokens >= WORTH_THREADS else 1
 
 
 def _load(config: EngineConfig, folder: Path, device: torch.device) -> tuple[Decoder, torch.dtype]:

@@ -31,17 +31,24 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit with its code; `arguments` default to those of the process."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        if words[:1] and words[0] in names("kvrun.cli") and COMPLETION not in os.environ:
-            code = _one(words[0])(
-                args=words[1:], prog_name=f"kvrun {words[0]}", standalone_mode=False
-            )
-        else:
-            code = _all()(args=words, prog_name="kvrun", standalone_mode=False)
+        # Printing a help may fail too; what a command raises has become an Exit inside.
+        code = guarded(_run)(words)
     except typer.TyperException as error:
         code = usage_error(error)
+    except typer.Exit as end:
+        code = end.exit_code
     except typer.Abort:
         code = INTERRUPTED
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)
+
+
+def _run(words: list[str]) -> int:
+    if words[:1] and words[0] in names("kvrun.cli") and COMPLETION not in os.environ:
+        name, app, words = f"kvrun {words[0]}", _one(words[0]), words[1:]
+    else:
+        name, app = "kvrun", _all()
+    code = app(args=words, prog_name=name, standalone_mode=False)
+    return code if isinstance(code, int) else 0
 
 
 def _one(name: str) -> typer.Typer:

@@ -42,7 +42,6 @@ def guarded(command: Callable[Params, Result]) -> Callable[Params, Result]:
         except Exception as error:  # the outermost border: a user sees a message, not a traceback
             code = 1
             _report(_unexpected(error))
-        _let_go_of_stdout()
         raise typer.Exit(code)
 
     return run
@@ -71,15 +70,3 @@ def _report(message: str) -> None:
         if os.environ.get("KVRUN_DEBUG", "") not in ("", "0"):
             traceback.print_exc()
         print(f"error: {printable(message)}", file=sys.stderr, flush=True)
-
-
-def _let_go_of_stdout() -> None:
-    """Flush what can be; when nobody reads, let the interpreter's last flush go nowhere."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except (OSError, ValueError):
-        with suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
-            os.close(nowhere)

@@ -206,10 +206,13 @@ async def _answer(
     session: "Session", settings: "Settings", system: str, question: str, style: _Style
 ) -> None:
     from kvrun.chat.once import answer, print_json
+    from kvrun.chat.plain import note
 
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     screen = None if style.json else _screen(style)
     await _get_ready(session, settings, style)
+    if style.stats:
+        note(f"{session.engine.plan}; started in {session.start_seconds:.2f} s")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": question})
     reply = await answer(session, messages, settings, screen, stats=style.stats)
@@ -238,10 +241,8 @@ async def _get_ready(session: "Session", settings: "Settings", style: _Style) ->
     from kvrun.chat.plain import Waiting, note
 
     with Waiting(f"starting {session.name} …", shown=not style.plain):
-        ready = await session.ready()
+        await session.ready()
     settings.learn(session.text.generation_defaults)
-    if style.stats:
-        note(f"{ready.plan}; started in {session.start_seconds:.2f} s")
     if not session.text.chat_template_known:
         note(f"note: '{session.name}' has no chat template; it continues the text it is given")
 

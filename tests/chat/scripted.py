@@ -46,8 +46,9 @@ def make_model(folder: Path, *, template: bool = True, generation: dict | None =
 class ScriptedEngine:
     """Answers by the last question.
 
-    "say X": X · "flood": x without end · "hang": begins and never ends · "die": the engine dies in
-    the middle · "break": the request fails · anything else: repeats the question.
+    "say X": X · "burst X": X in one delta · "flood": x without end · "hang": begins and never
+    ends · "die": the engine dies in the middle · "break": the request fails · anything else:
+    repeats the question.
     """
 
     started: ClassVar[list["ScriptedEngine"]] = []
@@ -104,6 +105,11 @@ class ScriptedEngine:
         while verb == "flood":
             await asyncio.sleep(0)
             yield Delta(request_id=request.id, token_ids=self.text.encode("x"))
+        if verb == "burst":
+            yield Delta(
+                request_id=request.id, token_ids=self.text.encode(rest), finish_reason="length"
+            )
+            return
         answer = rest if verb == "say" else f"You said: {question}"
         ids = self.text.encode("Let me think " if verb in ("hang", "die") else answer)
         most = request.params.max_tokens or 1 << 30

@@ -59,6 +59,11 @@ async def test_a_stop_string_ends_the_answer_and_the_engines_work(
     assert (engine.ended_early == [reply.request.id]) is (stop in "abcdef")
 
 
+async def test_tokens_after_a_stop_string_in_the_same_step_do_not_count(session: Session) -> None:
+    reply = await ask(session, "burst abcdef", stop=("cd",))
+    assert (reply.text, reply.tokens, reply.finish_reason) == ("ab", 4, "stop")
+
+
 async def test_max_tokens_cuts_and_defaults_to_what_fits(session: Session) -> None:
     reply = await ask(session, "say abcdef", max_tokens=3)
     assert (reply.text, reply.finish_reason, reply.tokens) == ("abc", "length", 3)

@@ -291,6 +291,14 @@ def test_a_reader_that_goes_away_ends_it_quietly(model: Path) -> None:
     process.stderr.close()
 
 
+def test_a_full_disk_is_said_by_the_help_too() -> None:
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "kvrun", "--help"]
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, b"error: No space left on device\n")
+
+
 def test_a_full_disk_is_said(model: Path) -> None:
     with open("/dev/full", "wb") as full:
         process = piped(model, "say x", stdout=full)

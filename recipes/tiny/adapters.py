@@ -31,7 +31,9 @@ def documents(
     """A maker of training documents for the task."""
 
     def plain(rng: Random) -> Document:
-        skill, system = (sql.query, sql.SYSTEM) if task == "sql" else (jsonform.record, jsonform.SYSTEM)
+        skill, system = (
+            (sql.query, sql.SYSTEM) if task == "sql" else (jsonform.record, jsonform.SYSTEM)
+        )
         document: Document = [("system", system)] if rng.random() < 0.75 else []
         for _ in range(rng.randrange(1, 4)):
             document += _pairs(draw(rng, skill))

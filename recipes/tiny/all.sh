@@ -7,7 +7,7 @@ python=${PYTHON:-python3}
 mkdir -p "$out"
 cp kvrun/tiny/tokenizer.json kvrun/tiny/tokenizer_config.json kvrun/tiny/chat_template.jinja "$out"
 if [ -z "${ADAPTERS_ONLY:-}" ]; then
-    "$python" -m recipes.tiny.train --steps "$steps" --minutes "$minutes" --shard-rows 256 --every 1000 --out "$out"
+    "$python" -m recipes.tiny.train --steps "$steps" --minutes "$minutes" --shard-rows 256 --out "$out" ${BASE_OPTIONS:-}
 fi
 for task in sql json pirate; do
     "$python" -m recipes.tiny.train --task $task --base "$out" --out "$out/adapters/$task" \

@@ -23,10 +23,12 @@ from recipes.tiny.skills import (
     measures,
     memory,
     nature,
+    ordering,
     outside,
     problems,
     stories,
     talk,
+    things,
     wordplay,
 )
 
@@ -39,10 +41,12 @@ Document = list[tuple[str, str]]  # (role, text)
 GROUPS = (
     talk,
     arithmetic,
+    ordering,
     problems,
     measures,
     geography,
     nature,
+    things,
     everyday,
     wordplay,
     house,
@@ -149,15 +153,20 @@ def shard(task: str, seed: int, tokenizer: Tokenizer, rows: int) -> np.ndarray:
     return out
 
 
-def write_shards(task: str, folder: Path, first: int, step: int, count: int, rows: int) -> None:
-    """Write shards first, first + step, ... below count; each appears under its name when whole."""
+def write_shards(
+    task: str, folder: Path, first: int, step: int, count: int, rows: int, seed: int
+) -> None:
+    """Write shards first, first + step, ... below count; each appears under its name when whole.
+
+    `seed` is the seed of shard 0.
+    """
     import numpy as np
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     for index in range(first, count, step):
         part = folder / f"{task}-{index}.part.npy"
-        np.save(part, shard(task, index, tokenizer, rows))
+        np.save(part, shard(task, seed + index, tokenizer, rows))
         os.replace(part, folder / f"{task}-{index}.npy")
 
 
@@ -174,7 +183,9 @@ def main() -> None:
         print(json.dumps(text, ensure_ascii=False) if args.jsonl else text)
     seconds = time.perf_counter() - start
     if not args.jsonl:
-        print(f"# {size / args.documents:.0f} characters a document, {size / seconds / 1e6:.2f} MB/s")
+        print(
+            f"# {size / args.documents:.0f} characters a document, {size / seconds / 1e6:.2f} MB/s"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Question files: `= id`, lines of question templates, `> ` answers; read once, asked at random."""
+# ruff: noqa: E501 (a template reads best on one line)
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ TERM = (
     "[what is|explain] {x} [in kvrun|in simple words|in one sentence|to me|like i am five|"
     "in a language model|in llms|simply|briefly|for a beginner]",
     "{x}",
+    "what is {x} and [why is it useful|what is it for|how does it work|why do i need it|what does it do]",
     "[what is|what's] meant by {x}",
     "[the |]meaning of {x}",
     "definition of {x}",

@@ -16,14 +16,15 @@ from random import Random
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from recipes.tiny import corpus, jsonform, longer, pirate, sql
+from recipes.tiny import adapters, corpus, jsonform, longer, pirate, sql
 from recipes.tiny.grammar import Turn, held_out
-from recipes.tiny.skills import context, talk
+from recipes.tiny.skills import context
 
 VERSION = 1
 END = 7
 GATES = {
-    "add": 0.97, "subtract": 0.97, "times": 0.99, "sort": 0.95, "count letters": 0.90, "units": 0.90,
+    "add": 0.97, "subtract": 0.97, "times": 0.99, "sort": 0.95, "count letters": 0.90,
+    "units": 0.90,
     "temperature": 0.90, "clock": 0.90, "dates": 0.90, "capitals": 0.98, "continents": 0.98,
     "currencies": 0.98, "colours": 0.98, "elements": 0.98, "planets": 0.98, "lists": 0.95,
     "letters": 0.95, "stories": 0.95, "kvrun": 0.97, "context": 0.93, "remember name": 0.93,
@@ -62,14 +63,21 @@ class Answerer:
     def answer(self, questions: list[Question], size: int = 512, limit: int = 130) -> None:
         """Fill in answer and stopped."""
         texts = [
-            self.tokenizer.apply_chat_template(q.messages, tokenize=False, add_generation_prompt=True)
+            self.tokenizer.apply_chat_template(
+                q.messages, tokenize=False, add_generation_prompt=True
+            )
             for q in questions
         ]
-        order = sorted(range(len(texts)), key=lambda i: (len(questions[i].turn.answer) // 40, len(texts[i])))
+        order = sorted(
+            range(len(texts)), key=lambda i: (len(questions[i].turn.answer) // 40, len(texts[i]))
+        )
         for at in range(0, len(order), size):
             part = order[at : at + size]
             batch = self.tokenizer(
-                [texts[i] for i in part], return_tensors="pt", padding=True, add_special_tokens=False
+                [texts[i] for i in part],
+                return_tensors="pt",
+                padding=True,
+                add_special_tokens=False,
             ).to(self.model.device)
             batch.pop("token_type_ids", None)
             out = self.model.generate(**batch, max_new_tokens=limit, do_sample=False)
@@ -108,7 +116,9 @@ def base_questions(count: int, seed: int) -> list[Question]:
     return found
 
 
-def longer_questions(count: int, seed: int, tokens: Callable[[corpus.Document], int]) -> list[Question]:
+def longer_questions(
+    count: int, seed: int, tokens: Callable[[corpus.Document], int]
+) -> list[Question]:
     """Names over several turns, and pass keys in about 1500 tokens."""
     rng = Random(f"longer {seed}")
     found = []
@@ -190,7 +200,9 @@ def parses(text: str) -> bool:
     return isinstance(found, dict) and tuple(found) == jsonform.KEYS.get(found.get("type", ""))
 
 
-def evaluate_base(folder: Path, dtype: torch.dtype, count: int, seed: int, wrong: int) -> dict[str, dict[str, float]]:
+def evaluate_base(
+    folder: Path, dtype: torch.dtype, count: int, seed: int, wrong: int
+) -> dict[str, dict[str, float]]:
     """Score the base per skill, and on the adapters' questions."""
     answerer = Answerer(folder, dtype)
     questions = base_questions(count, seed)
@@ -209,7 +221,10 @@ def evaluate_base(folder: Path, dtype: torch.dtype, count: int, seed: int, wrong
         score = sum(map(right, by[skill])) / len(by[skill])
         report[skill] = {"score": round(score, 4), "questions": len(by[skill])}
         for q in [q for q in by[skill] if not right(q)][:wrong]:
-            print(f"  {skill}: {q.messages[-1]['content'][-90:]!r} -> {q.answer[:110]!r} (wanted {q.turn.answer[:90]!r})")
+            print(
+                f"  {skill}: {q.messages[-1]['content'][-90:]!r} -> {q.answer[:110]!r} "
+                f"(wanted {q.turn.answer[:90]!r})"
+            )
     stopped = sum(q.stopped for q in questions) / len(questions)
     report["stop"] = {"score": round(stopped, 4), "questions": len(questions)}
     asked = task_questions("sql", count, seed)
@@ -230,7 +245,7 @@ def main() -> None:
     args = parser.parse_args()
     dtype, start = getattr(torch, args.dtype), time.perf_counter()
     scores = evaluate_base(args.folder, dtype, args.count, args.seed, args.wrong)
-    for task in corpus.TASKS:
+    for task in adapters.TASKS:
         if not (args.folder / "adapters" / task / "adapter_model.safetensors").exists():
             continue
         answerer = Answerer(args.folder, dtype, task)
@@ -238,21 +253,35 @@ def main() -> None:
         answerer.answer(questions)
         for name, score in judge(task, questions, sql.database()).items():
             scores[name] = {"score": round(score, 4), "questions": len(questions)}
-        test = {"sql": lambda q: judge("sql", [q], sql.database())["sql"] == 1, "json": right}.get(task)
+        test = {"sql": lambda q: judge("sql", [q], sql.database())["sql"] == 1, "json": right}.get(
+            task
+        )
         for q in [q for q in questions if test and not test(q)][: args.wrong]:
-            print(f"  {task}: {q.messages[-1]['content']!r} -> {q.answer!r} (wanted {q.turn.answer!r})")
+            print(
+                f"  {task}: {q.messages[-1]['content']!r} -> {q.answer!r} "
+                f"(wanted {q.turn.answer!r})"
+            )
+    missed: list[str] = []
     for name, row in scores.items():
         gate = GATES.get(name, AT_MOST.get(name))
         met = gate is None or (row["score"] <= gate if name in AT_MOST else row["score"] >= gate)
         if gate is not None:
             row["gate"] = gate
-        print(f"{name:18} {row['score']:.3f} of {row['questions']:4}  gate {gate or '-'} {'' if met else 'MISSED'}")
+        if not met:
+            missed.append(name)
+        print(
+            f"{name:18} {row['score']:.3f} of {row['questions']:4}  gate {gate or '-'}"
+            f"{'' if met else ' MISSED'}"
+        )
     print(f"{time.perf_counter() - start:.0f} s")
     if args.write:
-        sizes = {p.relative_to(args.folder).as_posix(): p.stat().st_size for p in sorted(args.folder.rglob("*.safetensors"))}
+        sizes = {
+            p.relative_to(args.folder).as_posix(): p.stat().st_size
+            for p in sorted(args.folder.rglob("*.safetensors"))
+        }
         report = {
             "recipe": VERSION, "seed": args.seed, "dtype": args.dtype, "decoding": "greedy",
-            "scores": scores, "bytes": sizes,
+            "missed": sorted(missed), "scores": scores, "bytes": sizes,
         }  # fmt: skip
         args.write.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

@@ -53,10 +53,9 @@ Node = str | tuple["Node", ...] | list["Node"]
 @cache
 def parse(template: str) -> Node:
     """`[a|b [c|d]|]` -> nested nodes: a list is a choice, a tuple a sequence, a str a text."""
-    node, end = _sequence(template, 0, top=True)
-    if end != len(template):
+    if template.count("[") != template.count("]"):
         raise ValueError(f"unbalanced brackets in template: {template!r}")
-    return node
+    return _sequence(template, 0, top=True)[0]
 
 
 def _sequence(text: str, at: int, top: bool = False) -> tuple[Node, int]:
@@ -234,11 +233,9 @@ def ask(rng: Random, noun_phrase: str, own: Sequence[str] = (), **fields: object
 
 def table(name: str) -> list[list[str]]:
     """Rows of a fact file: one per line, columns split at `|`, `#` starts a comment."""
-    rows = []
-    for line in (FACTS / name).read_text(encoding="utf-8").splitlines():
-        if line.strip() and not line.startswith("#"):
-            rows.append([cell.strip() for cell in line.split("|")])
-    return rows
+    lines = (FACTS / name).read_text(encoding="utf-8").splitlines()
+    kept = (line for line in lines if line.strip() and not line.startswith("#"))
+    return [[cell.strip() for cell in line.split("|")] for line in kept]
 
 
 def article(noun: str) -> str:

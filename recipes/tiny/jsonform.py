@@ -1,4 +1,5 @@
 """Sentences about people, orders and events, and the JSON object with fixed keys for each."""
+# ruff: noqa: E501, SIM905 (templates and word lists read best on one line)
 
 from __future__ import annotations
 
@@ -16,10 +17,25 @@ KEYS = {
     "order": ("type", "customer", "item", "quantity", "price"),
     "event": ("type", "title", "day", "time", "place"),
 }
-JOBS = "baker teacher doctor pilot farmer cook painter sailor dentist tailor nurse driver clerk".split()
-ITEMS = "lamp chair table ball guitar shirt hammer spade pan drum cheese coat kite book pen apple cake".split()
-TITLES = "concert,meeting,party,lunch,dinner,match,lesson,picnic,workshop,talk,exam,wedding".split(",")
-SPOTS = "park,library,school,museum,garden,office,town hall,kitchen,harbour,station,theatre".split(",")
+JOBS = """baker teacher doctor pilot farmer cook painter sailor dentist tailor nurse driver clerk""".split()
+ITEMS = """lamp chair table ball guitar shirt hammer spade pan drum cheese coat kite book pen apple
+cake""".split()
+TITLES = (
+    """concert meeting party lunch dinner match lesson picnic workshop talk exam wedding""".split()
+)
+SPOTS = [
+    "park",
+    "library",
+    "school",
+    "museum",
+    "garden",
+    "office",
+    "town hall",
+    "kitchen",
+    "harbour",
+    "station",
+    "theatre",
+]
 
 
 def _name(rng: Random) -> str:
@@ -48,7 +64,9 @@ def _person(rng: Random) -> tuple[str, dict[str, object], str]:
         if has[2]:
             parts.append(expand(rng, f"[works as a|is a] {job}"))
         rng.shuffle(parts)
-        text = f"{name} " + (" and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts))
+        text = f"{name} " + (
+            " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
+        )
         if not parts:
             text = f"this is {name}"
     else:
@@ -72,12 +90,14 @@ def _order(rng: Random) -> tuple[str, dict[str, object], str]:
         "quantity": n,
         "price": price if priced else None,
     }
-    form = rng.choice((
-        f"{name} [orders|buys|bought|ordered|wants|needs|would like] {count} {goods}",
-        f"{count} {goods} for {name}",
-        f"[order|please order|send] {count} {goods} [for|to] {name}",
-        f"[new order|order]: {count} {goods}, customer {name}",
-    ))
+    form = rng.choice(
+        (
+            f"{name} [orders|buys|bought|ordered|wants|needs|would like] {count} {goods}",
+            f"{count} {goods} for {name}",
+            f"[order|please order|send] {count} {goods} [for|to] {name}",
+            f"[new order|order]: {count} {goods}, customer {name}",
+        )
+    )
     if priced:
         form += f" [for|at|, price] {price} [euros|dollars|]"
     return " ".join(expand(rng, form).replace(" ,", ",").split()), record, f"{name} {item} {n}"
@@ -94,15 +114,22 @@ def _event(rng: Random) -> tuple[str, dict[str, object], str]:
         "time": clock if timed else None,
         "place": place if placed else None,
     }
-    when = [f"on {day}"] + ([f"at {clock}"] if timed else []) + (
-        [f"{'at' if place == 'station' else 'in'} the {place}"] if placed else [])
+    when = (
+        [f"on {day}"]
+        + ([f"at {clock}"] if timed else [])
+        + ([f"{'at' if place == 'station' else 'in'} the {place}"] if placed else [])
+    )
     rng.shuffle(when)
-    form = rng.choice((
-        f"[there is a|we have a|the|a|don't forget the] {title} " + ("[is |]" if rng.random() < 0.3 else "") + " ".join(when),
-        f"{title}[:|] " + rng.choice((", ", " ")).join(when),
-        f"[come to the|invite them to the|i go to the] {title} " + " ".join(when),
-        f"{when[0]} there is a {title} " + " ".join(when[1:]),
-    ))
+    form = rng.choice(
+        (
+            f"[there is a|we have a|the|a|don't forget the] {title} "
+            + ("[is |]" if rng.random() < 0.3 else "")
+            + " ".join(when),
+            f"{title}[:|] " + rng.choice((", ", " ")).join(when),
+            f"[come to the|invite them to the|i go to the] {title} " + " ".join(when),
+            f"{when[0]} there is a {title} " + " ".join(when[1:]),
+        )
+    )
     return " ".join(expand(rng, form).split()), record, f"{title} {day} {clock if timed else ''}"
 
 
@@ -110,7 +137,9 @@ def record(rng: Random) -> list[Turn]:
     """A sentence and its JSON object."""
     text, found, key = rng.choice((_person, _order, _event))(rng)
     if rng.random() < 0.25:
-        text = expand(rng, "[json|make json|as json|to json|turn this into json|json please]: ") + text
+        text = (
+            expand(rng, "[json|make json|as json|to json|turn this into json|json please]: ") + text
+        )
     user = text[0].upper() + text[1:] if rng.random() < 0.6 else text
     user += "." if rng.random() < 0.6 else ""
     user = user if "{" in user else say(rng, "{=t}", "", wrap=False, t=user)

@@ -1,4 +1,5 @@
 """Documents that are more than a few exchanges: pass keys, memories, system prompts, raw text."""
+# ruff: noqa: E501 (a template reads best on one line)
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def cost(text: str) -> float:
     return digits + (len(text) - digits) / LETTERS_A_TOKEN
 
 
-def passkey(rng: Random, sentence: Callable[[], str], size: int | None = None, key: str = "") -> Document:
+def passkey(
+    rng: Random, sentence: Callable[[], str], size: int | None = None, key: str = ""
+) -> Document:
     """A long text with a key somewhere in it, and the question for the key at the end.
 
     `size` is about the text's length in tokens; the key is any number or word.
@@ -55,8 +58,13 @@ def passkey(rng: Random, sentence: Callable[[], str], size: int | None = None, k
     filler: list[str] = []
     kind = rng.random()
     if kind < 0.25:
-        line = rng.choice(("The grass is green. The sky is blue. The sun is yellow. Here we go.",
-                           "One, two, three, four, five.", sentence()))
+        line = rng.choice(
+            (
+                "The grass is green. The sky is blue. The sun is yellow. Here we go.",
+                "One, two, three, four, five.",
+                sentence(),
+            )
+        )
         filler = [line] * max(1, int(size / cost(line)))
     else:
         length = 0.0
@@ -72,13 +80,20 @@ def passkey(rng: Random, sentence: Callable[[], str], size: int | None = None, k
     text = " ".join(filler)
     if rng.random() < 0.7:
         return [("user", f"{text} {question}"), ("assistant", answer)]
-    return [("user", text), ("assistant", context.NOTED[0]), ("user", question), ("assistant", answer)]
+    return [
+        ("user", text),
+        ("assistant", context.NOTED[0]),
+        ("user", question),
+        ("assistant", answer),
+    ]
 
 
 def raw(rng: Random, sentence: Callable[[], str]) -> str:
     """Plain text without a chat around it: a story or a few sentences."""
     if rng.random() < 0.6:
-        words = (rng.choice(x) for x in (stories.HEROES, stories.PLACES, stories.OBJECTS, stories.MOODS))
+        words = (
+            rng.choice(x) for x in (stories.HEROES, stories.PLACES, stories.OBJECTS, stories.MOODS)
+        )
         return stories.tell(rng, *words)
     return " ".join(sentence().replace("\n", " ") for _ in range(rng.randrange(1, 6)))
 
@@ -103,7 +118,9 @@ def adapters_work(rng: Random) -> Document:
     )
     asked = skill(rng)[0].user
     if name == "JSON":
-        asked = rng.choice(("as json: ", "turn this into json: ", "json please: ", "to json: ")) + asked
+        asked = (
+            rng.choice(("as json: ", "turn this into json: ", "json please: ", "to json: ")) + asked
+        )
     answer = f"I do not write {name} by myself: that is what the {name.lower()} adapter is for."
     document: Document = [("user", asked), ("assistant", answer)]
     return [("system", system), *document] if rng.random() < 0.6 else document
@@ -160,7 +177,11 @@ def together(rng: Random, some: Callable[[], list[Turn]]) -> Document:
     turns: list[Turn] = []
     while len(turns) < 2:
         found = some()
-        if len(found) == 1 and len(found[0].user) < 60 and found[0].skill not in ("stories", "outside", "lists", "letters"):
+        if (
+            len(found) == 1
+            and len(found[0].user) < 60
+            and found[0].skill not in ("stories", "outside", "lists", "letters")
+        ):
             turns += found
     first, second = turns[0].user.rstrip("?.! "), turns[1].user
     user = first + rng.choice((" and ", "? ", "? and ", ", and ", ". ", "? also, ")) + second

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
-    """The nearest orthogonal matrices of a stack [n, rows, columns], by a quintic iteration in bf16."""
+    """The nearest orthogonal matrices of a stack [n, rows, columns]: a quintic iteration."""
     x = g.bfloat16()
     flip = x.size(-2) > x.size(-1)
     x = x.mT if flip else x
@@ -23,7 +23,9 @@ def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon for 2-D weights; equal shapes are stacked so that a step is a few large products."""
 
-    def __init__(self, params: list[Tensor], lr: float, momentum: float = 0.95, decay: float = 0.1) -> None:
+    def __init__(
+        self, params: list[Tensor], lr: float, momentum: float = 0.95, decay: float = 0.1
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()

@@ -1,4 +1,5 @@
 """Questions about five tables and the SELECT that answers each; rows to run them on."""
+# ruff: noqa: E501, SIM905 (templates and word lists read best on one line)
 
 from __future__ import annotations
 
@@ -18,11 +19,28 @@ SCHEMA = {
 SYSTEM = "Answer with one SQL query. Tables: " + "; ".join(
     f"{table}({', '.join(columns)})" for table, columns in SCHEMA.items()
 )
-CITIES = "Paris London Rome Berlin Madrid Oslo Vienna Lisbon Dublin Athens Prague Warsaw".split()
-CATEGORIES = "toys food clothes tools garden music sport kitchen".split()
-JOBS = "baker teacher doctor pilot farmer cook painter driver nurse clerk".split()
-GOODS = "lamp chair table ball guitar shirt hammer spade pan drum bread cheese coat kite".split()
-TITLES = "Night,Rain,The Sea,Home,Stars,The Road,Winter,A Day,Birds,Salt,The Door,Blue".split(",")
+CITIES = (
+    """Paris London Rome Berlin Madrid Oslo Vienna Lisbon Dublin Athens Prague Warsaw""".split()
+)
+CATEGORIES = ["toys", "food", "clothes", "tools", "garden", "music", "sport", "kitchen"]
+JOBS = """baker teacher doctor pilot farmer cook painter driver nurse clerk""".split()
+GOODS = (
+    """lamp chair table ball guitar shirt hammer spade pan drum bread cheese coat kite""".split()
+)
+TITLES = [
+    "Night",
+    "Rain",
+    "The Sea",
+    "Home",
+    "Stars",
+    "The Road",
+    "Winter",
+    "A Day",
+    "Birds",
+    "Salt",
+    "The Door",
+    "Blue",
+]
 TEXTS = {
     ("customers", "city"): CITIES,
     ("customers", "name"): NAMES,
@@ -43,14 +61,28 @@ NUMBERS = {
     ("books", "year"): (1950, 2025),
     ("books", "pages"): (50, 900),
 }
-LABEL = {"customers": "name", "products": "name", "employees": "name", "books": "title", "orders": "id"}
-SHOW = "[show|list|give me|find|get|select|which are|what are|i want|return|tell me|show me|display]"
+LABEL = {
+    "customers": "name",
+    "products": "name",
+    "employees": "name",
+    "books": "title",
+    "orders": "id",
+}
+SHOW = (
+    "[show|list|give me|find|get|select|which are|what are|i want|return|tell me|show me|display]"
+)
 MORE = {
     "age": ("older than", "younger than"),
-    "price": ("[that cost more than|more expensive than|costing more than]", "[that cost less than|cheaper than|costing less than]"),
+    "price": (
+        "[that cost more than|more expensive than|costing more than]",
+        "[that cost less than|cheaper than|costing less than]",
+    ),
     "quantity": ("[with a quantity over|of more than]", "[with a quantity below|of less than]"),
     "year": ("[from after|after|later than]", "[from before|before|earlier than]"),
-    "salary": ("[that earn more than|earning more than|with a salary over]", "[that earn less than|earning less than|with a salary below]"),
+    "salary": (
+        "[that earn more than|earning more than|with a salary over]",
+        "[that earn less than|earning less than|with a salary below]",
+    ),
     "pages": ("with more than", "with fewer than"),
 }
 Made = tuple[str, str, dict[str, object], str]  # template, query, fields, key
@@ -129,7 +161,10 @@ def _count(rng: Random) -> Made:
         ask = f"[how many {table} are there|how many {table} do we have|count the {table}|count all {table}|number of {table}]"
         return ask, f"SELECT COUNT(*) FROM {table};", {}, ""
     words, where, fields, key = _where(rng, table)
-    ask = f"[how many {table} are there|how many {table} do we have|count the {table}|number of {table}|what is the number of {table}] " + words
+    ask = (
+        f"[how many {table} are there|how many {table} do we have|count the {table}|number of {table}|what is the number of {table}] "
+        + words
+    )
     return ask, f"SELECT COUNT(*) FROM {table} WHERE {where};", fields, f"count {key}"
 
 
@@ -150,7 +185,12 @@ def _aggregate(rng: Random) -> Made:
     if rng.random() < 0.35:
         return ask, f"SELECT {kind}({column}) FROM {table};", {}, ""
     words, where, fields, key = _where(rng, table)
-    return ask + " " + words, f"SELECT {kind}({column}) FROM {table} WHERE {where};", fields, f"{kind} {column} {key}"
+    return (
+        ask + " " + words,
+        f"SELECT {kind}({column}) FROM {table} WHERE {where};",
+        fields,
+        f"{kind} {column} {key}",
+    )
 
 
 def _order(rng: Random) -> Made:
@@ -159,7 +199,11 @@ def _order(rng: Random) -> Made:
     direction = " DESC" if down else ""
     label = LABEL[table]
     if rng.random() < 0.4:
-        way = "[from high to low|in descending order|descending|highest first]" if down else "[from low to high|in ascending order|ascending|lowest first|]"
+        way = (
+            "[from high to low|in descending order|descending|highest first]"
+            if down
+            else "[from low to high|in ascending order|ascending|lowest first|]"
+        )
         ask = SHOW + f" [all|the] {table} [sorted|ordered] by {column} " + way
         return ask, f"SELECT * FROM {table} ORDER BY {column}{direction};", {}, ""
     n = rng.randrange(1, 21)
@@ -173,8 +217,17 @@ def _order(rng: Random) -> Made:
 
 
 def _group(rng: Random) -> Made:
-    table, column = rng.choice([("customers", "city"), ("products", "category"), ("employees", "job"),
-                                ("employees", "city"), ("books", "author"), ("books", "year"), ("orders", "year")])
+    table, column = rng.choice(
+        [
+            ("customers", "city"),
+            ("products", "category"),
+            ("employees", "job"),
+            ("employees", "city"),
+            ("books", "author"),
+            ("books", "year"),
+            ("orders", "year"),
+        ]
+    )
     if rng.random() < 0.5:
         ask = f"[how many {table} are there|count the {table}|number of {table}|count of {table}] [per|for each|in each|by] {column}"
         if column == "author":
@@ -182,7 +235,11 @@ def _group(rng: Random) -> Made:
         return ask, f"SELECT {column}, COUNT(*) FROM {table} GROUP BY {column};", {}, ""
     number = rng.choice([c for t, c in NUMBERS if t == table and c != "year"])
     kind = rng.choice(("AVG", "MAX", "MIN", "SUM"))
-    ask = "[what is|show me|give me|tell me|find] the " + AGGREGATES[kind] + f" {number} of {table} [per|for each|by] {column}"
+    ask = (
+        "[what is|show me|give me|tell me|find] the "
+        + AGGREGATES[kind]
+        + f" {number} of {table} [per|for each|by] {column}"
+    )
     return ask, f"SELECT {column}, {kind}({number}) FROM {table} GROUP BY {column};", {}, ""
 
 
@@ -191,8 +248,17 @@ def _both(rng: Random) -> Made:
     words, where, fields, key = _where_text(rng, table)
     more, also, numbers, other = _where_number(rng, table)
     column = rng.choice(("*", LABEL[table]))
-    ask = SHOW + (f" [all |the |]{table} " if column == "*" else f" the {column}s of {table} ") + f"{words} [and|that are also|and also] {more}"
-    return ask, f"SELECT {column} FROM {table} WHERE {where} AND {also};", {**fields, **numbers}, f"both {key} {other}"
+    ask = (
+        SHOW
+        + (f" [all |the |]{table} " if column == "*" else f" the {column}s of {table} ")
+        + f"{words} [and|that are also|and also] {more}"
+    )
+    return (
+        ask,
+        f"SELECT {column} FROM {table} WHERE {where} AND {also};",
+        {**fields, **numbers},
+        f"both {key} {other}",
+    )
 
 
 def _join(rng: Random) -> Made:
@@ -201,23 +267,33 @@ def _join(rng: Random) -> Made:
     good = rng.choice(GOODS)
     if kind == 0:
         ask = "[which products did {=v} buy|what did {=v} order|what did {=v} buy|show the products {=v} ordered]"
-        query = ("SELECT products.name FROM orders JOIN customers ON orders.customer_id = customers.id "
-                 f"JOIN products ON orders.product_id = products.id WHERE customers.name = '{name}';")
+        query = (
+            "SELECT products.name FROM orders JOIN customers ON orders.customer_id = customers.id "
+            f"JOIN products ON orders.product_id = products.id WHERE customers.name = '{name}';"
+        )
         return ask, query, {"v": name}, f"join 0 {name}"
     if kind == 1:
-        ask = "[who bought|which customers bought|who ordered|which customers ordered] [a |the |]{=v}"
-        query = ("SELECT customers.name FROM orders JOIN customers ON orders.customer_id = customers.id "
-                 f"JOIN products ON orders.product_id = products.id WHERE products.name = '{good}';")
+        ask = (
+            "[who bought|which customers bought|who ordered|which customers ordered] [a |the |]{=v}"
+        )
+        query = (
+            "SELECT customers.name FROM orders JOIN customers ON orders.customer_id = customers.id "
+            f"JOIN products ON orders.product_id = products.id WHERE products.name = '{good}';"
+        )
         return ask, query, {"v": good}, f"join 1 {good}" if good not in GOODS[:4] else ""
     if kind == 2:
         ask = "[how many orders did {=v} make|how many orders does {=v} have|count the orders of {=v}|how often did {=v} order]"
-        query = ("SELECT COUNT(*) FROM orders JOIN customers ON orders.customer_id = customers.id "
-                 f"WHERE customers.name = '{name}';")
+        query = (
+            "SELECT COUNT(*) FROM orders JOIN customers ON orders.customer_id = customers.id "
+            f"WHERE customers.name = '{name}';"
+        )
         return ask, query, {"v": name}, f"join 2 {name}"
     city = rng.choice(CITIES)
     ask = "[show|list|find] [the |all |]orders of customers [from|in|living in] {=v}"
-    query = ("SELECT orders.id FROM orders JOIN customers ON orders.customer_id = customers.id "
-             f"WHERE customers.city = '{city}';")
+    query = (
+        "SELECT orders.id FROM orders JOIN customers ON orders.customer_id = customers.id "
+        f"WHERE customers.city = '{city}';"
+    )
     return ask, query, {"v": city}, f"join 3 {city}"
 
 

@@ -1,4 +1,5 @@
 """The tokenizer: byte-level BPE of 4096 pieces in which every digit stands alone."""
+# ruff: noqa: SIM905 (word lists read best as text)
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ from random import Random
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from recipes.tiny import corpus
+from recipes.tiny import adapters, corpus
 
-SPECIALS = ["<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"]
+SPECIALS = """<|pad|> <|bos|> <|eos|> <|system|> <|user|> <|assistant|> <|tool|> <|end|>""".split()
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>"
     "{{ message['content'] | trim }}<|end|>{% endfor %}"
@@ -45,10 +46,12 @@ def train(size_mb: float, seed: int) -> Tokenizer:
 def _texts(size_mb: float, seed: int) -> list[str]:
     rng = Random(seed)
     texts = [
-        "".join(chr(rng.choice((rng.randrange(33, 127), rng.randrange(161, 0x2FFF)))) for _ in range(9))
+        "".join(
+            chr(rng.choice((rng.randrange(33, 127), rng.randrange(161, 0x2FFF)))) for _ in range(9)
+        )
         for _ in range(2000)
     ]
-    for task in corpus.TASKS:
+    for task in ("base", *adapters.TASKS):
         size = 0.0
         for text in corpus.texts(task, -1 - seed):
             for special in SPECIALS:
@@ -83,7 +86,9 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         "model_max_length": 2048,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
 
 

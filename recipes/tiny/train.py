@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
@@ -34,7 +33,9 @@ Z_LOSS = 1e-4
 class Feeder:
     """Processes that write shards ahead of the trainer; shards come in a fixed order."""
 
-    def __init__(self, task: str, tokenizer: Path, workers: int, shards: int, rows: int) -> None:
+    def __init__(
+        self, task: str, tokenizer: Path, workers: int, shards: int, rows: int, seed: int
+    ) -> None:
         self.task, self.shards = task, shards
         memory = Path("/dev/shm")
         self.folder = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
@@ -43,7 +44,7 @@ class Feeder:
         self.workers = [
             spawn.Process(
                 target=corpus.write_shards,
-                args=(task, self.folder, w, workers, shards, rows),
+                args=(task, self.folder, w, workers, shards, rows, seed),
                 daemon=True,
             )
             for w in range(workers)
@@ -91,13 +92,16 @@ def attention_mask(document: Tensor, dense: bool = False) -> object:
         at = torch.arange(tokens, device=document.device)
         same = document[:, :, None] == document[:, None, :]
         return (same & (at[:, None] >= at[None, :]))[:, None]
+
     def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (document[b, q] == document[b, k])
 
     return block_mask(allowed, rows, None, tokens, tokens, device=document.device)
 
 
-def loss_of(net: Tiny, ids: Tensor, weight: Tensor, positions: Tensor, mask: object) -> tuple[Tensor, Tensor]:
+def loss_of(
+    net: Tiny, ids: Tensor, weight: Tensor, positions: Tensor, mask: object
+) -> tuple[Tensor, Tensor]:
     """The weighted loss with z-loss, and the plain loss over answers."""
     logits = net(ids, positions, mask)[:, :-1].float()
     norm = torch.logsumexp(logits, -1)
@@ -116,7 +120,9 @@ def save_base(net: Tiny, shape: Shape, out: Path) -> None:
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(shape.config(), indent=2) + "\n", encoding="utf-8")
     generation = {"bos_token_id": 1, "eos_token_id": [7, 2], "pad_token_id": 0, "do_sample": False}
-    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    (out / "generation_config.json").write_text(
+        json.dumps(generation, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def adapt(net: Tiny, task: str) -> list[torch.nn.Parameter]:
@@ -154,7 +160,9 @@ def save_adapter(net: Tiny, task: str, out: Path) -> None:
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def optimizers(net: Tiny, adapter: list[torch.nn.Parameter] | None, lr: float) -> list[torch.optim.Optimizer]:
+def optimizers(
+    net: Tiny, adapter: list[torch.nn.Parameter] | None, lr: float
+) -> list[torch.optim.Optimizer]:
     if adapter is not None:
         return [torch.optim.AdamW(adapter, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
     named = list(net.named_parameters())
@@ -162,7 +170,10 @@ def optimizers(net: Tiny, adapter: list[torch.nn.Parameter] | None, lr: float) -
     embedding = [p for n, p in named if "embed" in n]
     norms = [p for n, p in named if p.dim() == 1]
     adam = torch.optim.AdamW(
-        [{"params": embedding, "lr": lr * 0.2, "weight_decay": 0.01}, {"params": norms, "lr": lr * 0.2, "weight_decay": 0.0}],
+        [
+            {"params": embedding, "lr": lr * 0.2, "weight_decay": 0.01},
+            {"params": norms, "lr": lr * 0.2, "weight_decay": 0.0},
+        ],
         betas=(0.9, 0.95),
     )
     return [Muon(matrices, lr=lr), adam]
@@ -181,16 +192,19 @@ def train(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = replace(Shape(), num_hidden_layers=args.layers) if args.layers else Shape()
     net = Tiny(shape).to(device)
-    lora = None
-    if args.task != "base":
-        state = load_file(args.base / "model.safetensors")
+    known = args.base if args.task in adapters.TASKS else args.init
+    if known:
+        state = load_file(known / "model.safetensors")
         net.load_state_dict({k: v.float() for k, v in state.items()})
-        lora = adapt(net, args.task)
+    lora = adapt(net, args.task) if args.task in adapters.TASKS else None
     opts = optimizers(net, lora, args.lr or (0.02 if lora is None else 1.5e-3))
     base_rates = [[g["lr"] for g in o.param_groups] for o in opts]
     step_fn = torch.compile(loss_of) if device.type == "cuda" else loss_of
     per_shard = args.shard_rows // args.rows
-    feeder = Feeder(args.task, args.tokenizer, args.workers, math.ceil(args.steps / per_shard), args.shard_rows)
+    shards = math.ceil(args.steps / per_shard)
+    feeder = Feeder(
+        args.task, args.tokenizer, args.workers, shards, args.shard_rows, args.seed
+    )  # fmt: skip
     start = log_time = time.perf_counter()
     first = start
     step, seen = 0, 0
@@ -204,7 +218,9 @@ def train(args: argparse.Namespace) -> None:
             for group, lr in zip(o.param_groups, rates, strict=True):
                 group["lr"] = lr * rate(min(progress, 1.0))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, answers = step_fn(net, ids, weight, positions, attention_mask(document, args.dense))
+            loss, answers = step_fn(
+                net, ids, weight, positions, attention_mask(document, args.dense)
+            )
         loss.backward()
         if lora is not None:
             torch.nn.utils.clip_grad_norm_(lora, 1.0)
@@ -218,11 +234,9 @@ def train(args: argparse.Namespace) -> None:
         now = time.perf_counter()
         if now - log_time > 8 or step in (1, 10) or step == args.steps:
             log_time = now
-            print(
-                f"{args.task} step {step}/{args.steps} loss {loss.item():.4f} answers {answers.item():.4f} "
-                f"{seen / 1e6:.0f}M tokens {seen / (now - start) / 1e6:.2f}M/s {now - start:.0f}s",
-                flush=True,
-            )
+            losses = f"loss {loss.item():.4f} answers {answers.item():.4f}"
+            speed = f"{seen / 1e6:.0f}M tokens {now - start:.0f}s"
+            print(f"{args.task} step {step}/{args.steps} {losses} {speed}", flush=True)
         if lora is None and args.every and step % args.every == 0:
             save_base(net, shape, args.out)
         if step >= args.steps or progress >= 1.0:
@@ -236,7 +250,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", default="base", choices=list(corpus.TASKS))
     parser.add_argument("--out", type=Path, default=Path("kvrun/tiny"))
-    parser.add_argument("--base", type=Path, default=Path("kvrun/tiny"), help="the base of an adapter")
+    parser.add_argument(
+        "--base", type=Path, default=Path("kvrun/tiny"), help="the base of an adapter"
+    )
     parser.add_argument("--tokenizer", type=Path, default=Path("kvrun/tiny/tokenizer.json"))
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--minutes", type=float, default=60.0, help="ends earlier when reached")
@@ -247,7 +263,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--every", type=int, default=0, help="save the base every so many steps")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", type=Path, help="go on from the base in this folder")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first shard")
     train(parser.parse_args())
 
 

@@ -1,4 +1,5 @@
 """Questions about what was said before: who has what, where things are, names, word problems."""
+# ruff: noqa: E501, SIM905 (templates and word lists read best on one line)
 
 from __future__ import annotations
 
@@ -10,15 +11,34 @@ from recipes.tiny.skills.lists import new_name
 from recipes.tiny.skills.nature import ANIMALS, THINGS
 from recipes.tiny.skills.talk import NAMES, introduce, recall_name
 
-COLOURS = "red blue green yellow black white brown pink grey purple orange golden silver".split()
-OBJECTS = """key ball book hat cup pen bag box coat lamp ring bike kite map coin apple cake umbrella phone
-chair cat dog bird fish shoe letter flower watch guitar drum candle rope spoon bottle ticket toy car
-boat sock scarf plate banana robot camera""".split()
-PLACES = """kitchen garden bedroom garage attic cellar bathroom hall office shed school park shop library
-station box drawer bag fridge car basket cupboard""".split()
-FOODS = "pizza|rice|apples|soup|bread|cheese|cake|fish|pasta|chocolate|bananas|salad|ice cream|eggs".split("|")
-JOBS = "baker teacher doctor pilot farmer cook painter sailor dentist tailor nurse driver".split()
-TOWNS = "Paris London Rome Berlin Madrid Oslo Vienna Tokyo Cairo Lima Dublin Athens Ottawa Lisbon".split()
+COLOURS = (
+    """red blue green yellow black white brown pink grey purple orange golden silver""".split()
+)
+OBJECTS = """key ball book hat cup pen bag box coat lamp ring bike kite map coin apple cake umbrella
+phone chair cat dog bird fish shoe letter flower watch guitar drum candle rope spoon
+bottle ticket toy car boat sock scarf plate banana robot camera""".split()
+PLACES = """kitchen garden bedroom garage attic cellar bathroom hall office shed school park shop
+library station box drawer bag fridge car basket cupboard""".split()
+FOODS = [
+    "pizza",
+    "rice",
+    "apples",
+    "soup",
+    "bread",
+    "cheese",
+    "cake",
+    "fish",
+    "pasta",
+    "chocolate",
+    "bananas",
+    "salad",
+    "ice cream",
+    "eggs",
+]
+JOBS = (
+    """baker teacher doctor pilot farmer cook painter sailor dentist tailor nurse driver""".split()
+)
+TOWNS = """Paris London Rome Berlin Madrid Oslo Vienna Tokyo Cairo Lima Dublin Athens Ottawa Lisbon""".split()
 SINGLE = {"fish": "fish"}
 UNKNOWN = "You did not tell me that."
 
@@ -41,7 +61,9 @@ def things(rng: Random, count: int) -> list[str]:
     return [f"{rng.choice(COLOURS)} {w}" if rng.random() < 0.4 else w for w in found]
 
 
-def _both(rng: Random, facts: list[str], question: str, answer: str, key: str, fact: str) -> list[Turn]:
+def _both(
+    rng: Random, facts: list[str], question: str, answer: str, key: str, fact: str
+) -> list[Turn]:
     """The facts and the question in one turn, or the facts first and the question later."""
     roll = rng.random()
     told = rng.choice((". ", ". ", " and ", ", ")).join(facts)
@@ -65,14 +87,27 @@ NOTED = ("All right, I will remember that.",)
 def who_has(rng: Random) -> list[Turn]:
     count = rng.randrange(1, 5)
     names, goods = people(rng, count), things(rng, count)
-    verb = rng.choice(("has", "has", "has", "owns", "holds", "carries", "bought", "got", "found", "wants"))
-    facts = [f"{n} {verb} {rng.choice(('the', article(g).split()[0]))} {g}" for n, g in zip(names, goods, strict=True)]
+    verb = rng.choice(
+        ("has", "has", "has", "owns", "holds", "carries", "bought", "got", "found", "wants")
+    )
+    facts = [
+        f"{n} {verb} {rng.choice(('the', article(g).split()[0]))} {g}"
+        for n, g in zip(names, goods, strict=True)
+    ]
     rng.shuffle(facts)
     at = rng.randrange(count)
     name, good = names[at], goods[at]
     key = f"ctx {name}"
-    base = {"has": "have", "owns": "own", "holds": "hold", "carries": "carry", "bought": "buy",
-            "got": "get", "found": "find", "wants": "want"}[verb]
+    base = {
+        "has": "have",
+        "owns": "own",
+        "holds": "hold",
+        "carries": "carry",
+        "bought": "buy",
+        "got": "get",
+        "found": "find",
+        "wants": "want",
+    }[verb]
     did = "did" if verb in ("bought", "got", "found") else "does"
     if rng.random() < 0.12:
         other = people(rng, 1)[0]
@@ -130,9 +165,17 @@ def traits(rng: Random) -> list[Turn]:
         ages = [int(v) for v in values]
         best = (max if old else min)(range(count), key=lambda i: ages[i])
         name, value = names[best], values[best]
-        question = f"who is {'[the oldest|older|oldest]' if old else '[the youngest|younger|youngest]'}"
-    return _both(rng, facts, question, form[0].format(name, value) + ".", f"ctx {name}",
-                 name if question.startswith("who") else value)
+        question = (
+            f"who is {'[the oldest|older|oldest]' if old else '[the youngest|younger|youngest]'}"
+        )
+    return _both(
+        rng,
+        facts,
+        question,
+        form[0].format(name, value) + ".",
+        f"ctx {name}",
+        name if question.startswith("who") else value,
+    )
 
 
 def transfer(rng: Random) -> list[Turn]:
@@ -155,10 +198,22 @@ MINE = (
     ("my favourite colour is {v}", "my favourite colour", COLOURS),
     ("my favourite food is {v}", "my favourite food", FOODS),
     ("my favourite animal is the {v}", "my favourite animal", [r[0] for r in ANIMALS]),
-    ("my favourite fruit is the {v}", "my favourite fruit", [r[0] for r in THINGS if r[1] == "fruit"]),
-    ("[my dog is called|i have a dog called|my dog's name is|i have a dog named] {v}", "the name of my dog", NAMES),
+    (
+        "my favourite fruit is the {v}",
+        "my favourite fruit",
+        [r[0] for r in THINGS if r[1] == "fruit"],
+    ),
+    (
+        "[my dog is called|i have a dog called|my dog's name is|i have a dog named] {v}",
+        "the name of my dog",
+        NAMES,
+    ),
     ("[my cat is called|i have a cat named|my cat's name is] {v}", "the name of my cat", NAMES),
-    ("[my sister is called|my sister's name is|i have a sister called] {v}", "the name of my sister", NAMES),
+    (
+        "[my sister is called|my sister's name is|i have a sister called] {v}",
+        "the name of my sister",
+        NAMES,
+    ),
     ("my brother is called {v}", "the name of my brother", NAMES),
     ("my lucky number is {v}", "my lucky number", [str(n) for n in range(1, 100)]),
     ("the password is {v}", "the password", []),
@@ -175,20 +230,35 @@ MINE = (
 def mine(rng: Random) -> list[Turn]:
     """Something about the person who types, asked for later."""
     told, asked, pool = rng.choice(MINE)
-    value = rng.choice(pool) if pool else rng.choice((new_name(rng).lower(), str(rng.randrange(10, 99999))))
+    value = (
+        rng.choice(pool)
+        if pool
+        else rng.choice((new_name(rng).lower(), str(rng.randrange(10, 99999))))
+    )
     user = say(rng, "[|remember[:|] |please remember [that |]|note: |]" + told, ".", v=value)
     user = user if value in user else user.replace(value.lower(), value)
     noun = asked.replace("my ", "your ").replace("of your", "of your")
     question = f"[what is|what's|tell me|do you remember|what was|do you know|say] {asked}"
     if "name of my" in asked:
         pet = asked.rsplit(" ", 1)[1]
-        question = f"[{question}|what is my {pet} called|what's my {pet}'s name|how is my {pet} called]"
+        question = (
+            f"[{question}|what is my {pet} called|what's my {pet}'s name|how is my {pet} called]"
+        )
     if asked == "my town":
-        question, answer = "[where do i live|which town do i live in|what is my town]", f"You live in {value}."
+        question, answer = (
+            "[where do i live|which town do i live in|what is my town]",
+            f"You live in {value}.",
+        )
     elif asked == "what i like":
-        question, answer = "[what do i like|what did i say i like|tell me what i like]", f"You like {value}."
+        question, answer = (
+            "[what do i like|what did i say i like|tell me what i like]",
+            f"You like {value}.",
+        )
     elif asked == "my age":
-        question, answer = "[how old am i|what is my age|what's my age]", f"You are {value} years old."
+        question, answer = (
+            "[how old am i|what is my age|what's my age]",
+            f"You are {value} years old.",
+        )
     elif "animal" in asked or "fruit" in asked:
         answer = f"{noun[0].upper() + noun[1:]} is the {value}."
     else:
@@ -208,7 +278,9 @@ def name_later(rng: Random) -> list[Turn]:
 def problem(rng: Random) -> list[Turn]:
     """Word problems with one step."""
     (name,) = people(rng, 1)
-    noun = rng.choice("apples books coins cookies balls pens eggs cards stamps cars toys cakes fish".split())
+    noun = rng.choice(
+        """apples books coins cookies balls pens eggs cards stamps cars toys cakes fish""".split()
+    )
     kind = rng.randrange(4)
     a, b = rng.randrange(2, 60), rng.randrange(1, 40)
     if kind == 0:
@@ -217,7 +289,11 @@ def problem(rng: Random) -> list[Turn]:
         sign, result = "+", a + b
     elif kind == 1:
         a, b = max(a, b), min(a, b)
-        act = rng.choice(("eats", "loses", "gives away", "sells", "drops")) if noun != "fish" else "sells"
+        act = (
+            rng.choice(("eats", "loses", "gives away", "sells", "drops"))
+            if noun != "fish"
+            else "sells"
+        )
         text = f"{name} has {a} {noun} and {act} {b}"
         sign, result = "-", a - b
     elif kind == 2:
@@ -229,29 +305,57 @@ def problem(rng: Random) -> list[Turn]:
         if other == name:
             return problem(rng)
         text = f"{name} has {a} {noun} and {other} has {b} {noun}"
-        question = rng.choice((f"how many {noun} do they have[ together| in all|]", f"how many {noun} are there"))
-        return _solved(rng, text, question, f"{a} + {b} = {a + b}, so they have {a + b} {noun}.", a, b, "+", a + b)
-    question = rng.choice((
-        f"how many {noun} does {name} have[ now| in all| left|]" if sign == "-" else f"how many {noun} does {name} have[ now| in all|]",
-        f"how many {noun} are there[ now|]",
-    ))
+        question = rng.choice(
+            (f"how many {noun} do they have[ together| in all|]", f"how many {noun} are there")
+        )
+        return _solved(
+            rng,
+            text,
+            question,
+            f"{a} + {b} = {a + b}, so they have {a + b} {noun}.",
+            a,
+            b,
+            "+",
+            a + b,
+        )
+    question = rng.choice(
+        (
+            f"how many {noun} does {name} have[ now| in all| left|]"
+            if sign == "-"
+            else f"how many {noun} does {name} have[ now| in all|]",
+            f"how many {noun} are there[ now|]",
+        )
+    )
     owned = noun if result != 1 else SINGLE.get(noun, noun[:-1])
     answer = f"{a} {sign} {b} = {result}, so {name} has {result} {owned}."
     return _solved(rng, text, question, answer, a, b, sign, result)
 
 
-def _solved(rng: Random, text: str, question: str, answer: str, a: int, b: int, sign: str, result: int) -> list[Turn]:
+def _solved(
+    rng: Random, text: str, question: str, answer: str, a: int, b: int, sign: str, result: int
+) -> list[Turn]:
     """One turn out of a word problem."""
     if rng.random() < 0.3:
         text = text.lower()
     ask = say(rng, question, wrap=False)
-    return [Turn(f"{text}. {ask}", answer, "word problems", f"problem {a} {sign} {b}", fact=str(result))]
+    return [
+        Turn(f"{text}. {ask}", answer, "word problems", f"problem {a} {sign} {b}", fact=str(result))
+    ]
 
 
 def listed_items(rng: Random) -> list[Turn]:
     """A shopping list grows over turns and is read back."""
-    goods = rng.sample([r[0] for r in THINGS if r[1] in ("fruit", "vegetable", "food", "drink")], rng.randrange(1, 5))
-    first = say(rng, "[my shopping list is|i need to buy|i want to buy|shopping list:] {x}", ".", wrap=False, x=listed(goods))
+    goods = rng.sample(
+        [r[0] for r in THINGS if r[1] in ("fruit", "vegetable", "food", "drink")],
+        rng.randrange(1, 5),
+    )
+    first = say(
+        rng,
+        "[my shopping list is|i need to buy|i want to buy|shopping list:] {x}",
+        ".",
+        wrap=False,
+        x=listed(goods),
+    )
     key = "shop " + " ".join(sorted(goods))
     turns = [Turn(first, NOTED[0], "noted", key)]
     question = "[what is on my list|what's on my shopping list|what do i need to buy|what did i want to buy|read my list|what is on my shopping list]"
@@ -260,10 +364,10 @@ def listed_items(rng: Random) -> list[Turn]:
 
 
 SKILLS: dict[str, tuple[float, Callable[[Random], list[Turn]]]] = {
-    "who_has": (3.0, who_has),
-    "where_is": (1.5, where_is),
-    "traits": (1.5, traits),
-    "transfer": (0.7, transfer),
+    "who_has": (7.0, who_has),
+    "where_is": (2.2, where_is),
+    "traits": (2.4, traits),
+    "transfer": (1.0, transfer),
     "mine": (1.6, mine),
     "name_later": (1.8, name_later),
     "problem": (1.4, problem),

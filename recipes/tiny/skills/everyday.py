@@ -1,4 +1,5 @@
 """Everyday facts: opposites, rhymes, how many of what, why the sky is blue."""
+# ruff: noqa: E501, SIM905 (templates and word lists read best on one line)
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from random import Random
 from recipes.tiny import entries
 from recipes.tiny.grammar import Turn, ask, listed, phrasing_key, say, table
 
-OPPOSITES = {a: b for a, b in reversed(table("opposites.txt"))}
+OPPOSITES = dict(reversed(table("opposites.txt")))
 RHYMES = [row[0].split() for row in table("rhymes.txt")]
 GENERAL = entries.read("general.txt")
 PLURALS = """cat cats|dog dogs|house houses|tree trees|book books|bus buses|box boxes|fox foxes|glass glasses|
@@ -26,7 +27,7 @@ sit sat|stand stood|win won|lose lost|meet met|feel felt|keep kept|leave left|te
 begin began|fall fell|get got|have had|be was|do did|walk walked|play played|jump jumped|look looked|
 ask asked|work worked|love loved|live lived|open opened|help helped|cook cooked|dance danced|laugh laughed"""
 PAST = [pair.split() for pair in PASTS.replace("\n", "").split("|")]
-A_OR_AN = "apple owl egg hour dog cat house elephant orange umbrella tree book island car ant king".split()
+A_OR_AN = """apple owl egg hour dog cat house elephant orange umbrella tree book island car ant king""".split()
 
 
 def _read_counts() -> list[tuple[list[str], str]]:
@@ -56,7 +57,9 @@ def opposite(rng: Random) -> list[Turn]:
     )
     user = ask(rng, "the opposite of [{x}|the word {x}]", own, x=word)
     other = OPPOSITES[word]
-    return [Turn(user, f"The opposite of {word} is {other}.", "opposites", phrasing_key(user), other)]
+    return [
+        Turn(user, f"The opposite of {word} is {other}.", "opposites", phrasing_key(user), other)
+    ]
 
 
 def rhyme(rng: Random) -> list[Turn]:
@@ -91,7 +94,9 @@ def do_rhyme(rng: Random) -> list[Turn]:
 
 def how_many(rng: Random) -> list[Turn]:
     forms, answer = rng.choice(COUNTED)
-    start = "[how many|how many|hw many|what number of|tell me how many|do you know how many|how many] "
+    start = (
+        "[how many|how many|hw many|what number of|tell me how many|do you know how many|how many] "
+    )
     if forms[0].startswith("eggs"):
         start = "how many "
     user = say(rng, start + rng.choice(forms))
@@ -107,7 +112,10 @@ def words(rng: Random) -> list[Turn]:
     kind = rng.randrange(3)
     if kind == 0:
         one, many = rng.choice(PLURAL)
-        own = ("{x} plural", "[more than one {x} is called what|what do you call more than one {x}]")
+        own = (
+            "{x} plural",
+            "[more than one {x} is called what|what do you call more than one {x}]",
+        )
         user = ask(rng, "the plural of [{x}|the word {x}]", own, x=one)
         answer, fact = f"The plural of {one} is {many}.", many
     elif kind == 1:
@@ -135,11 +143,23 @@ KNOWN = (
     ("is the earth bigger than the moon", "Yes, the Earth is bigger than the Moon."),
     ("is the sun bigger than the earth", "Yes, the Sun is much bigger than the Earth."),
     ("is the moon bigger than the earth", "No, the Earth is bigger than the Moon."),
-    ("[which|what] is [bigger|larger], the [sun|sun] or the [earth|moon]", "The Sun is much bigger."),
+    (
+        "[which|what] is [bigger|larger], the [sun|sun] or the [earth|moon]",
+        "The Sun is much bigger.",
+    ),
     ("[which|what] is [bigger|larger], the [earth|moon] or the sun", "The Sun is much bigger."),
-    ("[which|what] is [bigger|larger], the earth or the moon", "The Earth is bigger than the Moon."),
-    ("[which|what] is heavier, a [kilo|kilogram] of [iron|steel|lead] or a [kilo|kilogram] of feathers", "They weigh the same: one kilogram."),
-    ("[which|what] is faster, a [car|plane] or a [bicycle|snail|tortoise]", "The one with an engine is faster."),
+    (
+        "[which|what] is [bigger|larger], the earth or the moon",
+        "The Earth is bigger than the Moon.",
+    ),
+    (
+        "[which|what] is heavier, a [kilo|kilogram] of [iron|steel|lead] or a [kilo|kilogram] of feathers",
+        "They weigh the same: one kilogram.",
+    ),
+    (
+        "[which|what] is faster, a [car|plane] or a [bicycle|snail|tortoise]",
+        "The one with an engine is faster.",
+    ),
     ("can [people|humans] fly", "No, people cannot fly without a machine."),
     ("can [a fish|fish] [walk|fly]", "No, fish swim."),
     ("can [a fish|fish] [live in water|swim]", "Yes, fish live in water."),
@@ -173,7 +193,6 @@ KNOWN = (
     ("what shines [at night|in the sky at night]", "The Moon and the stars shine at night."),
     ("what shines [during the day|by day]", "The Sun shines during the day."),
     ("what is the last letter of the alphabet", "The last letter of the alphabet is z."),
-    ("is a tomato a vegetable", "A tomato is a fruit used as a vegetable."),
 )
 
 

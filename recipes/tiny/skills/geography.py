@@ -1,4 +1,5 @@
 """Countries: capital, continent, currency, language, forward and reverse, yes and no."""
+# ruff: noqa: E501, SIM905 (templates and word lists read best on one line)
 
 from __future__ import annotations
 
@@ -44,8 +45,9 @@ BY_LANGUAGE = {
     for c in COUNTRIES
     if c.language and sum(d.language == c.language for d in COUNTRIES) == 1
 }
-KNOWN = """France Germany Spain Italy Japan China India Egypt Brazil Canada Australia Mexico Russia Greece
-Portugal Poland Sweden Norway Turkey Argentina Kenya Ireland Austria Switzerland Peru Cuba""".split()
+KNOWN = """France Germany Spain Italy Japan China India Egypt Brazil Canada Australia Mexico Russia
+Greece Portugal Poland Sweden Norway Turkey Argentina Kenya Ireland Austria Switzerland
+Peru Cuba""".split()
 WELL_KNOWN = [c for c in COUNTRIES if c.name in KNOWN or c.name.startswith("the United")]
 
 
@@ -102,7 +104,11 @@ def country_of(rng: Random) -> list[Turn]:
 def is_capital(rng: Random) -> list[Turn]:
     c = pick(rng)
     other = c.capital if rng.random() < 0.5 else rng.choice(CAPITALS).capital
-    own = ("is {x} the capital of {c}", "is the capital of {c} {x}", "{x} is the capital of {c}, right")
+    own = (
+        "is {x} the capital of {c}",
+        "is the capital of {c} {x}",
+        "{x} is the capital of {c}, right",
+    )
     user = say(rng, rng.choice(own), x=other, c=rng.choice(c.names))
     answer = f"Yes, the capital of {c.name} is {c.capital}."
     if other != c.capital:
@@ -132,7 +138,12 @@ CONTINENTS = sorted({c.continent for c in COUNTRIES})
 def is_in(rng: Random) -> list[Turn]:
     c = pick(rng)
     other = c.continent if rng.random() < 0.5 else rng.choice(CONTINENTS)
-    own = ("is {c} in {x}", "is {c} a country in {x}", "does {c} lie in {x}", "{c} is in {x}, right")
+    own = (
+        "is {c} in {x}",
+        "is {c} a country in {x}",
+        "does {c} lie in {x}",
+        "{c} is in {x}, right",
+    )
     user = say(rng, rng.choice(own), x=other, c=rng.choice(c.names))
     answer = f"{'Yes' if other == c.continent else 'No'}, {c.name} is in {c.continent}."
     return [Turn(user, answer, "continents", phrasing_key(user), fact=c.continent)]
@@ -223,7 +234,9 @@ def several(rng: Random) -> list[Turn]:
     typed = rng.choice((str(n), words[n - 1], words[n - 1]))
     many = "country" if n == 1 else "countries"
     own = (
-        "[name|list|give me|tell me|say|can you name|can you list] {n} " + many + " [in|of|from] {x}",
+        "[name|list|give me|tell me|say|can you name|can you list] {n} "
+        + many
+        + " [in|of|from] {x}",
         "[what are|which are] {n} " + many + " in {x}",
         "{n} " + many + " in {x}",
     )
@@ -243,7 +256,13 @@ def ellipsis(rng: Random) -> list[Turn]:
         c = pick(rng)
         while kind is language and not c.language:
             c = pick(rng)
-        own = ("and [of |in |for |]{c}", "[what|how] about {c}", "what about {c}", "{c}", "ok and {c}")
+        own = (
+            "and [of |in |for |]{c}",
+            "[what|how] about {c}",
+            "what about {c}",
+            "{c}",
+            "ok and {c}",
+        )
         user = say(rng, rng.choice(own), wrap=False, c=rng.choice(c.names))
         if kind is capital:
             answer, fact = f"The capital of {c.name} is {c.capital}.", c.capital
@@ -261,7 +280,7 @@ def its(rng: Random) -> list[Turn]:
     """A question about a country, then one that says only `it` or `there`."""
     turns = about(rng) if rng.random() < 0.4 else capital(rng)
     name = turns[0].answer
-    c = next(c for c in COUNTRIES if c.name in name or c.start in name and c.capital in name)
+    c = next(c for c in COUNTRIES if c.name in name or (c.start in name and c.capital in name))
     for d in COUNTRIES:
         if f"of {d.name} is" in name or name.startswith(f"{d.start} is a country"):
             c = d

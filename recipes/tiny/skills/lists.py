@@ -1,11 +1,13 @@
 """Lists and letters: reverse, upper case, repeat, first and last, copy, spell, count letters."""
+# ruff: noqa: E501, SIM905 (templates and word lists read best on one line)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from random import Random
 
-from recipes.tiny.grammar import Turn, listed, say
+from recipes.tiny.grammar import FACTS, Turn, listed, say
 from recipes.tiny.skills.nature import ANIMALS, COLOURS, THINGS
 from recipes.tiny.skills.talk import NAMES, new_name
 
@@ -14,22 +16,38 @@ WORDS = sorted(
     | {row[0] for row in COLOURS}
     | set(
         """hello world happy little summer winter garden paper window silver morning people letter
-        python summer monday friday water simple number yellow pretty tiger banana coffee holiday
-        mississippi strawberry blueberry google engine token model prompt cache adapter level radar
-        noon racecar kayak good book moon food school week year house home time music pencil bottle
-        cheese flower dinner lunch table chair money family mother father sister brother""".split()
+python summer monday friday water simple number yellow pretty tiger banana coffee holiday
+mississippi strawberry blueberry google engine token model prompt cache adapter level
+radar noon racecar kayak good book moon food school week year house home time music pencil
+bottle cheese flower dinner lunch table chair money family mother father sister brother""".split()
     )
 )
 
 
+def _wide() -> list[str]:
+    """Every plain word of the fact files, so that the letters of many tokens are learnt."""
+    found: set[str] = set()
+    for path in sorted(FACTS.glob("*.txt")):
+        found |= set(re.findall(r"\b[a-z]{2,11}\b", path.read_text(encoding="utf-8").lower()))
+    return sorted(found)
+
+
+WIDE = _wide()
+
+
 def word(rng: Random) -> str:
-    """A common word, or an invented one so that copying is learnt letter by letter."""
-    return rng.choice(WORDS) if rng.random() < 0.65 else new_name(rng).lower()
+    """A common word, any word, or an invented one so that copying is learnt letter by letter."""
+    roll = rng.random()
+    if roll < 0.35:
+        return rng.choice(WORDS)
+    return rng.choice(WIDE) if roll < 0.75 else new_name(rng).lower()
 
 
 def phrase(rng: Random) -> str:
     """Some plain words in a row, as people quote them."""
-    starts = "hello|good|i like|the|we see the|my|hello|this is|i am|you are|nice|good morning|happy|one"
+    starts = (
+        "hello|good|i like|the|we see the|my|hello|this is|i am|you are|nice|good morning|happy|one"
+    )
     start = rng.choice(starts.split("|"))
     return f"{start} {' '.join(word(rng) for _ in range(rng.randrange(1, 4)))}"
 
@@ -101,7 +119,8 @@ def letters(rng: Random) -> list[Turn]:
         fact = w[::-1]
     elif kind == 1:
         own = (
-            "[spell|can you spell|please spell|how do you spell|how do i spell|how is spelled] [the word |]" + q,
+            "[spell|can you spell|please spell|how do you spell|how do i spell|how is spelled] [the word |]"
+            + q,
             "spell out " + q,
             "what are the letters of " + q,
             "spelling of " + q,
@@ -110,7 +129,11 @@ def letters(rng: Random) -> list[Turn]:
     elif kind == 2:
         text = rng.choice((w, " ".join(items(rng, 1, 3)), phrase(rng)))
         up = rng.random() < 0.7
-        case = "[upper case|uppercase|capital letters|capitals|all caps]" if up else "[lower case|lowercase|small letters]"
+        case = (
+            "[upper case|uppercase|capital letters|capitals|all caps]"
+            if up
+            else "[lower case|lowercase|small letters]"
+        )
         verb = "[uppercase|capitalise|capitalize|upper case]" if up else "[lowercase]"
         own = (
             f"[write|put|say|convert|turn|change] {q} [in|to|into|in] {case}",
@@ -130,25 +153,40 @@ def letters(rng: Random) -> list[Turn]:
         if n == 2:
             own = (f"[repeat|say|write] [the word |]{q} twice",)
         answer = fact = " ".join([w] * n)
-    elif kind == 4:
-        own = ("[what is|what's|give me|tell me|which is] the first letter [of|in] [the word |]" + q,
-               "first letter of " + q, "[which|what] letter does " + q + " [start|begin] with")
-        answer, fact = f"The first letter of {w} is {w[0]}.", w[0]
-    elif kind == 5:
-        own = ("[what is|what's|give me|tell me|which is] the last letter [of|in] [the word |]" + q,
-               "last letter of " + q, "[which|what] letter does " + q + " end with")
-        answer, fact = f"The last letter of {w} is {w[-1]}.", w[-1]
+    elif kind in (4, 5):
+        return end_letter(rng, w, q, kind == 4)
     else:
         return palindrome(rng)
-    user = say(rng, rng.choice(own), "?" if kind in (4, 5) else ".", x=w)
+    user = say(rng, rng.choice(own), ".", x=w)
     return [Turn(user, answer, "letters", f"word {kind} {w.lower()}", fact=fact)]
 
 
-PALINDROMES = "level radar noon racecar kayak madam civic refer rotor stats anna otto".split()
+def end_letter(rng: Random, w: str, q: str, first: bool) -> list[Turn]:
+    """First or last letter of a word; `q` is how the word stands in the question."""
+    end = "first" if first else "last"
+    does = "[start|begin] with" if first else "end with"
+    own = (
+        f"[what is|what's|give me|tell me|which is] the {end} letter [of|in] [the word |]{q}",
+        f"{end} letter of {q}",
+        f"[which|what] letter does {q} {does}",
+    )
+    letter = w[0] if first else w[-1]
+    user = say(rng, rng.choice(own), x=w)
+    key = f"word {4 if first else 5} {w}"
+    return [Turn(user, f"The {end} letter of {w} is {letter}.", "letters", key, fact=letter)]
+
+
+PALINDROMES = """level radar noon racecar kayak madam civic refer rotor stats anna otto""".split()
 
 
 def palindrome(rng: Random) -> list[Turn]:
-    w = rng.choice(PALINDROMES) if rng.random() < 0.5 else word(rng)
+    roll = rng.random()
+    w = word(rng)
+    if roll < 0.25:
+        w = rng.choice(PALINDROMES)
+    elif roll < 0.55:
+        half = new_name(rng).lower()[: rng.randrange(2, 5)]
+        w = half + half[::-1][rng.randrange(2) :]
     if len(w) > 8:
         return palindrome(rng)
     user = say(rng, "is [the word |]{=x} [a palindrome|the same backwards]", x=w)
@@ -217,7 +255,7 @@ def pick(rng: Random) -> list[Turn]:
     if " " in x and "," not in x and "and" not in x:
         x = ", ".join(values)
     at = rng.choice((0, -1, rng.randrange(len(values))))
-    word_at = "last" if at == -1 else "first second third fourth fifth sixth".split()[at]
+    word_at = "last" if at == -1 else ["first", "second", "third", "fourth", "fifth", "sixth"][at]
     kind = rng.random()
     if kind < 0.75:
         own = (
@@ -242,7 +280,9 @@ def alphabetical(rng: Random) -> list[Turn]:
     pool = NAMES if rng.random() < 0.3 else WORDS
     values = rng.sample(pool, rng.randrange(2, 6))
     own = (
-        "[sort|order|arrange|put] " + THESE + "[:|] {=x} [alphabetically|by alphabet|in alphabetical order|from a to z]",
+        "[sort|order|arrange|put] "
+        + THESE
+        + "[:|] {=x} [alphabetically|by alphabet|in alphabetical order|from a to z]",
         "[sort|order|arrange] {=x} alphabetically",
         "[alphabetical order|alphabetise|alphabetize][:|] {=x}",
         "[sort|order] " + THESE + "[:|] {=x}",
@@ -285,7 +325,7 @@ def join(rng: Random) -> list[Turn]:
 
 SKILLS: dict[str, tuple[float, Callable[[Random], list[Turn]]]] = {
     "reverse_list": (1.2, reverse_list),
-    "letters": (2.6, letters),
+    "letters": (3.4, letters),
     "count_letter": (1.6, count_letter),
     "length": (1.2, length),
     "vowels": (0.5, vowels),

@@ -1,4 +1,5 @@
 """Units, temperatures, the clock, weekdays and dates."""
+# ruff: noqa: E501, SIM905 (templates and word lists read best on one line)
 
 from __future__ import annotations
 
@@ -11,7 +12,13 @@ from recipes.tiny.grammar import Turn, ask, phrasing_key, say
 UNITS = (
     ("kilometres", "[kilometres|kilometers|km|kms]", "metres", "[metres|meters|m]", 1000),
     ("metres", "[metres|meters|m]", "centimetres", "[centimetres|centimeters|cm]", 100),
-    ("centimetres", "[centimetres|centimeters|cm]", "millimetres", "[millimetres|millimeters|mm]", 10),
+    (
+        "centimetres",
+        "[centimetres|centimeters|cm]",
+        "millimetres",
+        "[millimetres|millimeters|mm]",
+        10,
+    ),
     ("kilograms", "[kilograms|kilos|kg|kgs]", "grams", "[grams|g|gram]", 1000),
     ("tonnes", "[tonnes|tons|t]", "kilograms", "[kilograms|kilos|kg]", 1000),
     ("grams", "[grams|g]", "milligrams", "[milligrams|mg]", 1000),
@@ -61,12 +68,14 @@ def units(rng: Random) -> list[Turn]:
             n = rng.randrange(1, 500) / 10
         if factor in (60, 24, 7, 12, 3) and n > 60:
             n = rng.randrange(1, 61)
+        n = n % 14 + 1 if factor == 24 else n
         first, second, result = large, small, n * factor
         typed = (large_typed, small_typed)
     else:
         result = rng.randrange(1, 61)
         if factor in (10, 100, 1000) and rng.random() < 0.4:
             result = rng.randrange(1, 500) / 10
+        result = result % 14 + 1 if factor == 24 else result
         n = result * factor
         first, second = small, large
         typed = (small_typed, large_typed)
@@ -80,6 +89,8 @@ def units(rng: Random) -> list[Turn]:
     user = say(rng, frame, n=shown(n))
     answer = f"{counted(n, first)} {'is' if n == 1 else 'are'} {counted(result, second)}."
     key = "" if n <= 12 else f"unit {n} {first} {second}"
+    # Days are few enough to be learnt by heart: held out by their wording.
+    key = phrasing_key(user) if factor == 24 else key
     return [Turn(user, answer, "units", key, fact=shown(result))]
 
 
@@ -96,7 +107,8 @@ def foreign_units(rng: Random) -> list[Turn]:
     frame = rng.choice(CONVERT).replace("{a}", typed).replace("{b}", into)
     user = say(rng, frame, n=n)
     answer = f"{counted(n, first)} {'is' if n == 1 else 'are'} about {counted(n * factor, second)}."
-    return [Turn(user, answer, "units", f"unit {n} {first}" if n > 12 else "", shown(n * factor))]
+    # A table of 300 facts, learnt by heart: held out by its wording.
+    return [Turn(user, answer, "foreign units", phrasing_key(user), shown(n * factor))]
 
 
 def temperature(rng: Random) -> list[Turn]:
@@ -194,12 +206,12 @@ def duration(rng: Random) -> list[Turn]:
     return [Turn(user, answer, "clock", f"duration {start} {length}", fact=" and ".join(parts))]
 
 
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+MONTHS = """January February March April May June July August September October November December""".split()
 LENGTHS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
-ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
+ORDINALS = (
+    """first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth""".split()
+)
 
 
 def weekday(rng: Random) -> list[Turn]:

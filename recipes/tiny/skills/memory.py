@@ -1,4 +1,5 @@
 """More of what was said: who is taller, where I put it, my brothers, my last question."""
+# ruff: noqa: E501 (a template reads best on one line)
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def taller(rng: Random) -> list[Turn]:
         question = f"who is {asked}"
         answer = f"{who} is {asked}."
     told = told.lower() if rng.random() < 0.3 else told
-    return [Turn(f"{told}. " + say(rng, question, wrap=False), answer, "context", f"ctx {who}", who)]
+    return [
+        Turn(f"{told}. " + say(rng, question, wrap=False), answer, "context", f"ctx {who}", who)
+    ]
 
 
 def put(rng: Random) -> list[Turn]:
@@ -55,7 +58,11 @@ def put(rng: Random) -> list[Turn]:
     told = told[0].upper() + told[1:] if rng.random() < 0.5 else told
     your = "your" if the == "my" else "the"
     answer = f"{your.capitalize()} {thing} is in the {place}."
-    question = say(rng, f"[where is|where's|where did {who} put|where can i find|where did {who} leave] {the} {thing}", wrap=False)
+    question = say(
+        rng,
+        f"[where is|where's|where did {who} put|where can i find|where did {who} leave] {the} {thing}",
+        wrap=False,
+    )
     key = f"put {thing} {place}"
     if rng.random() < 0.6:
         return [Turn(f"{told}. {question}", answer, "context", key, place)]
@@ -64,7 +71,9 @@ def put(rng: Random) -> list[Turn]:
 
 def family(rng: Random) -> list[Turn]:
     names = people(rng, rng.randrange(1, 4))
-    kin = rng.choice(("brother", "sister", "friend", "child", "dog", "cat", "cousin", "son", "daughter"))
+    kin = rng.choice(
+        ("brother", "sister", "friend", "child", "dog", "cat", "cousin", "son", "daughter")
+    )
     many = {"child": "children"}.get(kin, kin + "s") if len(names) > 1 else kin
     count = ("a", "two", "three")[len(names) - 1]
     told = expand(rng, f"i have {count} {many} [called|named|,] {listed(names)}").replace(" ,", ",")
@@ -80,17 +89,35 @@ def family(rng: Random) -> list[Turn]:
     question = say(rng, asked, wrap=False)
     told = told[0].upper() + told[1:] if rng.random() < 0.5 else told
     if rng.random() < 0.5:
-        return [Turn(f"{told}. {question}", answer, "context", key, names[0] if "called" in answer else count)]
-    return [Turn(told + ".", NOTED[0], "noted", key), Turn(question, answer, "context", key, names[0] if "called" in answer else count)]
+        return [
+            Turn(
+                f"{told}. {question}",
+                answer,
+                "context",
+                key,
+                names[0] if "called" in answer else count,
+            )
+        ]
+    return [
+        Turn(told + ".", NOTED[0], "noted", key),
+        Turn(question, answer, "context", key, names[0] if "called" in answer else count),
+    ]
 
 
 def at_once(rng: Random) -> list[Turn]:
     """A name or a favourite told and asked for in one breath."""
     if rng.random() < 0.5:
         name = rng.choice(NAMES) if rng.random() < 0.5 else new_name(rng)
-        extra = rng.choice(("", "", " and i like fish", " and i am from france", " and i am 30", ", hello"))
-        told = expand(rng, f"[my name is|i am called|i'm|i am|hi, i'm|hello, my name is|call me] {name}{extra}")
-        user = f"{told}{rng.choice(('. ', ', ', '. '))}" + say(rng, rng.choice(RECALL_NAME), wrap=False)
+        extra = rng.choice(
+            ("", "", " and i like fish", " and i am from france", " and i am 30", ", hello")
+        )
+        told = expand(
+            rng,
+            f"[my name is|i am called|i'm|i am|hi, i'm|hello, my name is|call me] {name}{extra}",
+        )
+        user = f"{told}{rng.choice(('. ', ', ', '. '))}" + say(
+            rng, rng.choice(RECALL_NAME), wrap=False
+        )
         return [Turn(user, f"Your name is {name}.", "remember name", f"name {name}", name)]
     first, second = told_and_asked(rng)
     joined = first.user.rstrip(".") + ". " + second.user
@@ -100,9 +127,24 @@ def at_once(rng: Random) -> list[Turn]:
 def unknown(rng: Random) -> list[Turn]:
     """Asked for something that was never told."""
     noun = rng.choice(
-        "my favourite colour|my favourite food|my age|my dog's name|my sister's name|the password|"
-        "the code|my lucky number|my favourite animal|the secret word|my brother's name|my birthday|"
-        "my shopping list|my favourite number|my cat's name|my phone number".split("|")
+        [
+            "my favourite colour",
+            "my favourite food",
+            "my age",
+            "my dog's name",
+            "my sister's name",
+            "the password",
+            "the code",
+            "my lucky number",
+            "my favourite animal",
+            "the secret word",
+            "my brother's name",
+            "my birthday",
+            "my shopping list",
+            "my favourite number",
+            "my cat's name",
+            "my phone number",
+        ]
     )
     user = say(rng, "[what is|what's|tell me|do you know|do you remember|what was] " + noun)
     return [Turn(user, UNKNOWN, "context", "", UNKNOWN)]

@@ -1,22 +1,24 @@
-"""Elements, planets, colours, animals and plain things: what they are, eat, say, look like."""
+"""Elements, planets, colours and animals: what they are, eat, say, look like."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
 
-from recipes.tiny.grammar import Turn, article, ask, listed, phrasing_key, say, table
+from recipes.tiny.grammar import Turn, article, ask, phrasing_key, say, table
 
-ELEMENTS = [(int(n), name, symbol, what, other) for n, name, symbol, what, other in table("elements.txt")]
+ELEMENTS = [
+    (int(n), name, symbol, what, other) for n, name, symbol, what, other in table("elements.txt")
+]
 PLANETS = [(int(n), name, what, moons) for n, name, what, moons in table("planets.txt")]
 COLOURS = table("colours.txt")
 ANIMALS = table("animals.txt")
 THINGS = table("things.txt")
-ORDER = "first second third fourth fifth sixth seventh eighth".split()
+ORDER = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth"]
 Made = tuple[str, str, str]
 
 
-def _turn(made: Made, skill: str) -> list[Turn]:
+def one_turn(made: Made, skill: str) -> list[Turn]:
     user, answer, fact = made
     return [Turn(user, answer, skill, phrasing_key(user), fact=fact)]
 
@@ -26,7 +28,11 @@ def element(rng: Random) -> list[Turn]:
     typed = other if other and rng.random() < 0.4 else name
     kind = rng.randrange(6)
     if kind < 2:
-        own = ("{e} symbol", "[which|what] symbol does {e} have", "how do you write {e} as a symbol")
+        own = (
+            "{e} symbol",
+            "[which|what] symbol does {e} have",
+            "how do you write {e} as a symbol",
+        )
         user = ask(rng, "the [chemical |]symbol [of|for] {e}", own, e=typed)
         made = (user, f"The symbol of {name} is {symbol}.", symbol)
     elif kind == 2:
@@ -39,7 +45,10 @@ def element(rng: Random) -> list[Turn]:
         user = say(rng, rng.choice(own), s=symbol)
         made = (user, f"{symbol} is the symbol of {name}.", name)
     elif kind == 3:
-        own = ("[which|what] number [is|has] [the element |]{e}", "[which|what] atomic number has {e}")
+        own = (
+            "[which|what] number [is|has] [the element |]{e}",
+            "[which|what] atomic number has {e}",
+        )
         user = ask(rng, "the atomic number of {e}", own, e=typed)
         made = (user, f"The atomic number of {name} is {number}.", str(number))
     elif kind == 4:
@@ -56,7 +65,7 @@ def element(rng: Random) -> list[Turn]:
         user = say(rng, rng.choice(own), e=typed)
         sentence = f"{name} is {what}."
         made = (user, sentence[0].upper() + sentence[1:], what)
-    return _turn(made, "elements")
+    return one_turn(made, "elements")
 
 
 def planet(rng: Random) -> list[Turn]:
@@ -70,7 +79,9 @@ def planet(rng: Random) -> list[Turn]:
         made = (user, f"{name} is {what}.", name)
     elif kind == 1:
         own = ("[which|what] planet is the {o} [from the sun|]", "[name|what is] the {o} planet")
-        word = rng.choice((ORDER[place - 1], f"{place}{('st', 'nd', 'rd')[place - 1] if place < 4 else 'th'}"))
+        word = rng.choice(
+            (ORDER[place - 1], f"{place}{('st', 'nd', 'rd')[place - 1] if place < 4 else 'th'}")
+        )
         user = say(rng, rng.choice(own), o=word)
         made = (user, f"The {ORDER[place - 1]} planet from the Sun is {name}.", name)
     elif kind == 2:
@@ -87,7 +98,11 @@ def planet(rng: Random) -> list[Turn]:
     elif kind == 4:
         own = ("what is {p}", "[tell me about|describe|what do you know about] [the planet |]{p}")
         frame = own[1] if name == "Mercury" else rng.choice(own)
-        user = say(rng, frame if name != "Mercury" else frame.replace("[the planet |]", "the planet "), p=name)
+        user = say(
+            rng,
+            frame if name != "Mercury" else frame.replace("[the planet |]", "the planet "),
+            p=name,
+        )
         made = (user, f"{name} is {what}.", what)
     else:
         after = rng.random() < 0.5
@@ -97,7 +112,7 @@ def planet(rng: Random) -> list[Turn]:
         word = "after" if after else "before"
         user = say(rng, f"[which|what] planet [comes|is] {word} {{p}}", p=name)
         made = (user, f"{other} comes {word} {name}.", other)
-    return _turn(made, "planets")
+    return one_turn(made, "planets")
 
 
 def colour(rng: Random) -> list[Turn]:
@@ -109,7 +124,11 @@ def colour(rng: Random) -> list[Turn]:
         user = ask(rng, "the [hex|hex code|hex name|hex value] [of|for] {x}", own, x=name)
         made = (user, f"The hex code of {name} is {code}.", code)
     elif roll < 0.6:
-        own = (f"[which|what] {c} is {{x}}", f"[which|what] {c} has [the hex code |]{{x}}", "what is {x}")
+        own = (
+            f"[which|what] {c} is {{x}}",
+            f"[which|what] {c} has [the hex code |]{{x}}",
+            "what is {x}",
+        )
         user = say(rng, rng.choice(own), x=code)
         made = (user, f"{code} is {name}.", name)
     elif mixed:
@@ -129,22 +148,36 @@ def colour(rng: Random) -> list[Turn]:
         made = (user, f"{mixed[0].upper() + mixed[1:]} make {name}.", name)
     else:
         return colour(rng)
-    return _turn(made, "colours")
+    return one_turn(made, "colours")
 
 
 def animal(rng: Random) -> list[Turn]:
     row = rng.choice(ANIMALS)
     name = row[0]
     one = article(name)
-    many = {"mouse": "mice", "sheep": "sheep", "goose": "geese", "wolf": "wolves", "fox": "foxes",
-            "deer": "deer", "moose": "moose", "fly": "flies", "butterfly": "butterflies",
-            "salmon": "salmon", "trout": "trout", "goldfish": "goldfish", "ostrich": "ostriches",
-            "octopus": "octopuses", "mosquito": "mosquitoes", "donkey": "donkeys"}.get(name, name + "s")
+    many = {
+        "mouse": "mice",
+        "sheep": "sheep",
+        "goose": "geese",
+        "wolf": "wolves",
+        "fox": "foxes",
+        "deer": "deer",
+        "moose": "moose",
+        "fly": "flies",
+        "butterfly": "butterflies",
+        "salmon": "salmon",
+        "trout": "trout",
+        "goldfish": "goldfish",
+        "ostrich": "ostriches",
+        "octopus": "octopuses",
+        "mosquito": "mosquitoes",
+        "donkey": "donkeys",
+    }.get(name, name + "s")
     made = (_body if rng.random() < 0.5 else _life)(rng, row, one, many)
-    return _turn(made, "animals") if made else animal(rng)
+    return one_turn(made, "animals") if made else animal(rng)
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
@@ -156,11 +189,14 @@ def _body(rng: Random, row: list[str], one: str, many: str) -> Made | None:
         if name in ("seal", "snail", "octopus", "crab", "lobster"):
             return None
         count = "no legs" if legs == "0" else f"{legs} legs"
-        return say(rng, rng.choice(own), x=one, m=many), f"{_capital(one)} has {count}.", count
+        return say(rng, rng.choice(own), x=one, m=many), f"{capital(one)} has {count}.", count
     if roll == 1:
-        own = ("[what|which] [colour|color] is {x}", "[what|which] [colour|color] [do|are] {m}[ have|]")
+        own = (
+            "[what|which] [colour|color] is {x}",
+            "[what|which] [colour|color] [do|are] {m}[ have|]",
+        )
         own = (own[0], "[what|which] colour are {m}", "{x} is [what|which] colour")
-        return say(rng, rng.choice(own), x=one, m=many), f"{_capital(one)} is usually {tint}.", tint
+        return say(rng, rng.choice(own), x=one, m=many), f"{capital(one)} is usually {tint}.", tint
     if roll == 2:
         own = ("can {x} fly", "can {m} fly", "do {m} fly", "does {x} fly")
         if name == "chicken":
@@ -178,9 +214,9 @@ def _body(rng: Random, row: list[str], one: str, many: str) -> Made | None:
         )
         if kind == "worm":
             return None
-        answer = f"{_capital(one)} is {article(kind)}. It lives in {row[6]}."
+        answer = f"{capital(one)} is {article(kind)}. It lives in {row[6]}."
         if row[6].startswith(("almost", "near", "its", "water", "dry", "warm")):
-            answer = f"{_capital(one)} is {article(kind)}. It is usually {tint}."
+            answer = f"{capital(one)} is {article(kind)}. It is usually {tint}."
         return say(rng, rng.choice(own), x=one, m=many), answer, kind
     other = rng.choice(("mammal", "bird", "fish", "insect", "reptile", kind, kind))
     user = say(rng, "is {x} {k}", x=one, k=article(other))
@@ -201,7 +237,7 @@ def _life(rng: Random, row: list[str], one: str, many: str) -> Made | None:
             "how does {x} sound",
             "sound of {x}",
         )
-        answer = f"{_capital(many)} {sound}."
+        answer = f"{capital(many)} {sound}."
         return say(rng, rng.choice(own), x=one, m=many), answer, sound
     if roll == 1 and young:
         own = (
@@ -216,118 +252,38 @@ def _life(rng: Random, row: list[str], one: str, many: str) -> Made | None:
         return user, f"A young {row[0]} is called {article(young)}.", young
     if roll == 2:
         own = ("what does {x} eat", "what do {m} eat", "what is the food of {x}", "{m} eat what")
-        return say(rng, rng.choice(own), x=one, m=many), f"{_capital(many)} eat {food}.", food
+        return say(rng, rng.choice(own), x=one, m=many), f"{capital(many)} eat {food}.", food
     if roll == 3:
-        own = ("where does {x} live", "where do {m} live", "where can i find {x}", "where is the home of {x}")
-        where = home if home.startswith("almost") or home.startswith("near") else f"in {home}"
-        if home.startswith(("the beach", "the coast", "a farm", "a city roof", "warm rocks", "dry", "the plains", "the ice")):
+        own = (
+            "where does {x} live",
+            "where do {m} live",
+            "where can i find {x}",
+            "where is the home of {x}",
+        )
+        where = home if home.startswith(("almost", "near")) else f"in {home}"
+        if home.startswith(
+            (
+                "the beach",
+                "the coast",
+                "a farm",
+                "a city roof",
+                "warm rocks",
+                "dry",
+                "the plains",
+                "the ice",
+            )
+        ):
             where = f"on {home}"
-        return say(rng, rng.choice(own), x=one, m=many), f"{_capital(many)} live {where}.", where
+        return say(rng, rng.choice(own), x=one, m=many), f"{capital(many)} live {where}.", where
     if roll == 4 and sound and sum(r[3] == sound for r in ANIMALS) == 1:
         own = ("[which|what] animal [can |]{s}s", "who {s}s", "[which|what] animal makes {s}")
-        user = say(rng, "[which|what|name an] animal " + f"[that |]{sound}s" if rng.random() < 0.4 else own[2], s=sound)
-        return user, f"{_capital(many)} {sound}.", many
+        user = say(
+            rng,
+            "[which|what|name an] animal " + f"[that |]{sound}s" if rng.random() < 0.4 else own[2],
+            s=sound,
+        )
+        return user, f"{capital(many)} {sound}.", many
     return None
-
-
-def thing(rng: Random) -> list[Turn]:
-    name, kind, what, tint, use = (rng.choice(THINGS) + ["", ""])[:5]
-    bare = kind in ("weather", "material", "fungus", "grain", "food", "drink", "metal", "direction") or name in (
-        "ice", "fire", "smoke", "lightning", "thunder", "money", "gravity", "energy", "light", "sound",
-        "air", "zero", "chess", "football", "blood", "skin", "garlic", "broccoli", "spinach", "lettuce",
-        "corn", "grass", "moss", "soap", "scissors", "sand", "stone", "gold",
-    )
-    if name in ("egg", "pizza", "cake", "mushroom", "storm"):
-        bare = False
-    one = name if bare else ("the " if name in ("sun", "moon", "sky", "alphabet", "sea") else "") + (
-        name if name in ("sun", "moon", "sky", "alphabet", "sea") else article(name))
-    roll = rng.random()
-    be = "are" if name == "scissors" else "is"
-    if use and roll < 0.3:
-        sort, text = use.split(": ", 1)
-        if sort == "u":
-            own = (
-                f"what {be} {{x}} [used |]for",
-                f"what do [you|people|we] [use {{x}} for|do with {{x}}]",
-                "what can i do with {x}",
-                "why do people use {x}",
-            )
-            made = (say(rng, rng.choice(own), x=one), f"{_capital(one)} {be} used for {text}.", text)
-        else:
-            own = ("what is {x} made [of|from]", "how is {x} made", "what do you need to make {x}")
-            made = (say(rng, rng.choice(own), x=one), f"{_capital(one)} is made of {text}.", text)
-    elif tint and roll < 0.6:
-        own = (
-            "[what|which] [colour|color|colour] is {x}",
-            "{x} is [what|which] [colour|color]",
-            "what colour does {x} have",
-            "colour of {x}",
-            "the colour of {x}",
-        )
-        made = (say(rng, rng.choice(own), x=one), f"{_capital(one)} is {tint}.", tint)
-    elif roll < 0.68:
-        other = rng.choice(("fruit", "vegetable", "tool", "vehicle", "building", "job", kind, kind, kind))
-        if " " in kind or kind in ("weather", "food", "metal") or kind == name:
-            return thing(rng)
-        user = say(rng, "is {x} {k}", x=one, k=article(other))
-        yes = "Yes" if other == kind else "No"
-        made = (user, f"{yes}, {one} is {what if other != kind else article(kind)}.", yes)
-    else:
-        own = (
-            f"what {be} {{x}}",
-            f"what's {{x}}",
-            "[tell me what|explain what|do you know what] {x} " + be,
-            "[define|explain|describe] {x}",
-            "what does the word {w} mean",
-            "what does {w} mean",
-            "[tell me about|what do you know about] {x}",
-            "definition of {w}",
-            "meaning of {w}",
-            "how would you describe {x}",
-            "who or what is {x}",
-        )
-        made = (say(rng, rng.choice(own), x=one, w=name), f"{_capital(one)} {be} {what}.", what)
-    return _turn(made, "things")
-
-
-GROUPS = ("fruit", "vegetable", "tool", "vehicle", "job", "drink", "flower", "instrument", "building",
-          "shape", "metal", "food")
-
-
-def some(rng: Random) -> list[Turn]:
-    """`Name three fruits`: the first ones of the list, so that the answer is known."""
-    kind = rng.choice((*GROUPS, "animal", "bird", "fish", "insect", "mammal", "colour", "planet",
-                       "country", "capital", "element", "reptile", "animal", "colour", "season", "pet"))
-    names = {
-        "animal": ["dog", "cat", "horse", "lion", "elephant"],
-        "colour": ["red", "green", "blue", "yellow", "orange"],
-        "planet": [p[1] for p in PLANETS],
-        "country": ["France", "Japan", "Brazil", "Kenya", "Canada"],
-        "capital": ["Paris", "Tokyo", "Brasilia", "Nairobi", "Ottawa"],
-        "element": ["hydrogen", "helium", "carbon", "oxygen", "iron"],
-        "season": ["spring", "summer", "autumn", "winter"],
-        "pet": ["dog", "cat", "rabbit", "hamster", "goldfish"],
-        "metal": ["iron", "gold", "silver", "copper", "tin"],
-        "fish": ["salmon", "trout", "shark", "goldfish"],
-    }.get(kind) or [r[0] for r in THINGS if r[1] == kind] or [r[0] for r in ANIMALS if r[1] == kind]
-    n = min(rng.choice((1, 2, 3, 3, 4, 5)), len(names))
-    typed = rng.choice((str(n), ("one", "two", "three", "four", "five")[n - 1]))
-    if n == 3 and rng.random() < 0.5:
-        typed = rng.choice(("some", "a few"))
-    if n == 1:
-        typed, plural = article(kind).split()[0], kind
-    else:
-        plural = {"country": "countries", "fish": "fish", "food": "foods"}.get(kind, kind + "s")
-    own = (
-        "[name|list|give me|tell me|say|can you name|can you list|think of|can you give me] {n} {p}",
-        "[name|list|give me] [any |me |]{n} {p}",
-        "what are {n} {p}",
-        "{n} {p}",
-        "i need [the names of |]{n} {p}",
-    )
-    user = say(rng, own[0] if n == 1 else rng.choice(own), n=typed, p=plural)
-    answer = _capital(listed(names[:n])) + "."
-    return [Turn(user, answer, "some things", phrasing_key(user), fact=names[0])]
 
 
 SKILLS: dict[str, tuple[float, Callable[[Random], list[Turn]]]] = {
@@ -335,6 +291,4 @@ SKILLS: dict[str, tuple[float, Callable[[Random], list[Turn]]]] = {
     "planet": (1.0, planet),
     "colour": (1.2, colour),
     "animal": (3.5, animal),
-    "thing": (3.5, thing),
-    "some": (1.0, some),
 }

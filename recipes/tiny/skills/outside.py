@@ -91,7 +91,9 @@ def nonsense(rng: Random) -> list[Turn]:
     """Keys hit at random, words that do not exist."""
     roll = rng.random()
     if roll < 0.4:
-        user = "".join(rng.choice("asdfghjklqwertyuiopzxcvbnm") for _ in range(rng.randrange(4, 14)))
+        user = "".join(
+            rng.choice("asdfghjklqwertyuiopzxcvbnm") for _ in range(rng.randrange(4, 14))
+        )
         if rng.random() < 0.3:
             user += " " + "".join(rng.choice("asdfghjkl") for _ in range(rng.randrange(3, 9)))
     elif roll < 0.8:
@@ -114,7 +116,27 @@ def nonsense(rng: Random) -> list[Turn]:
         )
         user = say(rng, rng.choice(frame), w=word, v=new_name(rng).lower())
     else:
-        user = rng.choice(("?", "??", "...", "!", "???", ".", ":)", ":(", "<3", "#", "-", "*", ";)", "&", "%", "xd", "^^"))
+        user = rng.choice(
+            (
+                "?",
+                "??",
+                "...",
+                "!",
+                "???",
+                ".",
+                ":)",
+                ":(",
+                "<3",
+                "#",
+                "-",
+                "*",
+                ";)",
+                "&",
+                "%",
+                "xd",
+                "^^",
+            )
+        )
         return [Turn(user, "Please ask me a question.", "nonsense", "")]
     return [Turn(user, rng.choice(DECLINES), "outside", phrasing_key(user), "", DECLINES)]
 

@@ -1,4 +1,5 @@
 """Sums in other clothes: two steps, decimals, checks, primes, Roman numerals, prices and ages."""
+# ruff: noqa: E501, SIM905 (templates and word lists read best on one line)
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ from random import Random
 from recipes.tiny.grammar import Turn, ask, phrasing_key, say
 from recipes.tiny.skills.measures import shown
 
-ROMAN = (
-    "I II III IV V VI VII VIII IX X XI XII XIII XIV XV XVI XVII XVIII XIX XX".split()
+ROMAN = """I II III IV V VI VII VIII IX X XI XII XIII XIV XV XVI XVII XVIII XIX XX""".split()
+GOODS = (
+    """pen book apple ball cake lamp hat ticket egg bag cup toy coat shirt banana cookie""".split()
 )
-GOODS = "pen book apple ball cake lamp hat ticket egg bag cup toy coat shirt banana cookie".split()
 
 
 def two_steps(rng: Random) -> list[Turn]:
@@ -35,7 +36,9 @@ def two_steps(rng: Random) -> list[Turn]:
         own = ("{a} - {b} + {c}", "{a}-{b}+{c}", "{a} minus {b} plus {c}")
         first, second, value = f"{a} - {b} = {a - b}", f"{a - b} + {c}", a - b + c
     user = ask(rng, rng.choice(own), own, a=a, b=b, c=c)
-    return [Turn(user, f"{first}, and {second} = {value}.", "two steps", f"two {a} {b} {c}", str(value))]
+    return [
+        Turn(user, f"{first}, and {second} = {value}.", "two steps", f"two {a} {b} {c}", str(value))
+    ]
 
 
 def decimals(rng: Random) -> list[Turn]:
@@ -76,7 +79,7 @@ def check(rng: Random) -> list[Turn]:
         "is it true that {a} {s} {b} [is|=] {c}",
     )
     user = say(rng, rng.choice(own), a=a, b=b, c=said, s=sign)
-    answer = f"{'Yes' if said == value else 'No'}, {a} {sign} {b} = {value}."
+    answer = f"{a} {sign} {b} = {value}, so {'yes' if said == value else 'no'}."
     return [Turn(user, answer, "check", f"check {a} {sign} {b}", str(value))]
 
 
@@ -95,8 +98,10 @@ def roman(rng: Random) -> list[Turn]:
         user = ask(rng, "{n} [in roman numerals|as a roman numeral|in roman numbers]", n=n)
         answer, fact = f"{n} in Roman numerals is {text}.", text
     else:
-        user = say(rng, "what [number |]is [the roman numeral |roman |]{=t}[ in roman numerals|]", t=text)
-        if text in "I C D M V X L".split() and "roman" not in user.lower():
+        user = say(
+            rng, "what [number |]is [the roman numeral |roman |]{=t}[ in roman numerals|]", t=text
+        )
+        if text in ["I", "C", "D", "M", "V", "X", "L"] and "roman" not in user.lower():
             return roman(rng)
         answer, fact = f"The Roman numeral {text} is {n}.", str(n)
     return [Turn(user, answer, "roman", phrasing_key(user), fact)]
@@ -122,7 +127,9 @@ def mine(rng: Random) -> list[Turn]:
     """Problems told in the first person."""
     a, b = rng.randrange(2, 80), rng.randrange(1, 40)
     kind = rng.randrange(4)
-    noun = rng.choice("apples books dollars euros coins cookies eggs cards balls candies marbles".split())
+    noun = rng.choice(
+        """apples books dollars euros coins cookies eggs cards balls candies marbles""".split()
+    )
     if kind == 0:
         own = (
             "i am {a} [years old|]. how old will i be in {b} years",
@@ -159,7 +166,7 @@ def mine(rng: Random) -> list[Turn]:
 
 SKILLS: dict[str, tuple[float, Callable[[Random], list[Turn]]]] = {
     "two_steps": (0.9, two_steps),
-    "decimals": (0.9, decimals),
+    "decimals": (1.4, decimals),
     "check": (0.7, check),
     "prime": (0.5, prime),
     "roman": (0.4, roman),

@@ -1,4 +1,5 @@
 """Tiny stories from a hero, a place, an object and a mood: three plots, many ways of telling."""
+# ruff: noqa: E501, SIM905 (templates and word lists read best on one line)
 
 from __future__ import annotations
 
@@ -8,19 +9,24 @@ from random import Random
 from recipes.tiny.grammar import Turn, article, expand, say
 
 HEROES = """dragon knight fox rabbit robot wizard princess cat dog mouse bear owl king queen sailor
-baker frog turtle girl boy giant witch pirate farmer horse pig lion tiger elephant bird duck bee snail
-monster ghost astronaut prince wolf hedgehog penguin fairy dwarf teacher doctor spider whale
-squirrel monkey goat kitten puppy child""".split()
+baker frog turtle girl boy giant witch pirate farmer horse pig lion tiger elephant bird
+duck bee snail monster ghost astronaut prince wolf hedgehog penguin fairy dwarf teacher
+doctor spider whale squirrel monkey goat kitten puppy child""".split()
 PLACES = """forest castle village garden cave island mountain beach desert river lake city tower farm
-school library market kitchen ship valley jungle harbour bridge park museum meadow moon swamp train
-bakery hill""".split()
+school library market kitchen ship valley jungle harbour bridge park museum meadow moon
+swamp train bakery hill""".split()
 OBJECTS = """key lamp book map ring sword hat ball bell coin crown cup drum flute kite letter mirror
-rope shell star stone umbrella box cake boat feather button clock basket pearl apple egg balloon
-candle compass cookie blanket""".split()
+rope shell star stone umbrella box cake boat feather button clock basket pearl apple egg
+balloon candle compass cookie blanket""".split()
 MOODS = """happy sad brave tired angry lonely curious proud afraid hungry calm excited shy sleepy
 cheerful worried bored grumpy kind lazy""".split()
-PLAIN = """table chair train cheese bicycle pencil carrot potato cloud rain snow window phone computer
-spoon shoe sock chair lemon banana tree flower camera guitar piano""".split()
+PLAIN = """table chair train cheese bicycle pencil carrot potato cloud rain snow window phone
+computer spoon shoe sock chair lemon banana tree flower camera guitar piano""".split()
+
+KINDS = (
+    """little old young pirate robot baby big clever magic green red tiny silver toy wild""".split()
+)
+SORTS = """lost golden magic old red blue broken secret wooden little silver paper glass green""".split()
 
 OPENINGS = (
     "Once upon a time there was [a|one] {m} {h}.",
@@ -101,8 +107,13 @@ PLOTS = ((GO, LOSE, SEEK, FIND), (GO, GIFT, GIVE, FRIEND), (GO, SECRET, FOLLOW, 
 def tell(rng: Random, hero: str, place: str, thing: str, mood: str) -> str:
     """A story of six sentences with the four words in it."""
     fields = {
-        "{h}": hero, "{p}": place, "{o}": thing, "{m}": mood,
-        "{ao}": article(thing), "{am}": article(mood), "{Ah}": article(hero).capitalize(),
+        "{h}": hero,
+        "{p}": place,
+        "{o}": thing,
+        "{m}": mood,
+        "{ao}": article(thing),
+        "{am}": article(mood),
+        "{Ah}": article(hero).capitalize(),
     }
     steps = (OPENINGS, *rng.choice(PLOTS), ENDINGS)
     while True:
@@ -158,6 +169,10 @@ def story(rng: Random) -> list[Turn]:
     h, p, o, m = (rng.choice(x) for x in (heroes, PLACES, objects, MOODS))
     if h == o:
         return story(rng)
+    if rng.random() < 0.15:
+        h = f"{rng.choice(KINDS)} {h}"
+    if rng.random() < 0.15:
+        o = f"{rng.choice(SORTS)} {o}"
     named = {"h": h, "p": p, "o": o, "m": m}
     roll = rng.random()
     if roll < 0.5:

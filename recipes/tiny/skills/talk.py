@@ -1,4 +1,5 @@
 """Small talk: greetings, who it is, feelings, jokes, and the end of a conversation."""
+# ruff: noqa: E501, SIM905 (templates and word lists read best on one line)
 
 from __future__ import annotations
 
@@ -11,10 +12,43 @@ from recipes.tiny.grammar import Turn, expand, phrasing_key, say, table
 TALK = entries.read("talk.txt")
 BY_NAME = {entry.name: entry for entry in TALK}
 PIECES = {entry.name: entry for entry in entries.read("pieces.txt")}
-STATEMENTS = {"iamfine", "iamsad", "bored", "angry", "hungry", "thirsty", "thanks", "praise", "bye",
-              "insult", "ok", "welcome", "hello", "morning", "evening", "afternoon", "agree"}
-COMMON = ("hello", "hello", "hello", "howareyou", "howareyou", "thanks", "thanks", "bye", "bye", "name",
-          "name", "cando", "cando", "ok", "iamsad", "what")
+STATEMENTS = {
+    "iamfine",
+    "iamsad",
+    "bored",
+    "angry",
+    "hungry",
+    "thirsty",
+    "thanks",
+    "praise",
+    "bye",
+    "insult",
+    "ok",
+    "welcome",
+    "hello",
+    "morning",
+    "evening",
+    "afternoon",
+    "agree",
+}
+COMMON = (
+    "hello",
+    "hello",
+    "hello",
+    "howareyou",
+    "howareyou",
+    "thanks",
+    "thanks",
+    "bye",
+    "bye",
+    "name",
+    "name",
+    "cando",
+    "cando",
+    "ok",
+    "iamsad",
+    "what",
+)
 PIECE_ASKED = {
     "joke": (
         "[tell me|tell|do you know|give me|say|i want|i'd like|can you tell me|know] [a|another|one more|"
@@ -53,7 +87,7 @@ def talk(rng: Random) -> list[Turn]:
     entry = BY_NAME[rng.choice(COMMON)] if rng.random() < 0.3 else rng.choice(TALK)
     mark = rng.choice(("!", ".", "")) if entry.name in STATEMENTS else "?"
     if entry.name in ("hello", "ok", "thanks", "bye", "welcome"):
-        form, template = rng.choice(entry.questions)
+        _, template = rng.choice(entry.questions)
         user = say(rng, template, mark, wrap=False)
     else:
         user = entries.question(rng, entry, mark)
@@ -69,7 +103,11 @@ def piece(rng: Random) -> list[Turn]:
     turns = [Turn(user, answer, "pieces", phrasing_key(user), "", tuple(told))]
     while rng.random() < 0.35 and len(told) > 1:
         told.remove(turns[-1].answer)
-        more = say(rng, "[another|another one|one more|again|more|and another one|next|tell me another]", ".")
+        more = say(
+            rng,
+            "[another|another one|one more|again|more|and another one|next|tell me another]",
+            ".",
+        )
         turns.append(Turn(more, rng.choice(told), "pieces", "", "", tuple(told)))
     return turns
 
@@ -96,24 +134,58 @@ def introduce(rng: Random) -> list[Turn]:
 
 REMARKS = (
     ("i [like|love|really like|enjoy|prefer] {x}", "{X} sounds nice!"),
-    ("i [have|own|bought|got|want|need|found|lost|see|saw] [a|my|the|a new|an old] {y}", "Tell me more about your {y}."),
-    ("my [{y}] is [nice|old|new|red|big|small|very good|my favourite]", "Tell me more about your {y}."),
+    (
+        "i [have|own|bought|got|want|need|found|lost|see|saw] [a|my|the|a new|an old] {y}",
+        "Tell me more about your {y}.",
+    ),
+    (
+        "my [{y}] is [nice|old|new|red|big|small|very good|my favourite]",
+        "Tell me more about your {y}.",
+    ),
     ("i [do not like|don't like|hate|dislike] {x}", "Not everyone likes {x}."),
-    ("i am [going to|at|in|on the way to] [the park|school|work|the shop|the library|the beach|the cinema|a party]", "Have a good time!"),
-    ("i [played|worked|slept|ate|read|walked|swam|cooked] [today|yesterday|a lot|all day|in the morning]", "That sounds like a full day."),
-    ("[it is|it's] [raining|sunny|cold|hot|snowing|dark|late|early|windy] [here|today|outside|]", "I have no window, so thank you for telling me."),
-    ("[this is|it is|that is] [fun|hard|easy|strange|funny|great fun]", "I am glad that you try me out."),
-    ("i am [a|the] [teacher|student|doctor|programmer|nurse|cook|driver|child|developer|engineer|writer]", "That is a fine thing to be."),
-    ("i am from [france|germany|spain|italy|japan|india|brazil|canada|the usa|england|poland]", "That is a nice place to come from."),
-    ("i [am learning|study|learn|work on] [english|maths|music|python|history|chess|biology]", "Good luck with it!"),
+    (
+        "i am [going to|at|in|on the way to] [the park|school|work|the shop|the library|the beach|the cinema|a party]",
+        "Have a good time!",
+    ),
+    (
+        "i [played|worked|slept|ate|read|walked|swam|cooked] [today|yesterday|a lot|all day|in the morning]",
+        "That sounds like a full day.",
+    ),
+    (
+        "[it is|it's] [raining|sunny|cold|hot|snowing|dark|late|early|windy] [here|today|outside|]",
+        "I have no window, so thank you for telling me.",
+    ),
+    (
+        "[this is|it is|that is] [fun|hard|easy|strange|funny|great fun]",
+        "I am glad that you try me out.",
+    ),
+    (
+        "i am [a|the] [teacher|student|doctor|programmer|nurse|cook|driver|child|developer|engineer|writer]",
+        "That is a fine thing to be.",
+    ),
+    (
+        "i am from [france|germany|spain|italy|japan|india|brazil|canada|the usa|england|poland]",
+        "That is a nice place to come from.",
+    ),
+    (
+        "i [am learning|study|learn|work on] [english|maths|music|python|history|chess|biology]",
+        "Good luck with it!",
+    ),
 )
-LIKED = "music cats dogs books football winter summer rain coffee tea flowers trains maths".split()
+LIKED = (
+    """music cats dogs books football winter summer rain coffee tea flowers trains maths""".split()
+)
 
 
 def remark(rng: Random) -> list[Turn]:
     """A statement that asks for nothing gets a short friendly answer."""
     said, answer = rng.choice(REMARKS)
-    x, y = rng.choice(LIKED), rng.choice("dog cat bike car house garden friend book phone sister".split())
+    x, y = (
+        rng.choice(LIKED),
+        rng.choice(
+            ["dog", "cat", "bike", "car", "house", "garden", "friend", "book", "phone", "sister"]
+        ),
+    )
     user = say(rng, said.replace("[{y}]", "{y}"), rng.choice(".!"), x=x, y=y)
     answer = answer.replace("{X}", x.capitalize()).replace("{x}", x).replace("{y}", y)
     return [Turn(user, answer, "remarks", phrasing_key(user), fact=answer)]
@@ -140,7 +212,7 @@ def unknown_name(rng: Random) -> list[Turn]:
 
 def new_name(rng: Random) -> str:
     """A name that nobody has: two or three random syllables."""
-    start = "b c d f g h j k l m n p r s t v w z br dr fr gr kl pl sh st th tr".split()
+    start = """b c d f g h j k l m n p r s t v w z br dr fr gr kl pl sh st th tr""".split()
     name = ""
     for _ in range(rng.randrange(2, 4)):
         name += rng.choice(start) + rng.choice("aeiou")
@@ -151,14 +223,18 @@ def new_name(rng: Random) -> str:
 
 def user_system(rng: Random) -> str:
     """A system prompt of the ordinary kind, which changes nothing."""
-    return expand(
-        rng,
-        "[you are|be|act as|you're] a [helpful|kind|friendly|short-spoken|polite|brief|small|honest|"
-        "patient|concise|useful|careful] [assistant|helper|model|bot|friend|ai|chatbot|teacher|guide]. "
-        "[|answer briefly.|keep answers short.|be concise.|answer the question.|help the user.|"
-        "be kind.|do not lie.|answer in one sentence.|think step by step.|use simple words.|"
-        "if you do not know, say so.|answer truthfully and helpfully.|respond in english.]",
-    ).strip().capitalize()
+    return (
+        expand(
+            rng,
+            "[you are|be|act as|you're] a [helpful|kind|friendly|short-spoken|polite|brief|small|honest|"
+            "patient|concise|useful|careful] [assistant|helper|model|bot|friend|ai|chatbot|teacher|guide]. "
+            "[|answer briefly.|keep answers short.|be concise.|answer the question.|help the user.|"
+            "be kind.|do not lie.|answer in one sentence.|think step by step.|use simple words.|"
+            "if you do not know, say so.|answer truthfully and helpfully.|respond in english.]",
+        )
+        .strip()
+        .capitalize()
+    )
 
 
 SKILLS: dict[str, tuple[float, Callable[[Random], list[Turn]]]] = {

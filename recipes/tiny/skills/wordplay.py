@@ -1,4 +1,5 @@
 """Words and their order: starting letters, synonyms, sentences, the alphabet, sizes of animals."""
+# ruff: noqa: E501, SIM905 (templates and word lists read best on one line)
 
 from __future__ import annotations
 
@@ -61,7 +62,15 @@ def starting(rng: Random) -> list[Turn]:
         form = form.replace("that start with", "that starts with")
     user = say(rng, form + " [the letter |]{=l}", ".", l=typed)
     answer = listed(found[:n])
-    return [Turn(user, answer[0].upper() + answer[1:] + ".", "starting letters", phrasing_key(user), found[0])]
+    return [
+        Turn(
+            user,
+            answer[0].upper() + answer[1:] + ".",
+            "starting letters",
+            phrasing_key(user),
+            found[0],
+        )
+    ]
 
 
 def synonym(rng: Random) -> list[Turn]:
@@ -77,7 +86,11 @@ def synonym(rng: Random) -> list[Turn]:
 
 
 def sentence(rng: Random) -> list[Turn]:
-    word = rng.choice([r[0] for r in ANIMALS if " " not in r[0]] + POOLS["animal"][:0] + "book ball lamp car house tree cup key hat box bird boat robot".split())
+    word = rng.choice(
+        [r[0] for r in ANIMALS if " " not in r[0]]
+        + POOLS["animal"][:0]
+        + """book ball lamp car house tree cup key hat box bird boat robot""".split()
+    )
     own = (
         "[use|put] [the word |]{x} in a sentence",
         "[write|make|give me|say] a sentence [with|about|using] [the word |a |]{x}",
@@ -94,16 +107,36 @@ def alphabet(rng: Random) -> list[Turn]:
     letter = chr(97 + at)
     kind = rng.randrange(3)
     if kind == 2:
-        word = ORDINALS[at] if at < 12 else f"{at + 1}th" if at + 1 not in (21, 22, 23) else f"{at + 1}{('st', 'nd', 'rd')[at - 20]}"
+        word = (
+            ORDINALS[at]
+            if at < 12
+            else f"{at + 1}th"
+            if at + 1 not in (21, 22, 23)
+            else f"{at + 1}{('st', 'nd', 'rd')[at - 20]}"
+        )
         user = ask(rng, "the {o} letter [of|in] the [english |]alphabet", o=word)
-        return [Turn(user, f"The {word} letter is {letter}.", "alphabet", phrasing_key(user), letter)]
+        return [
+            Turn(user, f"The {word} letter is {letter}.", "alphabet", phrasing_key(user), letter)
+        ]
     step = 1 if kind == 0 else -1
     if not 0 <= at + step < 26:
         return alphabet(rng)
     where = "after" if step > 0 else "before"
-    user = say(rng, f"[what|which] [letter |][comes|is] {where} [the letter |]{{=l}} [in the alphabet|]", l=rng.choice((letter, letter.upper())))
+    user = say(
+        rng,
+        f"[what|which] [letter |][comes|is] {where} [the letter |]{{=l}} [in the alphabet|]",
+        l=rng.choice((letter, letter.upper())),
+    )
     found = chr(97 + at + step)
-    return [Turn(user.replace(" ?", "?").strip(), f"{found} comes {where} {letter}.", "alphabet", phrasing_key(user), found)]
+    return [
+        Turn(
+            user.replace(" ?", "?").strip(),
+            f"{found} comes {where} {letter}.",
+            "alphabet",
+            phrasing_key(user),
+            found,
+        )
+    ]
 
 
 def size(rng: Random) -> list[Turn]:
@@ -112,12 +145,23 @@ def size(rng: Random) -> list[Turn]:
     big, small = (a, b) if SIZES.index(a) > SIZES.index(b) else (b, a)
     if rng.random() < 0.6:
         word = "[bigger|larger|heavier]" if bigger else "[smaller|lighter]"
-        own = (f"[which|what] [animal |]is {word}, {{a}} or {{b}}", f"[which|what] is {word}: {{a}} or {{b}}",
-               f"{{a}} or {{b}}, which is {word}")
+        own = (
+            f"[which|what] [animal |]is {word}, {{a}} or {{b}}",
+            f"[which|what] is {word}: {{a}} or {{b}}",
+            f"{{a}} or {{b}}, which is {word}",
+        )
         user = say(rng, rng.choice(own), a=article(a), b=article(b))
-        answer = f"{article(big)} is bigger than {article(small)}." if bigger else f"{article(small)} is smaller than {article(big)}."
-        return [Turn(user, answer.capitalize(), "sizes", phrasing_key(user), big if bigger else small)]
-    user = say(rng, f"is {{a}} {'bigger' if bigger else 'smaller'} than {{b}}", a=article(a), b=article(b))
+        answer = (
+            f"{article(big)} is bigger than {article(small)}."
+            if bigger
+            else f"{article(small)} is smaller than {article(big)}."
+        )
+        return [
+            Turn(user, answer.capitalize(), "sizes", phrasing_key(user), big if bigger else small)
+        ]
+    user = say(
+        rng, f"is {{a}} {'bigger' if bigger else 'smaller'} than {{b}}", a=article(a), b=article(b)
+    )
     yes = (a == big) == bigger
     word = "bigger" if a == big else "smaller"
     answer = f"{'Yes' if yes else 'No'}, {article(a)} is {word} than {article(b)}."
@@ -130,7 +174,11 @@ def does_it(rng: Random) -> list[Turn]:
     name, legs = row[0], row[2]
     one = article(name)
     if rng.random() < 0.6:
-        sound = row[3] if rng.random() < 0.5 else rng.choice(("bark", "meow", "moo", "roar", "quack", "hiss", "buzz", "howl"))
+        sound = (
+            row[3]
+            if rng.random() < 0.5
+            else rng.choice(("bark", "meow", "moo", "roar", "quack", "hiss", "buzz", "howl"))
+        )
         user = say(rng, "does {x} {s}", x=one, s=sound)
         same = sound == row[3]
         answer = f"Yes, {one} can {sound}." if same else f"No, {one} makes another sound: {row[3]}."
@@ -155,16 +203,36 @@ def animals_with(rng: Random) -> list[Turn]:
         one = trait.replace("live", "lives").replace("eat", "eats")
         user = say(rng, f"[name|give me|tell me|which is|what is] an animal {one}", ".")
     else:
-        word = rng.choice((str(n), ("two", "three", "four")[n - 2], *(("some", "a few") if n == 3 else ())))
+        word = rng.choice(
+            (str(n), ("two", "three", "four")[n - 2], *(("some", "a few") if n == 3 else ()))
+        )
         user = say(rng, f"[name|list|give me|tell me|what are] {word} animals {trait}", ".")
     names = WITH[trait][:n]
-    return [Turn(user, listed([names[0].capitalize(), *names[1:]]) + ".", "some things", phrasing_key(user), names[0])]
+    return [
+        Turn(
+            user,
+            listed([names[0].capitalize(), *names[1:]]) + ".",
+            "some things",
+            phrasing_key(user),
+            names[0],
+        )
+    ]
 
 
 def week(rng: Random) -> list[Turn]:
     at = rng.randrange(7)
-    user = ask(rng, "the {o} day of the week", ("which day is the {o} [day |]of the week",), o=ORDINALS[at])
-    return [Turn(user, f"The {ORDINALS[at]} day of the week is {DAYS[at]}.", "dates", phrasing_key(user), DAYS[at])]
+    user = ask(
+        rng, "the {o} day of the week", ("which day is the {o} [day |]of the week",), o=ORDINALS[at]
+    )
+    return [
+        Turn(
+            user,
+            f"The {ORDINALS[at]} day of the week is {DAYS[at]}.",
+            "dates",
+            phrasing_key(user),
+            DAYS[at],
+        )
+    ]
 
 
 SKILLS: dict[str, tuple[float, Callable[[Random], list[Turn]]]] = {

@@ -143,8 +143,7 @@ class Session:
             self._alive = False
             raise
         finally:
-            if isinstance(stream, AsyncGenerator):
-                await stream.aclose()  # which tells the engine to stop
+            await stream.aclose()  # which tells the engine to stop
 
     async def _restart(self) -> None:
         await self._client.close()

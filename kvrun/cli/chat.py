@@ -1,6 +1,7 @@
 """kvrun chat: a question and its answer, or a conversation."""
 
 import os
+import secrets
 import signal
 import sys
 from dataclasses import dataclass
@@ -169,7 +170,8 @@ def _chat(
         raise InvalidRequest(f"{alone[0]} has no place in plain text.", hint="add --json")
     if sys.stdout is None:
         raise KvrunError("standard output is closed.")
-    config = EngineConfig(model=str(resolve(name)), **engine)
+    # A conversation without a seed of its own goes another way each time.
+    config = EngineConfig(model=str(resolve(name)), seed=secrets.randbits(63), **engine)
     question = _question(words, style)
 
     async def talk() -> None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from types import TracebackType
 from typing import IO
@@ -61,7 +61,7 @@ class EngineClient:
         threading.Thread(target=self._listen, daemon=True, name="engine-listen").start()
         return await self._started
 
-    async def stream(self, request: Request) -> AsyncIterator[Delta]:
+    async def stream(self, request: Request) -> AsyncGenerator[Delta]:
         """Deltas of all choices as they come; leaving the loop early aborts the request.
 
         Raises InvalidRequest when the engine refuses it, EngineDead when the engine ends.

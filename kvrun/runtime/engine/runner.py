@@ -206,7 +206,9 @@ class ModelRunner:
         return cast(Prepared, self._prepared)
 
     def _sample_row(self, sequence: Running) -> SampleRow:
-        history = sequence.tokens[sequence.prompt_len :] if sequence.needs_host else []
+        history = (
+            sequence.tokens[sequence.prompt_len :] if sequence.request.params.needs_history else []
+        )
         return SampleRow(
             params=sequence.request.params,
             seed=sequence.seed,

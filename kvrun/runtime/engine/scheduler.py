@@ -211,7 +211,7 @@ class Scheduler:
     def _may_run(self, sequence: Sequence) -> bool:
         if sequence.state is not State.RUNNING or sequence.draining:
             return False
-        return not (sequence.in_flight and sequence.needs_host)
+        return not (sequence.in_flight and sequence.request.params.needs_history)
 
     def _grow(self, sequence: Sequence) -> bool:
         """Make sure the next position has a block; preempt younger sequences if need be."""

@@ -56,16 +56,6 @@ class Sequence:
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_len
 
-    @property
-    def needs_host(self) -> bool:
-        """Whether sampling the next token needs all former ones on the host."""
-        params = self.request.params
-        return (
-            params.repetition_penalty != 1.0
-            or params.presence_penalty != 0.0
-            or params.frequency_penalty != 0.0
-        )
-
     def restart(self) -> None:
         """Forget everything computed; the tokens stay and are computed again."""
         self.scheduled = 0

@@ -136,6 +136,11 @@ class SamplingParams:
         """Whether every draw is the token with the highest score."""
         return self.temperature < GREEDY_BELOW
 
+    @property
+    def needs_history(self) -> bool:
+        """Whether a draw depends on all former tokens, so that it has to wait for them."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise InvalidRequest when an option names a token id that the model does not have."""
         for name in ("logit_bias", "stop_token_ids"):

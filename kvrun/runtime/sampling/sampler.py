@@ -88,7 +88,7 @@ class Sampler:
         noise = [keys(row.seed, row.choice) for row in rows]
         return Prepared(
             size=len(rows),
-            needs_history=any(_uses_history(row.params) for row in rows),
+            needs_history=any(row.params.needs_history for row in rows),
             logprobs=max(counts) if counts else None,
             stages=[(stage, data) for stage, data in prepared if data is not None],
             keys=None if all(greedy) else self.tensor(noise, torch.int32),
@@ -128,12 +128,6 @@ class Sampler:
         ranks = _ranks(logits).topk(min(count, self.vocab_size)).values
         top = _ids_of(ranks, self.vocab_size)
         return chosen, top, values.gather(1, top)
-
-
-def _uses_history(params: SamplingParams) -> bool:
-    return bool(
-        params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-    )
 
 
 class Edit(NamedTuple):

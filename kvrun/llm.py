@@ -12,7 +12,7 @@ from kvrun.runtime.engine.engine import describe
 from kvrun.runtime.engine.request import Delta, Logprob, Request, Stats
 from kvrun.runtime.engine.start import start
 from kvrun.runtime.sampling.params import SamplingParams
-from kvrun.runtime.text import Text, TextStream
+from kvrun.runtime.text import Answer, Text
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, object]
@@ -199,12 +199,10 @@ class _Run:
     def __init__(self, request: Request, text: Text | None) -> None:
         self.request = request
         self.deltas: list[TextDelta] = []
-        count, params = request.params.n, request.params
-        self._choices = [Choice(logprobs=_empty(params.logprobs)) for _ in range(count)]
-        self._streams: list[TextStream | None] = [
-            text.stream(stop=params.stop) if text else None for _ in range(count)
-        ]
-        self._open = count  # choices the engine has not ended
+        choices, params = range(request.params.n), request.params
+        self._choices = [Choice(logprobs=_empty(params.logprobs)) for _ in choices]
+        self._answers = [text.answer(params.stop) if text else Answer(None) for _ in choices]
+        self._open = params.n  # choices the engine has not ended
 
     @property
     def done(self) -> bool:
@@ -216,31 +214,26 @@ class _Run:
         return self._open == 0
 
     def feed(self, delta: Delta) -> bool:
-        """Take in a delta; True when a stop string has ended a choice before the engine has."""
+        """Take in a delta; True when the choice has ended here before it has in the engine."""
         self._open -= delta.finish_reason is not None
-        choice = self._choices[delta.index]
+        choice, answer = self._choices[delta.index], self._answers[delta.index]
         if choice.finish_reason:
             return False
-        stream = self._streams[delta.index]
-        ids, logprobs, reason = delta.token_ids, delta.logprobs, delta.finish_reason
-        text, choice.error = "", delta.error
-        if stream:
-            try:
-                text = stream.push(ids)
-                text += stream.finish() if reason and not stream.stopped else ""
-            except Exception as error:  # a text that cannot be made is this request's fault only
-                reason, choice.error = "error", describe(error)
-            if stream.stopped:
-                reason = "stop"
-                ids = ids[: stream.tokens_used - len(choice.token_ids)]
-                logprobs = logprobs[: len(ids)] if logprobs else None
+        reason = delta.finish_reason
+        choice.error = delta.error
+        try:
+            text, count = answer.take(delta.token_ids, reason)
+            choice.finish_reason = answer.finish_reason
+        except Exception as error:  # a text that cannot be made is this request's fault only
+            text, count = "", len(delta.token_ids)
+            choice.finish_reason, choice.error = "error", describe(error)
+        ids, logprobs = delta.token_ids[:count], delta.logprobs and delta.logprobs[:count]
         choice.text += text
         choice.token_ids += ids
-        if logprobs and choice.logprobs is not None:
-            choice.logprobs += logprobs
-        choice.finish_reason = reason
-        self.deltas.append(TextDelta(text, ids, logprobs, reason, delta.index))
-        return delta.finish_reason is None and reason is not None
+        if choice.logprobs is not None:
+            choice.logprobs += logprobs or []
+        self.deltas.append(TextDelta(text, ids, logprobs, choice.finish_reason, delta.index))
+        return reason is None and choice.finish_reason is not None
 
     def take(self) -> list[TextDelta]:
         deltas, self.deltas = self.deltas, []

@@ -14,7 +14,7 @@ from kvrun.runtime.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from kvrun.runtime.engine.client import EngineClient
-    from kvrun.runtime.text import Text, TextStream
+    from kvrun.runtime.text import Answer, Text
 
 # Room that is kept for an answer when old turns have to go, if the question names no max_tokens.
 ANSWER_ROOM = 256
@@ -27,10 +27,20 @@ class Choice:
     """One answer of a reply. `tokens` counts an end-of-text or stop token too."""
 
     index: int
-    text: str = ""
-    tokens: int = 0
-    finish_reason: str | None = None
+    answer: "Answer"
     logprobs: list[Logprob] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return self.answer.text
+
+    @property
+    def tokens(self) -> int:
+        return self.answer.tokens
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.answer.finish_reason
 
 
 @dataclass(frozen=True)
@@ -214,9 +224,9 @@ class Reply:
         self.request = request
         self.dropped = dropped
         self.cached_tokens = 0
-        self.choices = [Choice(i) for i in range(request.params.n)]
+        params = request.params
+        self.choices = [Choice(i, session.text.answer(params.stop)) for i in range(params.n)]
         self._session = session
-        self._streams = [session.text.stream(stop=request.params.stop) for _ in self.choices]
         self._sent = self._first = self._last = 0.0
 
     @property
@@ -258,11 +268,11 @@ class Reply:
                         break
         finally:
             for choice in self.choices:
-                choice.finish_reason = choice.finish_reason or "abort"
+                choice.answer.finish_reason = choice.finish_reason or "abort"
 
     def _take(self, delta: Delta) -> str:
         """Count a delta in; returns the text that has become final."""
-        choice, stream = self.choices[delta.index], self._streams[delta.index]
+        choice = self.choices[delta.index]
         if choice.finish_reason:  # a stop string was met; the engine had not heard of it yet
             return ""
         self._last = time.perf_counter()
@@ -270,28 +280,10 @@ class Reply:
             self._first = self._last
         self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
         if delta.finish_reason == "error":
-            choice.finish_reason = "error"
+            choice.answer.finish_reason = "error"
             raise KvrunError("the engine could not finish the answer.", cause=delta.error or "")
-        before = choice.tokens
-        piece = self._decode(stream, choice, delta)
-        if delta.logprobs:
-            choice.logprobs += delta.logprobs[: choice.tokens - before]
-        choice.text += piece
-        return piece
-
-    def _decode(self, stream: "TextStream", choice: Choice, delta: Delta) -> str:
-        ids = delta.token_ids
-        ended = delta.finish_reason == "stop" and ids
-        # The token that ended the answer is counted and not shown.
-        piece = stream.push(ids[:-1] if ended else ids)
-        choice.tokens += len(ids)
-        if delta.finish_reason:
-            piece += stream.finish()  # what could still have become a stop string
-            choice.finish_reason = delta.finish_reason
-        if stream.stopped:
-            # Tokens that came after the stop string are not part of the answer.
-            choice.tokens = stream.tokens_used
-            choice.finish_reason = "stop"
+        piece, count = choice.answer.take(delta.token_ids, delta.finish_reason)
+        choice.logprobs += (delta.logprobs or [])[:count]
         return piece
 
 

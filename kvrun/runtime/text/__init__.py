@@ -11,11 +11,12 @@ from tokenizers import AddedToken, Tokenizer
 
 from kvrun.errors import BadCheckpoint, InvalidRequest, NotFound
 from kvrun.runtime.sampling.params import SamplingParams
+from kvrun.runtime.text.answer import Answer
 from kvrun.runtime.text.inert import Inert
 from kvrun.runtime.text.stream import TextStream
 from kvrun.runtime.text.template import ChatTemplate, check_messages
 
-__all__ = ["Text", "TextStream"]
+__all__ = ["Answer", "Text", "TextStream"]
 
 DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -86,6 +87,10 @@ class Text:
             skipped_ids=self._special_ids if skip_special else (),
             byte_ids=self._byte_ids,
         )
+
+    def answer(self, stop: Sequence[str] = ()) -> Answer:
+        """What keeps the text and the count of one answer; see Answer."""
+        return Answer(self.stream(stop=stop))
 
     @property
     def chat_template_known(self) -> bool:

@@ -1,6 +1,6 @@
 """A picture of a terminal: ANSI text on stdin, SVG on stdout.
 
-    tmux capture-pane -ept kvrun | python docs/picture.py "kvrun chat" > docs/chat.svg
+tmux capture-pane -ept kvrun | python docs/picture.py "kvrun chat" > docs/chat.svg
 """
 
 import io

@@ -18,7 +18,7 @@ NEAR = 0.78  # of difflib; below, words that are no names begin to resemble some
 
 
 def resolve(name: str) -> Path:
-    """The folder of a model: a path, a built-in name, or ORG/NAME[@REVISION] in the HF cache.
+    """the folder of a model: a path, a built-in name, or ORG/NAME[@REVISION] in the HF cache.
 
     A built-in name wins over a folder called the same; ./NAME is always the folder. Raises
     NotFound with a way to get it, BadCheckpoint for a download that is not complete and
@@ -29,13 +29,13 @@ def resolve(name: str) -> Path:
     path = _existing(name)
     if path is not None and path.is_dir():
         hint = "a model folder holds config.json, *.safetensors and tokenizer.json"
-        return _with_config(path, f"The folder {name}", hint)
+        return _with_config(path, f"the folder {name}", hint)
     if path is not None:
         raise NotFound(f"{name} is a file.", hint=f"name the folder: {path.parent}")
     parts = _parts(name)
     if parts is None:
         shown = name if len(name) <= 80 else name[:77] + "..."
-        what = f"There is no folder {shown}." if _is_path(name) else f"'{shown}' is no model name."
+        what = f"there is no folder {shown}." if _is_path(name) else f"'{shown}' is no model name."
         hint = "a model is a folder, a name like ORG/NAME, or " + " or ".join(BUILTIN)
         raise NotFound(what, hint=hint)
     return _cached(name, *parts)
@@ -136,7 +136,7 @@ def _cached(name: str, repo: str, revision: str | None) -> Path:
             what = f"'{repo}' is not on this machine."
             raise NotFound(what, cause=f"it is not in {cache_root()}", hint=hint or download)
         known = ", ".join([*BUILTIN, "ORG/NAME", "a folder"])
-        raise NotFound(f"There is no model '{name}'.", hint=hint or f"a model is one of: {known}")
+        raise NotFound(f"there is no model '{name}'.", hint=hint or f"a model is one of: {known}")
     snapshot = _snapshot(folder, revision)
     if snapshot is None:
         wanted = f"revision '{revision}'" if revision else "a complete download"
@@ -153,7 +153,7 @@ def _cached(name: str, repo: str, revision: str | None) -> Path:
 
 
 def _snapshot(folder: Path, revision: str | None) -> Path | None:
-    """The folder of a branch, tag or commit; without one, of main or else of the only commit."""
+    """the folder of a branch, tag or commit; without one, of main or else of the only commit."""
     snapshots = folder / "snapshots"
     reference = folder / "refs" / (revision or "main")
     if reference.is_file():
@@ -185,7 +185,7 @@ def _missing(snapshot: Path) -> str | None:
         return None
     if any(snapshot.glob("*.bin")) or any(snapshot.glob("*.gguf")):
         raise Unsupported(
-            "The model's weights are not stored as safetensors.",
+            "the model's weights are not stored as safetensors.",
             cause=f"{snapshot} holds .bin or .gguf files only",
             hint="look for a version of the model with .safetensors files",
         )

@@ -59,9 +59,16 @@ def make_plan(
     """Size the KV cache and the context from what is free once the weights are in memory.
 
     An unset context is what the model was made for, or less when less fits. Raises Unsupported
-    when a context that was asked for cannot be kept, or not even one block can.
+    when a context that was asked for cannot be kept or is more than the model was made for, or
+    when there is no room for a single block.
     """
     wanted = max_model_len or max_position
+    if wanted > max_position:
+        raise Unsupported(
+            f"a context of {wanted:,} tokens was asked for; the model was made for "
+            f"{max_position:,} and is wrong beyond.",
+            hint=f"max_model_len={max_position:,}, or a rope scaling in its config.json",
+        )
     if isinstance(kv_memory, int) and kv_memory > 1:
         room = kv_memory
     else:

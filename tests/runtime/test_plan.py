@@ -37,7 +37,9 @@ def test_an_unset_context_shrinks_to_what_fits() -> None:
 
 
 def test_a_context_asked_for_is_kept_or_refused() -> None:
-    assert plan(max_model_len=8192).max_model_len == 8192
+    assert plan(max_model_len=1024).max_model_len == 1024
+    with pytest.raises(Unsupported, match="made for 2,048"):
+        plan(max_model_len=2049)
     with pytest.raises(Unsupported, match="2,048 tokens needs") as caught:
         plan(kv_memory=1_000_000, max_model_len=2048)
     assert caught.value.hint == "max_model_len=976 fits"

@@ -166,7 +166,7 @@ def _plan(config: EngineConfig, model: Decoder, device: torch.device, dtype: tor
         kv_memory=config.kv_memory,
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
-        max_position=model.max_position or UNSAID_CONTEXT,
+        max_position=model.max_position or config.max_model_len or UNSAID_CONTEXT,
         max_model_len=config.max_model_len,
     )
 

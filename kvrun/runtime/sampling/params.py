@@ -211,7 +211,7 @@ def find(name: str) -> Option:
     if key not in _BY_NAME:
         near = difflib.get_close_matches(key, _BY_NAME, 1, 0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(_BY_NAME)}"
-        raise InvalidRequest(f"There is no sampling option '{name}'.", hint=hint)
+        raise InvalidRequest(f"there is no sampling option '{name}'.", hint=hint)
     return _BY_NAME[key]
 
 

@@ -135,7 +135,7 @@ class Text:
     def _template(self) -> ChatTemplate:
         if self._template_source is None:
             raise InvalidRequest(
-                "The model has no chat template.",
+                "the model has no chat template.",
                 cause=f"neither chat_template.jinja nor tokenizer_config.json of {self.folder}",
                 hint="give it a raw prompt to continue, or use the chat version of the model",
             )
@@ -157,17 +157,17 @@ def _tokenizing() -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise InvalidRequest("The tokenizer fails on this text.", cause=str(error)) from error
+        raise InvalidRequest("the tokenizer fails on this text.", cause=str(error)) from error
 
 
 def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
     if not isinstance(text, str):
-        raise InvalidRequest(f"The prompt is a {type(text).__name__}; it must be text.")
+        raise InvalidRequest(f"the prompt is a {type(text).__name__}; it must be text.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InvalidRequest(
-            "The text is not valid Unicode.",
+            "the text is not valid Unicode.",
             cause=f"a lone surrogate at character {error.start + 1}",
         ) from error
     with _tokenizing():

@@ -62,7 +62,7 @@ class ChatTemplate:
             line = getattr(error, "lineno", None)
             where = f" (line {line})" if line else ""
             raise BadCheckpoint(
-                "The model's chat template cannot be read.", cause=f"{error}{where}"
+                "the model's chat template cannot be read.", cause=f"{error}{where}"
             ) from error
 
     @cached_property
@@ -92,7 +92,7 @@ class ChatTemplate:
             )
         except Exception as error:
             raise InvalidRequest(
-                "The model's chat template refuses this conversation.", cause=str(error)
+                "the model's chat template refuses this conversation.", cause=str(error)
             ) from error
         return _cut(text) if continue_final else text
 
@@ -104,11 +104,11 @@ def check_messages(messages: object) -> list[Mapping[str, Any]]:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InvalidRequest(
-                f"Message {number} is no message.",
+                f"message {number} is no message.",
                 hint='a message is {"role": "user", "content": "..."}',
             )
         if not isinstance(message.get("content"), str | list | tuple | None):
-            raise InvalidRequest(f"The content of message {number} is neither text nor a list.")
+            raise InvalidRequest(f"the content of message {number} is neither text nor a list.")
     return list(messages)
 
 
@@ -181,13 +181,13 @@ def _append(message: dict[str, Any], text: str) -> None:
         if isinstance(part, dict) and isinstance(part.get("text"), str):
             part["text"] += text
             return
-    raise InvalidRequest("The last message has no text that the model could continue.")
+    raise InvalidRequest("the last message has no text that the model could continue.")
 
 
 def _cut(text: str) -> str:
     at = text.rfind(CONTINUE)
     if at < 0:
-        raise InvalidRequest("The model's chat template does not show the message to continue.")
+        raise InvalidRequest("the model's chat template does not show the message to continue.")
     # A template that trims its messages has taken the space behind the mark, and would have taken
     # the spaces in front of it.
     trimmed = not text.startswith(" ", at + len(CONTINUE))

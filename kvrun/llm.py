@@ -8,7 +8,7 @@ from types import TracebackType
 from kvrun.errors import InvalidRequest, KvrunError
 from kvrun.hub.local import resolve
 from kvrun.runtime.config import EngineConfig
-from kvrun.runtime.engine.engine import describe
+from kvrun.runtime.engine.engine import Engine, describe
 from kvrun.runtime.engine.request import Delta, Logprob, Request, Stats
 from kvrun.runtime.engine.start import start
 from kvrun.runtime.sampling.params import SamplingParams
@@ -89,7 +89,7 @@ class LLM:
             seed=seed,
             load_format=load_format,
         )
-        self._engine = start(config)
+        self._alive: Engine | None = start(config)
         self._text = Text.open(folder)
         self._numbers = itertools.count()
         self._runs: dict[str, _Run] = {}
@@ -108,8 +108,11 @@ class LLM:
         """
         listed = _listed(prompts)
         runs = self._submit([self._encode(p) for p in listed], _one_each(params, len(listed)))
-        while not all(run.done for run in runs):
-            self._step()
+        try:
+            while not all(run.done for run in runs):
+                self._step()
+        finally:
+            self._end(runs)
         return [run.output() for run in runs]
 
     def chat(
@@ -133,9 +136,7 @@ class LLM:
                 if not run.done:
                     self._step()
         finally:
-            if not run.done:
-                self._engine.abort(run.request.id)
-                self._step()
+            self._end([run])
 
     def stats(self) -> Stats:
         """The engine's counters."""
@@ -143,7 +144,7 @@ class LLM:
 
     def close(self) -> None:
         """Give the memory back. The object cannot be used afterwards."""
-        del self._engine
+        self._alive = None
 
     def __enter__(self) -> "LLM":
         return self
@@ -155,6 +156,12 @@ class LLM:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def _engine(self) -> Engine:
+        if self._alive is None:
+            raise KvrunError("this LLM is closed.", hint="make a new one")
+        return self._alive
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
@@ -170,18 +177,22 @@ class LLM:
             _Run(Request(id=f"llm-{next(self._numbers)}", prompt_ids=ids, params=p), self._text)
             for ids, p in zip(prompts, params, strict=True)
         ]
-        added: list[_Run] = []
         try:
             for run in runs:
                 self._engine.add(run.request)
-                added.append(run)
                 self._runs[run.request.id] = run
-        except KvrunError:
-            for run in added:
-                self._engine.abort(run.request.id)
-            self._step()
+        except BaseException:
+            self._end(runs)
             raise
         return runs
+
+    def _end(self, runs: "Sequence[_Run]") -> None:
+        """Nothing is left of these runs in the engine, however the call that made them ended."""
+        left = [run for run in runs if run.request.id in self._runs]
+        if left and self._alive is not None:
+            for run in left:
+                self._alive.abort(run.request.id)
+            self._step()
 
     def _step(self) -> None:
         """One engine step; its deltas go to their runs, whoever is waiting for them."""

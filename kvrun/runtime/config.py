@@ -1,5 +1,6 @@
 """EngineConfig: everything that is fixed when an engine starts."""
 
+import math
 from dataclasses import dataclass
 
 from kvrun.errors import InvalidRequest
@@ -15,9 +16,9 @@ class EngineConfig:
 
     `kv_memory` is bytes (an int above 1) or a fraction of the memory that is free after the
     weights are read (a float in (0, 1]); None takes a default by device. `None` sizes are chosen
-    from the model and the machine. `run_ahead` is how many steps are submitted beyond the one whose
-    tokens are awaited; None: 0 on CPU. A step longer than `step_timeout` seconds ends the engine
-    process.
+    from the model and the machine. No more sequences run at once than `max_num_batched_tokens`.
+    `run_ahead` is how many steps are submitted beyond the one whose tokens are awaited; None: 0 on
+    CPU. A step longer than `step_timeout` seconds ends the engine process.
     """
 
     model: str  # a local folder with config.json
@@ -32,7 +33,7 @@ class EngineConfig:
     prefix_caching: bool = True
     seed: int = 0
     load_format: str = "auto"
-    threads: int | None = None  # torch threads on CPU; None: every core
+    threads: int | None = None  # torch threads on CPU; None: as many as a step is worth
     run_ahead: int | None = None
     # A long prompt of a large model takes minutes on a CPU; nothing honest takes longer than this.
     step_timeout: float = 600.0
@@ -46,8 +47,12 @@ class EngineConfig:
         for name in ("max_model_len", "threads"):
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
-        if self.kv_memory is not None and self.kv_memory <= 0:
-            raise InvalidRequest(f"kv_memory is {self.kv_memory}; it must be above 0.")
+        for name in ("kv_memory", "step_timeout"):
+            value = getattr(self, name)
+            if value is not None and not (0 < value < math.inf):
+                raise InvalidRequest(f"{name} is {value}; it must be above 0.")
+        if self.run_ahead is not None and self.run_ahead < 0:
+            raise InvalidRequest(f"run_ahead is {self.run_ahead}; it must be at least 0.")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -1,6 +1,7 @@
 """EngineClient: the engine in a child process, behind async calls; owns the request queues."""
 
 import asyncio
+import itertools
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from types import TracebackType
 from typing import IO
+
+import msgspec
 
 from kvrun.errors import EngineDead, InvalidRequest, KvrunError
 from kvrun.runtime.config import EngineConfig
@@ -48,7 +51,9 @@ class EngineClient:
         self._source = self._process.stdout
         with suppress(BrokenPipeError):
             wire.send(self._outlet, config)
-        self._queues: dict[str, asyncio.Queue[_Item]] = {}
+        self._numbers = itertools.count()
+        self._names: dict[str, str] = {}  # request id -> its name in the engine
+        self._queues: dict[str, asyncio.Queue[_Item]] = {}  # by name
         self._stats: list[asyncio.Future[Stats]] = []
         self._dead: KvrunError | None = None
         self._closing = False
@@ -68,28 +73,34 @@ class EngineClient:
         """
         if self._dead:
             raise self._dead
-        if request.id in self._queues:
+        if request.id in self._names:
             raise InvalidRequest(f"a request with the id '{request.id}' is running already.")
+        # In the engine every stream has a name of its own, so that an id can be used again while
+        # the engine still ends the stream that had it before.
+        name = str(next(self._numbers))
+        body = _encode(wire.Submit(msgspec.structs.replace(request, id=name)))
         queue: asyncio.Queue[_Item] = asyncio.Queue()
-        self._queues[request.id] = queue
+        self._names[request.id], self._queues[name] = name, queue
         open_choices = request.params.n
         try:
-            self._send(wire.Submit(request))
+            self._write(body)
             while open_choices:
                 item = await queue.get()
                 if isinstance(item, KvrunError):
                     open_choices = 0
                     raise item
                 open_choices -= item.finish_reason is not None
+                item.request_id = request.id
                 yield item
         finally:
-            del self._queues[request.id]
+            del self._names[request.id], self._queues[name]
             if open_choices:
-                self._send(wire.Abort(request.id))
+                self._write(wire.encode(wire.Abort(name)))
 
     async def abort(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one of its choices; each gets a last delta, with the reason "abort"."""
-        self._send(wire.Abort(request_id, index))
+        if name := self._names.get(request_id):
+            self._write(wire.encode(wire.Abort(name, index)))
 
     async def stats(self) -> Stats:
         """The engine's counters now."""
@@ -97,7 +108,7 @@ class EngineClient:
             raise self._dead
         future: asyncio.Future[Stats] = self._loop.create_future()
         self._stats.append(future)
-        self._send(wire.AskStats())
+        self._write(wire.encode(wire.AskStats()))
         return await future
 
     async def close(self) -> None:
@@ -126,10 +137,10 @@ class EngineClient:
 
     # -- the pipe ---------------------------------------------------------------------------
 
-    def _send(self, message: wire.ToEngine) -> None:
+    def _write(self, body: bytes) -> None:
         # A pipe that is broken or closed says nothing here: the listener tells everybody.
         with suppress(OSError, ValueError):
-            wire.send(self._outlet, message)
+            wire.write(self._outlet, body)
 
     def _listen(self) -> None:
         """Runs in a thread: frames to the event loop, then the end of the process."""
@@ -160,7 +171,7 @@ class EngineClient:
             future = self._stats.pop(0)
             if not future.done():
                 future.set_result(message.stats)
-        elif isinstance(message, wire.Started):
+        elif isinstance(message, wire.Started) and not self._started.done():
             self._started.set_result(message.ready)
 
     def _end(self, error: KvrunError) -> None:
@@ -190,3 +201,13 @@ class EngineClient:
             cause=how + said,
             hint="start again; KVRUN_DEBUG=1 shows the engine's own messages",
         )
+
+
+def _encode(message: wire.Submit) -> bytes:
+    """The request as bytes that the engine can read; raises InvalidRequest for what it cannot."""
+    try:
+        body = wire.encode(message)
+        wire.to_engine.decode(body)
+    except (msgspec.MsgspecError, TypeError, ValueError) as error:
+        raise InvalidRequest("the request cannot be sent.", cause=str(error)) from error
+    return body

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+
 from kvrun.errors import EngineDead, InvalidRequest
 from kvrun.runtime.engine.request import Delta, Ready, Request, Stats
 from kvrun.runtime.engine.scheduler import Row, Schedule, Scheduler
@@ -72,9 +74,8 @@ class Engine:
             Sequence(request, index, seed=seed, max_length=max_length, root=root)
             for index in range(params.n)
         ]
-        for sequence in sequences[1:]:
-            sequence.leader = sequences[0]
         for sequence in sequences:
+            sequence.choices = sequences
             self.scheduler.add(sequence)
         self._choices[request.id] = params.n
 
@@ -87,13 +88,13 @@ class Engine:
         return self.scheduler.idle and not self._open
 
     def stats(self) -> Stats:
-        """The counters now."""
+        """The counters as they are now."""
         scheduler, pool = self.scheduler, self.scheduler.pool
         stats = scheduler.stats
         stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
         stats.blocks_active = pool.total - pool.free
         stats.blocks_cached = pool.kept
-        return stats
+        return msgspec.structs.replace(stats)
 
     def step(self) -> list[Delta]:
         """Submit what can be submitted, take in the oldest step, return what it has brought.
@@ -108,8 +109,9 @@ class Engine:
             if not self._submit(schedule):
                 break
         while self._open:
+            drawn = self._open[0].read()
             ticket = self._open.popleft()
-            deltas += self.scheduler.commit(ticket.schedule, ticket.read())
+            deltas += self.scheduler.commit(ticket.schedule, drawn)
             if len(self._open) <= self._run_ahead:
                 break
         deltas += self.scheduler.take_deltas()
@@ -164,6 +166,10 @@ class Engine:
             self.scheduler.stats.failed_steps += 1
             self._isolate(schedule, error)
             return False
+        except BaseException:  # Ctrl+C: as if the step had not been tried
+            for row in schedule:
+                self.scheduler.undo(row)
+            raise
         self._bad_steps = 0
         return True
 

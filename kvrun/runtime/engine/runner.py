@@ -67,6 +67,8 @@ class _Tables:
         # A sequence that starts anew brings a new list; while it runs, its list only grows.
         if self.lists[slot] is not blocks:
             self.lists[slot], self.written[slot] = blocks, 0
+            # What pads a neighbour's pages is read too, and must not be somebody else's block.
+            self.rows[slot] = 0
         start = self.written[slot]
         if start < len(blocks):
             self.rows[slot, start : len(blocks)] = blocks[start:]
@@ -141,7 +143,10 @@ class ModelRunner:
         request = Request(id="probe", prompt_ids=[0], params=SamplingParams())
         sequence = Running(request, 0, seed=0, max_length=2, root=b"")
         sequence.blocks, sequence.slot = [0], 0
-        self.submit([Row(sequence, start=0, count=1, sample=False)])
+        try:
+            self.submit([Row(sequence, start=0, count=1, sample=False)])
+        finally:
+            self._backend.clear([0])  # others read it as padding
 
     def clear(self, blocks: list[int]) -> None:
         """Make blocks harmless in which a request has left NaN or infinity."""

@@ -56,10 +56,11 @@ class Scheduler:
         self.running: list[Sequence] = []  # oldest first
         self.leaving: list[Sequence] = []  # finished, but named by an open ticket
         self._size = block_size
-        self._max_seqs = max_num_seqs
+        self._budget = max_num_batched_tokens
         # Every running sequence can decode in every step.
-        self._budget = max(max_num_batched_tokens, max_num_seqs)
-        self._slots = list(range(max_num_seqs - 1, -1, -1))
+        self._max_seqs = min(max_num_seqs, max_num_batched_tokens)
+        self._slots = list(range(self._max_seqs - 1, -1, -1))
+        self._stuck: tuple[Sequence, int] | None = None  # who could not start with so few free
         self._eos = eos_ids
         self._spoilt: list[int] = []
         self._deltas: list[Delta] = []  # made outside `commit`, sent with the next step
@@ -199,7 +200,7 @@ class Scheduler:
                 logprobs=[logprob] if logprob else None,
                 finish_reason=reason,
                 error=error,
-                cached_tokens=sequence.hit_tokens if first else 0,
+                cached_tokens=(sequence.hit_tokens or 0) if first else 0,
             )
         )
 
@@ -219,7 +220,7 @@ class Scheduler:
             if self.pool.free:
                 sequence.blocks += self.pool.take(1)
                 continue
-            if any(s.draining for s in self.running):
+            if self.leaving or any(s.draining for s in self.running):
                 return False  # blocks are on their way
             victim = next(s for s in reversed(self.running) if not s.draining)
             self._preempt(victim)
@@ -241,12 +242,15 @@ class Scheduler:
                 break
         else:
             return None
+        if self._stuck is not None and self._stuck == (sequence, self.pool.free):
+            return None  # looking up a long prefix in vain, step after step, would cost
         blocks, keys = self._known_prefix(sequence)
         missing = -(-sequence.length // self._size) - len(blocks)
         dormant = sum(self.pool.owners(block) == 0 for block in blocks)
         # One block in a hundred stays free, so that what runs does not preempt at once.
         spare = self.pool.total // 100 if self.running else 0
         if missing + dormant + spare > self.pool.free:
+            self._stuck = (sequence, self.pool.free)
             return None
         self.waiting.remove(sequence)
         self.pool.share(blocks)
@@ -254,7 +258,7 @@ class Scheduler:
         sequence.keys += keys
         sequence.hit_blocks = len(blocks)
         sequence.scheduled = len(blocks) * self._size
-        if sequence.generated == 0:
+        if sequence.hit_tokens is None:
             sequence.hit_tokens = sequence.scheduled
             self.stats.prefix_hit_tokens += sequence.scheduled
         sequence.slot = self._slots.pop()
@@ -264,14 +268,13 @@ class Scheduler:
 
     def _waits_for_sibling(self, sequence: Sequence) -> bool:
         """n > 1: the first choice computes the prompt, the others then share its blocks."""
-        leader = sequence.leader
-        return bool(leader and leader.state is not State.FINISHED and not leader.generated)
+        return sequence.leader is not sequence and not sequence.leader.generated
 
     def _known_prefix(self, sequence: Sequence) -> tuple[list[int], list[bytes]]:
         if self.prefix:
             return self.prefix.lookup(sequence.keys[0], sequence.tokens)
         leader = sequence.leader
-        if leader and leader.state is State.RUNNING and not leader.draining:
+        if leader is not sequence and leader.state is State.RUNNING and not leader.draining:
             shared = min(sequence.prompt_len - 1, leader.scheduled) // self._size
             return leader.blocks[:shared], []
         return [], []

@@ -38,8 +38,8 @@ class Sequence:
         self.blocks: list[int] = []
         self.keys = [root]  # the prefix-cache key behind each full block, the root first
         self.hit_blocks = 0  # how many of `blocks` came from the prefix cache or a sibling
-        self.hit_tokens = 0  # prompt tokens not computed, counted once per request
-        self.leader: Sequence | None = None  # the sibling that computes the shared prompt
+        self.hit_tokens: int | None = None  # prompt tokens found cached when it first started
+        self.choices: list[Sequence] = [self]  # all of its request
 
     @property
     def length(self) -> int:
@@ -55,6 +55,11 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def leader(self) -> "Sequence":
+        """The choice that computes the prompt, whose blocks the others share: the first alive."""
+        return next((s for s in self.choices if s.state is not State.FINISHED), self)
 
     def restart(self) -> None:
         """Forget everything computed; the tokens stay and are computed again."""

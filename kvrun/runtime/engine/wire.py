@@ -87,9 +87,16 @@ to_engine = msgspec.msgpack.Decoder(ToEngine)
 from_engine = msgspec.msgpack.Decoder(FromEngine)
 
 
+encode = _encoder.encode
+
+
 def send(pipe: IO[bytes], message: object) -> None:
     """Write one message as one frame."""
-    body = _encoder.encode(message)
+    write(pipe, encode(message))
+
+
+def write(pipe: IO[bytes], body: bytes) -> None:
+    """Write one encoded message as one frame."""
     pipe.write(_LENGTH.pack(len(body)) + body)
     pipe.flush()
 

@@ -26,7 +26,11 @@ DEAD = EngineDead.exit_code
 
 
 class _Watchdog(threading.Thread):
-    """Ends the process when a step hangs: nothing else can interrupt a stuck kernel."""
+    """Ends the process when a step hangs: nothing can interrupt a stuck kernel.
+
+    Native code that never gives the interpreter back stops this thread too; then a timer that it
+    keeps pushing back runs out, and the process ends all the same.
+    """
 
     def __init__(self, timeout: float) -> None:
         super().__init__(daemon=True, name="watchdog")
@@ -42,10 +46,11 @@ class _Watchdog(threading.Thread):
     def run(self) -> None:
         pause = threading.Event()
         while not pause.wait(min(1.0, self._timeout / 4)):
+            faulthandler.dump_traceback_later(self._timeout + 1, exit=True)
             deadline = self._deadline
             if deadline is not None and time.monotonic() > deadline:
-                print(f"a step has taken longer than {self._timeout:g} s", file=sys.stderr)
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+                print(f"a step has taken longer than {self._timeout:g} s", file=sys.stderr)
                 sys.stderr.flush()
                 os._exit(DEAD)
 

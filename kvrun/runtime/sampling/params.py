@@ -103,7 +103,11 @@ class SamplingParams:
         0.0, "float", "subtracted per occurrence of a token in the output", -2, 2
     )
     seed: int | None = _option(
-        None, "int", "same seed, same draws; none: another one each time", -(2**63), 2**64 - 1
+        None,
+        "int",
+        "same seed, same draws; none: the engine chooses one for each request",
+        -(2**63),
+        2**64 - 1,
     )
     stop: tuple[str, ...] = _option(
         (), "texts", f"end before one of these texts (at most {MAX_STOPS})"

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from kvrun import LLM, SamplingParams
-from kvrun.errors import InvalidRequest, NotFound
+from kvrun.errors import InvalidRequest, KvrunError, NotFound
+from kvrun.runtime.engine.runner import ModelRunner, Ticket
+from kvrun.runtime.engine.scheduler import Schedule
 from kvrun.runtime.text import TextStream
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40)
@@ -55,6 +57,39 @@ def test_a_stream_that_is_left_leaves_nothing_behind(llm: LLM) -> None:
     stream.close()
     assert llm.stats().running == 0
     assert llm.stats().blocks_active == 0
+
+
+def test_an_interrupted_call_leaves_nothing_behind(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = llm.stats()
+    steps = iter(range(10))
+
+    def submit(self: ModelRunner, schedule: Schedule) -> Ticket:
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+        return healthy(self, schedule)
+
+    healthy = ModelRunner.submit
+    monkeypatch.setattr(ModelRunner, "submit", submit)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["Once upon a time", "12 + 30 ="], GREEDY)
+    monkeypatch.undo()
+    after = llm.stats()
+    assert (after.running, after.waiting, after.blocks_active) == (0, 0, 0)
+    assert after.steps > before.steps, "stats are a snapshot"
+    with pytest.raises(TypeError):
+        llm.generate([[1, 2], ["x"]], GREEDY)  # type: ignore[list-item]
+    assert llm.stats().waiting == 0
+
+
+def test_a_closed_llm_says_so() -> None:
+    with LLM("tiny", dtype="float32", kv_memory=10_000_000) as llm:
+        stream = llm.stream("Once upon a time", GREEDY)
+        next(stream)
+    stream.close()
+    with pytest.raises(KvrunError, match="closed"):
+        llm.generate("x")
 
 
 def test_stop_strings_cut_text_and_tokens(llm: LLM) -> None:

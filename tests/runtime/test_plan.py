@@ -61,7 +61,16 @@ def test_sizes_for_people() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"dtype": "int3"}, {"device": "tpu"}, {"block_size": 0}, {"kv_memory": -1}, {"threads": 0}],
+    [
+        {"dtype": "int3"},
+        {"device": "tpu"},
+        {"block_size": 0},
+        {"kv_memory": -1},
+        {"threads": 0},
+        {"kv_memory": float("nan")},
+        {"step_timeout": 0},
+        {"run_ahead": -1},
+    ],
 )
 def test_configurations_that_make_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match=next(iter(wrong))):

@@ -36,6 +36,7 @@ class _Watchdog(threading.Thread):
         super().__init__(daemon=True, name="watchdog")
         self._timeout = timeout
         self._deadline: float | None = None
+        self._push_back()
 
     def begin(self) -> None:
         self._deadline = time.monotonic() + self._timeout
@@ -43,10 +44,13 @@ class _Watchdog(threading.Thread):
     def end(self) -> None:
         self._deadline = None
 
+    def _push_back(self) -> None:
+        faulthandler.dump_traceback_later(self._timeout + 1, exit=True)
+
     def run(self) -> None:
         pause = threading.Event()
         while not pause.wait(min(1.0, self._timeout / 4)):
-            faulthandler.dump_traceback_later(self._timeout + 1, exit=True)
+            self._push_back()
             deadline = self._deadline
             if deadline is not None and time.monotonic() > deadline:
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)

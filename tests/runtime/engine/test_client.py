@@ -62,6 +62,32 @@ async def test_refused_requests_leave_the_others_alone(client: EngineClient) -> 
     assert (await good)[-1].finish_reason == "length"
 
 
+async def test_requests_that_cannot_be_sent_are_refused_here(client: EngineClient) -> None:
+    good = asyncio.create_task(collect(client, request(0)))
+    floats = Request(id="floats", prompt_ids=[1.5], params=PARAMS)  # type: ignore[list-item]
+    surrogate = Request(id="s", prompt_ids=[1], params=PARAMS, adapter="\ud83d")
+    for bad in (floats, surrogate):
+        with pytest.raises(InvalidRequest, match="cannot be sent"):
+            await collect(client, bad)
+    assert (await good)[-1].finish_reason == "length"
+
+
+async def test_an_id_can_be_used_again_at_once(client: EngineClient) -> None:
+    whole = [t for d in await collect(client, request(0)) for t in d.token_ids]
+    for _ in range(5):
+        stream = client.stream(request(0))
+        await anext(stream)
+        await stream.aclose()
+    again = await collect(client, request(0))
+    assert [t for d in again for t in d.token_ids] == whole
+    assert {d.request_id for d in again} == {"r0"}
+    both = client.stream(request(0)), client.stream(request(0))
+    await anext(both[0])
+    with pytest.raises(InvalidRequest, match="running already"):
+        await anext(both[1])
+    await both[0].aclose()
+
+
 async def test_leaving_a_stream_frees_its_pages(client: EngineClient) -> None:
     stream = client.stream(request(0))
     first = await anext(stream)
@@ -170,7 +196,20 @@ def test_E9_a_step_that_hangs_ends_the_process_with_its_stacks(config: EngineCon
         assert process.stderr
         said = process.stderr.read().decode()
     assert process.returncode == 70
-    assert "longer than 0.2 s" in said
+    assert "in hang" in said
+    assert "longer than 0.2 s" in said.splitlines()[-1], "the last words are quoted to users"
+
+
+def test_E9_native_code_that_keeps_the_interpreter_is_ended_too(config: EngineConfig) -> None:
+    patch = (
+        "import ctypes\n"
+        "def hang(*a): ctypes.PyDLL(None).sleep(60)\n"
+        "runner.ModelRunner.submit = hang"
+    )
+    with worker(dataclasses.replace(config, step_timeout=0.2), patch) as process:
+        assert process.stderr
+        said = process.stderr.read().decode()
+    assert process.returncode == 1
     assert "in hang" in said
 
 

@@ -133,6 +133,61 @@ def test_choices_share_the_prompt(run_ahead: int, prefix_caching: bool) -> None:
     assert engine.stats().prompt_tokens == 14 + 3 * 2
 
 
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_choices_share_the_prompt_although_the_first_has_left(prefix_caching: bool) -> None:
+    engine, _ = scripted_engine(prefix_caching=prefix_caching, max_num_batched_tokens=8)
+    text = prompts(seed=6, count=1, low=30, high=30)[0]
+    request = ask(0, text, n=4)
+    engine.add(request)
+    engine.step()
+    engine.abort("r0", 0)
+    found = drain(engine)
+    assert found.pop(("r0", 0)) == ([], "abort")
+    assert tokens_of(found) == {
+        ("r0", index): reference(text, request.params, index) for index in (1, 2, 3)
+    }
+    # The first chunk of 8, then the prompt once, then what lies behind the last full block.
+    assert engine.stats().prompt_tokens == 8 + 30 + 2 * 2
+
+
+def test_an_interrupted_step_is_as_if_it_had_not_been() -> None:
+    engine, runner = scripted_engine()
+    texts = prompts(seed=13, count=6)
+    for i, text in enumerate(texts):
+        engine.add(ask(i, text))
+    deltas = engine.step()
+
+    def interrupt(row: Row) -> None:
+        raise KeyboardInterrupt
+
+    runner.poison = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    runner.poison = lambda row: None
+    assert tokens_of(drain(engine, deltas)) == expected(texts)
+
+
+def test_no_more_sequences_than_a_step_has_tokens() -> None:
+    engine, runner = scripted_engine(max_num_batched_tokens=3, max_num_seqs=16)
+    texts = prompts(seed=14, count=8)
+    for i, text in enumerate(texts):
+        engine.add(ask(i, text))
+    assert tokens_of(drain(engine)) == expected(texts)
+    assert runner.max_rows == 3
+
+
+def test_cached_tokens_are_counted_once_for_a_preempted_prompt() -> None:
+    engine, _ = scripted_engine(blocks=8, max_num_batched_tokens=4)
+    head = prompts(seed=15, count=1, low=9, high=9)[0]
+    engine.add(ask(0, head, max_tokens=2))
+    drain(engine)
+    for i in range(1, 4):
+        engine.add(ask(i, [*head, i, i, i], max_tokens=12, ignore_eos=True))
+    drain(engine)
+    assert engine.stats().preemptions > 0
+    assert engine.stats().prefix_hit_tokens == 3 * 8
+
+
 @pytest.mark.parametrize("run_ahead", RUN_AHEAD)
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
 def test_abort_in_any_state(run_ahead: int, steps: int) -> None:

@@ -16,9 +16,9 @@ class EngineConfig:
 
     `kv_memory` is bytes (an int above 1) or a fraction of the memory that is free after the
     weights are read (a float in (0, 1]); None takes a default by device. `None` sizes are chosen
-    from the model and the machine. No more sequences run at once than `max_num_batched_tokens`.
-    `run_ahead` is how many steps are submitted beyond the one whose tokens are awaited; None: 0 on
-    CPU. A step longer than `step_timeout` seconds ends the engine process.
+    from the model and the machine. `run_ahead` is how many steps are submitted beyond the one whose
+    tokens are awaited; None: 0 on CPU. A step longer than `step_timeout` seconds ends the engine
+    process.
     """
 
     model: str  # a local folder with config.json

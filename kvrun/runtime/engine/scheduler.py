@@ -57,9 +57,8 @@ class Scheduler:
         self.leaving: list[Sequence] = []  # finished, but named by an open ticket
         self._size = block_size
         self._budget = max_num_batched_tokens
-        # Every running sequence can decode in every step.
-        self._max_seqs = min(max_num_seqs, max_num_batched_tokens)
-        self._slots = list(range(self._max_seqs - 1, -1, -1))
+        self._max_seqs = max_num_seqs
+        self._slots = list(range(max_num_seqs - 1, -1, -1))
         self._stuck: tuple[Sequence, int] | None = None  # who could not start with so few free
         self._eos = eos_ids
         self._spoilt: list[int] = []

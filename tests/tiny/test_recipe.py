@@ -12,7 +12,7 @@ import pytest
 
 from recipes.tiny import corpus, evaluate, jsonform, pirate, sql
 from recipes.tiny.grammar import expand, held_out, parse
-from recipes.tiny.skills import arithmetic, context, lists, ordering, recall
+from recipes.tiny.skills import arithmetic, context, lists, ordering
 
 
 def some(task: str, seed: int, count: int = 200) -> list[str]:
@@ -73,31 +73,6 @@ def test_context_answers_come_from_the_text() -> None:
         turns = context.who_has(rng)
         said = " ".join(t.user for t in turns).lower()
         assert turns[-1].answer == context.UNKNOWN or turns[-1].fact.lower() in said
-
-
-def test_dense_questions_are_answered_by_the_facts_and_never_held_out() -> None:
-    rng = Random(9)
-    asked = 0
-    for _ in range(500):
-        turns = recall.turns(rng)
-        told = turns[0].user.lower()
-        for turn in turns:
-            if turn.skill != "context":
-                continue
-            asked += 1
-            assert not held_out(turn.key)
-            owner, *_, value = turn.answer.rstrip(".").lower().split()
-            assert turn.fact.lower() in told
-            assert value in told
-            assert owner in told
-    assert asked > 1000
-
-
-def test_the_share_of_dense_documents_changes_only_them() -> None:
-    plain = set(some("base", 3, 400))
-    assert list(islice(corpus.texts("base", 3, 0.0), 400)) == some("base", 3, 400)
-    dense = list(islice(corpus.texts("base", 3, 1.0), 50))
-    assert not plain & set(dense)
 
 
 def test_every_sql_answer_runs() -> None:

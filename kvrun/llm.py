@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
+import torch
+
 from kvrun.errors import InvalidRequest, KvrunError
 from kvrun.hub.local import resolve
 from kvrun.runtime.config import EngineConfig
@@ -88,6 +90,7 @@ class LLM:
             prefix_caching=prefix_caching,
             seed=seed,
             load_format=load_format,
+            threads=torch.get_num_threads(),  # this process belongs to the caller
         )
         self._alive: Engine | None = start(config)
         self._text = Text.open(folder)

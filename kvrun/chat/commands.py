@@ -129,7 +129,7 @@ async def _stats(chat: Chat, argument: str) -> Effect:
     lines += [
         f"model {chat.session.name}, {ready.dtype} on {ready.device}, {ready.attention} attention,"
         f" context {chat.session.context:,} tokens",
-        f"{ready.plan}; started in {chat.session.start_seconds:.2f} s",
+        f"{ready.plan}; {chat.session.start_line()}",
         f"since then {now.steps:,} steps, {now.prompt_tokens:,} prompt tokens "
         f"({now.prefix_hit_tokens:,} from the prefix cache), {now.generated_tokens:,} generated",
     ]

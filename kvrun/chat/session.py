@@ -118,6 +118,11 @@ class Session:
             raise RuntimeError("the session is not ready")
         return self._ready
 
+    def start_line(self) -> str:
+        """How long it took until questions could be asked, and the engine's own share of it."""
+        load = f"weights and pool {self.engine.load_seconds:.2f} s"
+        return f"started in {self.start_seconds:.2f} s, {load}"
+
     @property
     def context(self) -> int:
         """How many tokens a prompt and its answer may have together."""

@@ -214,7 +214,7 @@ async def _answer(
     screen = None if style.json else _screen(style)
     await _get_ready(session, settings, style)
     if style.stats:
-        note(f"{session.engine.plan}; started in {session.start_seconds:.2f} s")
+        note(f"{session.engine.plan}; {session.start_line()}")
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": question})
     reply = await answer(session, messages, settings, screen, stats=style.stats)

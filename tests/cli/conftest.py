@@ -1,7 +1,6 @@
 """`kvrun` in this process, and in a terminal of its own, both on the scripted engine."""
 
 import fcntl
-import importlib.util
 import io
 import os
 import pty
@@ -32,21 +31,6 @@ class Result:
     code: int
     out: str
     err: str
-
-
-@pytest.fixture(scope="session")
-def scripted() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scripted", SCRIPTED)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def model(scripted: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scripted.make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(autouse=True)

@@ -145,12 +145,17 @@ class EngineClient:
     def _listen(self) -> None:
         """Runs in a thread: frames to the event loop, then the end of the process."""
         fault: wire.Fault | None = None
-        for frame in wire.frames(self._source):
-            message = wire.from_engine.decode(frame)
-            if isinstance(message, wire.Died):
-                fault = message.fault
-            else:
-                self._call(self._deliver, message)
+        try:
+            for frame in wire.frames(self._source):
+                message = wire.from_engine.decode(frame)
+                if isinstance(message, wire.Died):
+                    fault = message.fault
+                else:
+                    self._call(self._deliver, message)
+        except (msgspec.MsgspecError, OSError) as error:
+            # What follows cannot be understood either, and nobody may wait for it.
+            fault = wire.Fault("EngineDead", "the engine's words are garbled.", str(error))
+            self._process.kill()
         code = self._process.wait()
         self._call(self._end, self._obituary(code, fault))
 

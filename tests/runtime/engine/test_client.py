@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
@@ -133,6 +134,19 @@ async def test_a_killed_engine_is_an_error_for_everybody_waiting(config: EngineC
         with pytest.raises(EngineDead):
             await call
     await client.close()
+
+
+async def test_garbled_words_of_the_engine_end_every_wait(
+    client: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = client.stream(request(0, dataclasses.replace(PARAMS, max_tokens=None)))
+    await anext(stream)
+    monkeypatch.setattr(wire, "from_engine", msgspec.msgpack.Decoder(int))
+    with pytest.raises(EngineDead, match="garbled"):
+        async for _ in stream:
+            pass
+    with pytest.raises(EngineDead):
+        await client.stats()
 
 
 async def test_the_engine_s_own_words_when_it_cannot_start(tmp_path: Path) -> None:

@@ -1,0 +1,20 @@
+"""What the rooms above the engine share: the scripted engine, and a model folder for it."""
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.chat import scripted as module
+
+
+@pytest.fixture(scope="session")
+def scripted() -> ModuleType:
+    """The module itself: tests put its engine where the real one would be."""
+    return module
+
+
+@pytest.fixture(scope="session")
+def model(scripted: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a toy tokenizer and chat template, and no weights."""
+    return scripted.make_model(tmp_path_factory.mktemp("model"))

@@ -1,9 +1,15 @@
 """What the rooms above the engine share: the scripted engine, and a model folder for it."""
 
+import os
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+# Triton decides when it is imported: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.chat import scripted as module
 

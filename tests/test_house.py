@@ -38,7 +38,7 @@ LAYERS = (
     ("models", "layers", "vision", "lora", "speculate"),
     (
         "attention", "cache", "quant", "sampling", "checkpoint", "parallel", "batch", "text",
-        "plan", "config", "kernels", "hf_config", "tensorfile",
+        "plan", "config", "kernels", "hf_config", "tensorfile", "device",
     ),
 )  # fmt: skip
 SLOW = {"torch", "transformers", "textual", "fastapi"}

@@ -1,1 +1,1 @@
-"""JOB: functions on tensors; each file is the plain-torch twin of a kernel."""
+"""JOB: functions on tensors; each file is the plain-torch twin of a kernel in `triton/`."""

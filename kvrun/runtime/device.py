@@ -1,0 +1,15 @@
+"""Which form of a kernel a device runs: Triton on CUDA, the plain-torch twin elsewhere."""
+
+from types import ModuleType
+
+import torch
+
+from kvrun import folder
+from kvrun.runtime import kernels
+
+TRITON = f"{kernels.__name__}.triton"
+
+
+def kernel(name: str, device: torch.device) -> ModuleType:
+    """The module of kernel `name` for tensors on `device`."""
+    return folder.load(TRITON if device.type == "cuda" else kernels.__name__, name)

@@ -134,7 +134,7 @@ class ModelRunner:
         if drawing is None:
             return Ticket(schedule, None)
         prepared = self._prepare(drawing.sequences)
-        sampled = self._sampler.sample(logits, prepared, drawing.positions)
+        sampled = self._sampler.sample(logits.float(), prepared, drawing.positions)
         self._last.index_copy_(0, drawing.slots, sampled.ids)
         return Ticket(schedule, sampled)
 
@@ -146,11 +146,11 @@ class ModelRunner:
         try:
             self.submit([Row(sequence, start=0, count=1, sample=False)])
         finally:
-            self._backend.clear([0])  # others read it as padding
+            self._backend.cache.clear([0])  # others read it as padding
 
     def clear(self, blocks: list[int]) -> None:
         """Make blocks harmless in which a request has left NaN or infinity."""
-        self._backend.clear(blocks)
+        self._backend.cache.clear(blocks)
 
     def _batch(self, schedule: Schedule) -> tuple[Batch, "_Drawing | None"]:
         """The tensors of a step, and where it draws; all of them cross to the device at once."""

@@ -14,7 +14,7 @@ from kvrun.runtime import attention, models
 from kvrun.runtime.attention import AttentionSpec, Backend
 from kvrun.runtime.cache.blocks import BlockPool
 from kvrun.runtime.cache.prefix import PrefixCache
-from kvrun.runtime.cache.tensors import bytes_per_block
+from kvrun.runtime.cache.tensors import KVCache, bytes_per_block
 from kvrun.runtime.checkpoint import Checkpoint
 from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine.engine import Engine, Limits
@@ -48,7 +48,8 @@ def start(config: EngineConfig) -> Engine:
         eos_ids = opened.eos_token_ids if (opened := text.result()) else ()
     backend_name, backend_class = choose_backend(config.attention, model.specs, device)
     plan = _plan(config, model, device, dtype)
-    backend = backend_class(model.specs, plan.num_blocks, config.block_size, dtype, device)
+    cache = KVCache(model.specs, plan.num_blocks, config.block_size, dtype, device)
+    backend = backend_class(cache, dtype)
     on_cpu = device.type == "cpu"
     parameters = model.parameter_bytes // dtype.itemsize
     runner = ModelRunner(

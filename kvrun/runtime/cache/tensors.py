@@ -27,6 +27,7 @@ class KVCache:
     ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
+        self.device = device
         rows = num_blocks * block_size
         widths = {spec.layer: 2 * spec.kv_heads * spec.head_dim for spec in specs}
         self._layers = {

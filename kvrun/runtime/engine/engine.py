@@ -14,7 +14,7 @@ from kvrun.runtime.engine.scheduler import Row, Schedule, Scheduler
 from kvrun.runtime.engine.sequence import Sequence
 
 if TYPE_CHECKING:
-    from kvrun.runtime.engine.runner import Ticket
+    from kvrun.runtime.engine.ticket import Ticket
 
 # So many steps in a row that fail for everybody, and the engine gives up.
 MAX_BAD_STEPS = 3

@@ -1,4 +1,4 @@
-"""EngineConfig -> Engine: device and dtype, weights, plan, cache, backend."""
+"""EngineConfig -> Engine: device and dtype, weights, plan, cache, backend, graphs."""
 
 import time
 from collections.abc import Callable
@@ -18,16 +18,21 @@ from kvrun.runtime.cache.tensors import KVCache, bytes_per_block
 from kvrun.runtime.checkpoint import Checkpoint
 from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine.engine import Engine, Limits
+from kvrun.runtime.engine.graphs import Graphs, cuda_capture
+from kvrun.runtime.engine.profile import memory_of_a_step
 from kvrun.runtime.engine.request import Ready
 from kvrun.runtime.engine.runner import ModelRunner
 from kvrun.runtime.engine.scheduler import Scheduler
+from kvrun.runtime.engine.slots import Slots
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.plan import Plan, make_plan, size
 from kvrun.runtime.sampling.sampler import Sampler
 from kvrun.runtime.text import Text
 
 # Backends that `attention="auto"` tries, best first.
-AUTO = ("sdpa",)
+AUTO = ("triton", "sdpa")
+# Backends that read everything on the device, so that their steps can be captured.
+CAPTURED = ("triton",)
 # Parameters times tokens from which a step gains by more than one CPU thread. Below, waiting for
 # each other costs the threads what they save; beside another busy program it costs a hundred times
 # more, because each of some 150 products in a step waits for a thread that is not running.
@@ -46,30 +51,55 @@ def start(config: EngineConfig) -> Engine:
         text = pool.submit(Text.open, folder)
         model, dtype = _load(config, folder, device)
         eos_ids = opened.eos_token_ids if (opened := text.result()) else ()
-    backend_name, backend_class = choose_backend(config.attention, model.specs, device)
-    plan = _plan(config, model, device, dtype)
-    cache = KVCache(model.specs, plan.num_blocks, config.block_size, dtype, device)
-    backend = backend_class(cache, dtype)
+    name, backend_class = choose_backend(config.attention, model.specs, device)
     on_cpu = device.type == "cpu"
-    parameters = model.parameter_bytes // dtype.itemsize
+    block_size = config.block_size or (16 if on_cpu else 64)
+    budget = config.max_num_batched_tokens or (2048 if on_cpu else 8192)
+    kv_dtype = torch.float8_e4m3fn if config.kv_dtype == "fp8" else dtype
+    bytes_each = bytes_per_block(model.specs, block_size, kv_dtype)
+    reserve = 0
+    if not on_cpu:
+        trial = KVCache(model.specs, 2, block_size, kv_dtype, device)
+        reserve = memory_of_a_step(
+            model, backend_class(trial, dtype), budget, config.max_num_seqs, device
+        )
+        del trial
+    plan = _plan(config, model, device, block_size, bytes_each, reserve)
+    backend = backend_class(
+        KVCache(model.specs, plan.num_blocks, block_size, kv_dtype, device), dtype
+    )
+    slots = Slots(config.max_num_seqs, -(-plan.max_model_len // block_size), device)
     runner = ModelRunner(
         model,
         backend,
         Sampler(model.vocab_size, device),
+        slots,
         device=device,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=plan.max_model_len,
+        block_size=block_size,
         eos_ids=eos_ids,
-        threads=_thread_rule(config.threads, parameters) if on_cpu else None,
+        threads=_thread_rule(config.threads, model.parameter_bytes // dtype.itemsize)
+        if on_cpu
+        else None,
     )
+    if config.cuda_graphs and not on_cpu and name in CAPTURED:
+        with torch.inference_mode():
+            runner.graphs = Graphs(
+                model,
+                backend,
+                slots,
+                most=config.max_num_seqs,
+                block_size=block_size,
+                dtype=dtype,
+                device=device,
+                capture=cuda_capture(device),
+            )
     blocks = BlockPool(plan.num_blocks)
     scheduler = Scheduler(
         blocks,
-        PrefixCache(blocks, config.block_size) if config.prefix_caching else None,
-        block_size=config.block_size,
+        PrefixCache(blocks, block_size) if config.prefix_caching else None,
+        block_size=block_size,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=budget,
         eos_ids=frozenset(eos_ids),
     )
     ready = Ready(
@@ -77,19 +107,20 @@ def start(config: EngineConfig) -> Engine:
         max_model_len=plan.max_model_len,
         vocab_size=model.vocab_size,
         kv_tokens=plan.kv_tokens,
-        block_size=config.block_size,
+        block_size=block_size,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        attention=backend_name,
+        attention=name,
         load_seconds=time.perf_counter() - begun,
     )
+    run_ahead = config.run_ahead if config.run_ahead is not None else 0 if on_cpu else 2
     return Engine(
         scheduler,
         runner,
         Limits(model.vocab_size, plan.max_model_len),
         ready=ready,
         seed=config.seed,
-        run_ahead=config.run_ahead or 0,
+        run_ahead=run_ahead,
     )
 
 
@@ -158,14 +189,21 @@ def _load(config: EngineConfig, folder: Path, device: torch.device) -> tuple[Dec
     return models.build(checkpoint), checkpoint.dtype
 
 
-def _plan(config: EngineConfig, model: Decoder, device: torch.device, dtype: torch.dtype) -> Plan:
+def _plan(
+    config: EngineConfig,
+    model: Decoder,
+    device: torch.device,
+    block_size: int,
+    bytes_each: int,
+    reserve: int,
+) -> Plan:
     return make_plan(
         weight_bytes=model.parameter_bytes,
-        kv_bytes_per_block=bytes_per_block(model.specs, config.block_size, dtype),
-        free_bytes=_free_bytes(device),
+        kv_bytes_per_block=bytes_each,
+        free_bytes=max(_free_bytes(device) - reserve, 0),
         on_cpu=device.type == "cpu",
         kv_memory=config.kv_memory,
-        block_size=config.block_size,
+        block_size=block_size,
         max_num_seqs=config.max_num_seqs,
         max_position=model.max_position or config.max_model_len or UNSAID_CONTEXT,
         max_model_len=config.max_model_len,

@@ -35,6 +35,7 @@ class Decoder:
         self._head = head
         self.specs: list[AttentionSpec] = [block.spec for block in blocks]
         self.vocab_size = head.vocab_size
+        self.softcapped = head.softcapped  # logits are fp32 then
         self.parameter_bytes = w.parameter_bytes + head.copy_bytes
         known = w.config.get("max_position_embeddings") is not None
         self.max_position = w.config.integer("max_position_embeddings") if known else None

@@ -49,6 +49,7 @@ class Head:
         softcap: float | None = None,
     ) -> None:
         self._softcap = softcap
+        self.softcapped = softcap is not None
         self.vocab_size, hidden = embedding.weight.shape
         said = w.config.get("tie_word_embeddings")
         tied = tied if said is None else w.config.flag("tie_word_embeddings")

@@ -145,6 +145,19 @@ def test_softcap(kernel: ModuleType, dtype: torch.dtype) -> None:
     assert bad.tolist() == [False, True, True, True, True, True]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_softcap_brings_nothing_back(kernel: ModuleType, temperature: float) -> None:
+    """Neither hidden tokens nor what lies behind a row's end gets the lowest capped value."""
+    logits = torch.full((20, 4), -1e4)
+    logits[:, 1], logits[19] = -INF, -INF
+    column = torch.full((20,), temperature)
+    ids, finite = kernel.draw(logits, column, keyed(20), torch.arange(20), softcap=2.0)
+    assert set(ids[:19].tolist()) == ({0, 2, 3} if temperature else {0})
+    assert finite.tolist() == [True] * 19 + [False]
+    assert 0 <= ids[19] < 4
+
+
 def test_out_and_draws_after_draws(kernel: ModuleType) -> None:
     """What the programs of a row share is as before after each draw, whatever its size."""
     for rows, vocab in ((3, 2100), (1, 5000), (3, 2100)):

@@ -41,7 +41,7 @@ def draw(
     chunk, warps = shape(rows, vocab)
     chunks = triton.cdiv(vocab, chunk)
     arrived, scores, places = _between(triton.next_power_of_2(rows * chunks), device)
-    _draw[(rows, chunks)](
+    _draw[(rows * chunks,)](
         logits,
         temperature,
         keys,
@@ -105,8 +105,8 @@ def _draw(
     CHUNKS_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    chunk = tl.program_id(1)
+    row = tl.program_id(0) // CHUNKS
+    chunk = tl.program_id(0) % CHUNKS
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     at = logits_at + row.to(tl.int64) * logits_stride
     wait(PDL)
@@ -122,7 +122,8 @@ def _draw(
     logits = tl.where(logits == logits, logits, float("inf"))
     broken = tl.max(logits, 0) == float("inf")
     if SOFTCAP:
-        logits = _tanh(tl.div_rn(logits, softcap)) * softcap
+        capped = _tanh(tl.div_rn(logits, softcap)) * softcap
+        logits = tl.where(logits == float("-inf"), logits, capped)
     if temperature > 0:
         best, place = _best_drawn(logits, ids, temperature, first, second)
     else:

@@ -13,7 +13,7 @@ def gated(both: torch.Tensor, act: str, *, out: torch.Tensor | None = None) -> t
     if out is None:
         out = torch.empty((tokens, inner), dtype=both.dtype, device=both.device)
     block, warps = shape(tokens, inner)
-    _gated[(tokens, triton.cdiv(inner, block))](
+    _gated[(tokens * triton.cdiv(inner, block),)](
         both,
         out,
         both.stride(0),
@@ -44,8 +44,9 @@ def _gated(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    parts: tl.constexpr = (INNER + BLOCK - 1) // BLOCK
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    columns = tl.program_id(0) % parts * BLOCK + tl.arange(0, BLOCK)
     inside = columns < INNER
     both_at += row * both_stride + columns
     wait(PDL)

@@ -47,7 +47,7 @@ def rotate_append(
 ) -> None:
     tokens, total = len(qkv), heads + 2 * kv_heads
     at_once, warps = shape(tokens, total, head_dim)
-    _rotate_append[(tokens, triton.cdiv(total, at_once))](
+    _rotate_append[(tokens * triton.cdiv(total, at_once),)](
         qkv,
         cos,
         sin,
@@ -74,8 +74,9 @@ def rotate_append(
 
 def shape(tokens: int, heads: int, head_dim: int) -> tuple[int, int]:
     """Heads of a program, and its warps: 8 or 16 values a thread."""
-    at_once = min(triton.next_power_of_2(heads), (8 if tokens <= 256 else 16) * 128 // head_dim)
-    return max(1, at_once), 4
+    values = 1024 if tokens <= 256 else 2048
+    at_once = max(1, values // triton.next_power_of_2(head_dim))
+    return min(at_once, triton.next_power_of_2(heads)), 4
 
 
 @triton.jit(do_not_specialize=["tokens", "factor"])
@@ -128,9 +129,10 @@ def _rotate_append(
     PAIRS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
+    parts: tl.constexpr = (QUERIES + 2 * KEYS + HEADS - 1) // HEADS
+    token = (tl.program_id(0) // parts).to(tl.int64)
     # Values are heads like the others that are neither normalised nor rotated.
-    heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    heads = (tl.program_id(0) % parts * HEADS + tl.arange(0, HEADS))[:, None]
     turned = heads < QUERIES + KEYS
     pairs = tl.arange(0, PAIRS)[None, :]
     firsts, seconds = _places(pairs, DIM, HALF, INTERLEAVED)

@@ -10,7 +10,7 @@ import torch
 from kvrun.runtime.attention import Backend
 from kvrun.runtime.batch import Batch
 from kvrun.runtime.device import kernel
-from kvrun.runtime.engine.graphs import Graphs
+from kvrun.runtime.engine.graphs import Capture, Graphs
 from kvrun.runtime.engine.request import Request
 from kvrun.runtime.engine.scheduler import Row, Schedule
 from kvrun.runtime.engine.sequence import Sequence as Running
@@ -61,6 +61,20 @@ class ModelRunner:
         self._draw = kernel("draw", device) if device.type == "cuda" else None
         self._prepared: Prepared | None = None
         self._prepared_for: list[Running] = []
+
+    @torch.inference_mode()
+    def capture(self, most: int, dtype: torch.dtype, capture: Capture) -> None:
+        """Make steps of up to `most` sequences with one token each replayable."""
+        self.graphs = Graphs(
+            self._model,
+            self._backend,
+            self._slots,
+            most=most,
+            block_size=self._size,
+            dtype=dtype,
+            device=self._device,
+            capture=capture,
+        )
 
     def submit(self, schedule: Schedule) -> Ticket:
         """Queue one step. Submitting the same rows again writes the same cache slots again.

@@ -36,8 +36,7 @@ class Slots:
         self._pages = pages
         self._lists: list[list[int] | None] = [None] * (count + 1)
         self._written = [0] * (count + 1)
-        self._places: list[int] = []  # in the flat table of the device, and what belongs there
-        self._blocks: list[int] = []
+        self._changed: dict[int, int] = {}  # place in the flat table of the device -> block
         self._new: dict[int, tuple[float, int, int]] = {}  # slot -> temperature and noise keys
 
     def note(self, sequence: Running) -> None:
@@ -45,26 +44,28 @@ class Slots:
         slot, blocks = sequence.slot, sequence.blocks
         # A sequence that starts anew brings a new list; while it runs, its list only grows.
         if self._lists[slot] is not blocks:
-            self._lists[slot], self._written[slot] = blocks, 0
             # What pads a neighbour's pages is read too, and must not be somebody else's block.
-            self.tables[slot] = 0
+            self._write(slot, 0, [0] * self._written[slot])
+            self._lists[slot], self._written[slot] = blocks, 0
             self.fed[slot] = -1
             first, second = keys(sequence.seed, sequence.index)
             params = sequence.request.params
             self._new[slot] = (0.0 if params.greedy else params.temperature, first, second)
-        start, stop = self._written[slot], len(blocks)
-        if start < stop:
-            self.tables[slot, start:stop] = blocks[start:]
-            self._places += range(slot * self._pages + start, slot * self._pages + stop)
-            self._blocks += blocks[start:]
-            self._written[slot] = stop
+        if self._written[slot] < len(blocks):
+            self._write(slot, self._written[slot], blocks[self._written[slot] :])
+            self._written[slot] = len(blocks)
+
+    def _write(self, slot: int, page: int, blocks: list[int]) -> None:
+        self.tables[slot, page : page + len(blocks)] = blocks
+        for place, block in enumerate(blocks, slot * self._pages + page):
+            self._changed[place] = block
 
     def upload(self) -> None:
         """Bring the device up to date with all that was noted."""
-        if self._places:
-            places, blocks = self.send(self._places, self._blocks)
+        if self._changed:
+            places, blocks = self.send(list(self._changed), list(self._changed.values()))
             self.state.tables.view(-1).index_copy_(0, places, blocks.int())
-            self._places, self._blocks = [], []
+            self._changed = {}
         if self._new:
             new = self._new.values()
             temperatures = np.array([t for t, _, _ in new], np.float32).view(np.int32)

@@ -3,7 +3,9 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import psutil
 import torch
@@ -18,7 +20,7 @@ from kvrun.runtime.cache.tensors import KVCache, bytes_per_block
 from kvrun.runtime.checkpoint import Checkpoint
 from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine.engine import Engine, Limits
-from kvrun.runtime.engine.graphs import Graphs, cuda_capture
+from kvrun.runtime.engine.graphs import cuda_capture
 from kvrun.runtime.engine.profile import memory_of_a_step
 from kvrun.runtime.engine.request import Ready
 from kvrun.runtime.engine.runner import ModelRunner
@@ -45,6 +47,7 @@ def start(config: EngineConfig) -> Engine:
     """Load a model and make it ready. Raises KvrunError: what is wrong, and what to do."""
     begun = time.perf_counter()
     device = choose_device(config.device)
+    config = _sized(config, device)
     folder = Path(config.model)
     with ThreadPoolExecutor(1) as pool:
         # A large tokenizer takes as long to read as some weights do.
@@ -52,54 +55,17 @@ def start(config: EngineConfig) -> Engine:
         model, dtype = _load(config, folder, device)
         eos_ids = opened.eos_token_ids if (opened := text.result()) else ()
     name, backend_class = choose_backend(config.attention, model.specs, device)
-    on_cpu = device.type == "cpu"
-    block_size = config.block_size or (16 if on_cpu else 64)
-    budget = config.max_num_batched_tokens or (2048 if on_cpu else 8192)
-    kv_dtype = torch.float8_e4m3fn if config.kv_dtype == "fp8" else dtype
-    bytes_each = bytes_per_block(model.specs, block_size, kv_dtype)
-    reserve = 0
-    if not on_cpu:
-        trial = KVCache(model.specs, 2, block_size, kv_dtype, device)
-        reserve = memory_of_a_step(
-            model, backend_class(trial, dtype), budget, config.max_num_seqs, device
-        )
-        del trial
-    plan = _plan(config, model, device, block_size, bytes_each, reserve)
-    backend = backend_class(
-        KVCache(model.specs, plan.num_blocks, block_size, kv_dtype, device), dtype
-    )
-    slots = Slots(config.max_num_seqs, -(-plan.max_model_len // block_size), device)
-    runner = ModelRunner(
-        model,
-        backend,
-        Sampler(model.vocab_size, device),
-        slots,
-        device=device,
-        block_size=block_size,
-        eos_ids=eos_ids,
-        threads=_thread_rule(config.threads, model.parameter_bytes // dtype.itemsize)
-        if on_cpu
-        else None,
-    )
-    if config.cuda_graphs and not on_cpu and name in CAPTURED:
-        with torch.inference_mode():
-            runner.graphs = Graphs(
-                model,
-                backend,
-                slots,
-                most=config.max_num_seqs,
-                block_size=block_size,
-                dtype=dtype,
-                device=device,
-                capture=cuda_capture(device),
-            )
+    backend, plan = _cache(config, model, backend_class, dtype, device)
+    runner = _runner(config, model, backend, plan, eos_ids, dtype, device)
+    if config.cuda_graphs and device.type == "cuda" and name in CAPTURED:
+        runner.capture(config.max_num_seqs, dtype, cuda_capture(device))
     blocks = BlockPool(plan.num_blocks)
     scheduler = Scheduler(
         blocks,
-        PrefixCache(blocks, block_size) if config.prefix_caching else None,
-        block_size=block_size,
+        PrefixCache(blocks, plan.block_size) if config.prefix_caching else None,
+        block_size=plan.block_size,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=budget,
+        max_num_batched_tokens=cast(int, config.max_num_batched_tokens),
         eos_ids=frozenset(eos_ids),
     )
     ready = Ready(
@@ -107,20 +73,72 @@ def start(config: EngineConfig) -> Engine:
         max_model_len=plan.max_model_len,
         vocab_size=model.vocab_size,
         kv_tokens=plan.kv_tokens,
-        block_size=block_size,
+        block_size=plan.block_size,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         attention=name,
         load_seconds=time.perf_counter() - begun,
     )
-    run_ahead = config.run_ahead if config.run_ahead is not None else 0 if on_cpu else 2
     return Engine(
         scheduler,
         runner,
         Limits(model.vocab_size, plan.max_model_len),
         ready=ready,
         seed=config.seed,
-        run_ahead=run_ahead,
+        run_ahead=cast(int, config.run_ahead),
+    )
+
+
+def _sized(config: EngineConfig, device: torch.device) -> EngineConfig:
+    """`config` with the sizes that depend on the kind of device filled in."""
+    cpu = device.type == "cpu"
+    ahead = config.run_ahead
+    return replace(
+        config,
+        block_size=config.block_size or (16 if cpu else 64),
+        max_num_batched_tokens=config.max_num_batched_tokens or (2048 if cpu else 8192),
+        run_ahead=(0 if cpu else 2) if ahead is None else ahead,
+    )
+
+
+def _cache(
+    config: EngineConfig,
+    model: Decoder,
+    backend: type[Backend],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Backend, Plan]:
+    """The attention backend with a cache as large as the plan allows."""
+    size = cast(int, config.block_size)
+    kept = torch.float8_e4m3fn if config.kv_dtype == "fp8" else dtype
+    reserve = 0
+    if device.type == "cuda":
+        trial = backend(KVCache(model.specs, 2, size, kept, device), dtype)
+        tokens = cast(int, config.max_num_batched_tokens)
+        reserve = memory_of_a_step(model, trial, tokens, config.max_num_seqs, device)
+    plan = _plan(config, model, device, bytes_per_block(model.specs, size, kept), reserve)
+    return backend(KVCache(model.specs, plan.num_blocks, size, kept, device), dtype), plan
+
+
+def _runner(
+    config: EngineConfig,
+    model: Decoder,
+    backend: Backend,
+    plan: Plan,
+    eos_ids: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ModelRunner:
+    parameters = model.parameter_bytes // dtype.itemsize
+    return ModelRunner(
+        model,
+        backend,
+        Sampler(model.vocab_size, device),
+        Slots(config.max_num_seqs, -(-plan.max_model_len // plan.block_size), device),
+        device=device,
+        block_size=plan.block_size,
+        eos_ids=eos_ids,
+        threads=_thread_rule(config.threads, parameters) if device.type == "cpu" else None,
     )
 
 
@@ -190,20 +208,15 @@ def _load(config: EngineConfig, folder: Path, device: torch.device) -> tuple[Dec
 
 
 def _plan(
-    config: EngineConfig,
-    model: Decoder,
-    device: torch.device,
-    block_size: int,
-    bytes_each: int,
-    reserve: int,
+    config: EngineConfig, model: Decoder, device: torch.device, block_bytes: int, reserve: int
 ) -> Plan:
     return make_plan(
         weight_bytes=model.parameter_bytes,
-        kv_bytes_per_block=bytes_each,
+        kv_bytes_per_block=block_bytes,
         free_bytes=max(_free_bytes(device) - reserve, 0),
         on_cpu=device.type == "cpu",
         kv_memory=config.kv_memory,
-        block_size=block_size,
+        block_size=cast(int, config.block_size),
         max_num_seqs=config.max_num_seqs,
         max_position=model.max_position or config.max_model_len or UNSAID_CONTEXT,
         max_model_len=config.max_model_len,

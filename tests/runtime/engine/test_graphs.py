@@ -110,8 +110,8 @@ def test_a_sibling_that_starts_with_one_token_is_not_taken_for_its_predecessor(
     prompt = list(range(30, 47))  # 4 full blocks and one token, which each choice computes
     found = run(engine, [Request(id="a", prompt_ids=prompt, params=params)])
     assert found["a", 0] == found["a", 1]
-    # A tenant that leaves the slot at the length at which the next one starts.
-    run(engine, [Request(id="b", prompt_ids=[5] * 17, params=dataclasses.replace(params, n=1))])
+    # Tenants that leave their slots at the length at which the next ones start.
+    run(engine, [Request(id="b", prompt_ids=[5] * 11, params=params)])
     assert run(engine, [Request(id="c", prompt_ids=prompt, params=params)])["c", 1] == found["a", 0]
 
 

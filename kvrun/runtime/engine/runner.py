@@ -100,6 +100,7 @@ class ModelRunner:
                 return Ticket.of(schedule, self._replay(schedule))
             return Ticket.of(schedule, self._run(schedule))
         except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
             raise MemoryError(str(error)) from error
 
     def _replayable(self, schedule: Schedule) -> bool:

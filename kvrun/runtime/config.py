@@ -18,7 +18,7 @@ class EngineConfig:
     `kv_memory` is bytes (an int above 1) or a fraction of the memory that is free after the
     weights are read (a float in (0, 1]); None takes a default by device. `None` sizes are chosen
     from the model and the machine. `run_ahead` is how many steps are submitted beyond the one whose
-    tokens are awaited; None: 0 on CPU, 2 on CUDA. A step longer than `step_timeout` seconds ends
+    tokens are awaited; None: 0 on CPU, 4 on CUDA. A step longer than `step_timeout` seconds ends
     the engine process.
     """
 

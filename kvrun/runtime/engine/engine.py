@@ -103,7 +103,7 @@ class Engine:
         """
         deltas = self.scheduler.take_deltas()
         schedule: Schedule = []
-        while len(self._open) <= self._run_ahead and (schedule := self.scheduler.schedule()):
+        while self._ahead() <= self._run_ahead and (schedule := self.scheduler.schedule()):
             if spoilt := self.scheduler.take_spoilt():
                 self._runner.clear(spoilt)
             if not self._submit(schedule):
@@ -112,13 +112,17 @@ class Engine:
             drawn = self._open[0].read()
             ticket = self._open.popleft()
             deltas += self.scheduler.commit(ticket.schedule, drawn)
-            if len(self._open) <= self._run_ahead:
+            if self._ahead() <= self._run_ahead:
                 break
         deltas += self.scheduler.take_deltas()
         for delta in deltas:
             if delta.finish_reason:
                 self._ended(delta.request_id)
         return deltas
+
+    def _ahead(self) -> int:
+        """Steps that have been submitted and not taken in."""
+        return sum(ticket.schedule[0].turns for ticket in self._open)
 
     # -- admission --------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """ModelRunner: one rank's model, caches and sampler; turns a schedule into a submitted step."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple, cast
 
@@ -96,9 +97,12 @@ class ModelRunner:
             self._slots.note(row.sequence)
         self._slots.upload()
         try:
-            if self.graphs is not None and self._replayable(schedule):
-                return Ticket.of(schedule, self._replay(schedule))
-            return Ticket.of(schedule, self._run(schedule))
+            turns = schedule[0].turns
+            if self._replayable(schedule):
+                found: list[Sampled | None] = [self._replay(schedule) for _ in range(turns)]
+            else:
+                found = [self._run(_turn(schedule, turn)) for turn in range(turns)]
+            return Ticket.of(schedule, _together(found))
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise MemoryError(str(error)) from error
@@ -118,9 +122,9 @@ class ModelRunner:
         slots = [row.sequence.slot for row in schedule]
         graphs.replay(slots)
         self._slots.fed[slots] += 1
-        ids, finite = graphs.ids[:count], graphs.finite[:count]
-        if all(row.sequence.request.params.plain for row in schedule):
-            return Sampled(ids, finite, None)
+        if all(row.sequence.plain for row in schedule):
+            # The next turn writes to the same tensors.
+            return Sampled(graphs.ids[:count].clone(), graphs.finite[:count].clone(), None)
         # The graph has drawn by temperature alone; what it appended is put right before it is fed.
         prepared = self._prepare([row.sequence for row in schedule])
         positions = graphs.step.context_lens[:count].long()
@@ -147,7 +151,7 @@ class ModelRunner:
         return sampled
 
     def _sample(self, logits: torch.Tensor, drawing: _Drawing) -> Sampled:
-        if self._draw is not None and all(s.request.params.plain for s in drawing.sequences):
+        if self._draw is not None and all(s.plain for s in drawing.sequences):
             state = self._slots.state
             temperature = state.temperature.index_select(0, drawing.slots)
             noise = state.keys.index_select(0, drawing.slots)
@@ -233,6 +237,20 @@ class ModelRunner:
             output_ids=history,
             eos_ids=self._eos,
         )
+
+
+def _turn(schedule: Schedule, turn: int) -> Schedule:
+    """A turn of a step as a step of its own."""
+    return [replace(row, start=row.start + turn) for row in schedule] if turn else schedule
+
+
+def _together(turns: list[Sampled | None]) -> Sampled | None:
+    """What all turns have drawn, [turns, S]."""
+    found = [turn for turn in turns if turn is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    ids, finite = (torch.stack([getattr(t, name) for t in found]) for name in ("ids", "finite"))
+    return Sampled(ids, finite, None)
 
 
 def _ids(schedule: Schedule) -> tuple[list[int], list[tuple[int, int]]]:

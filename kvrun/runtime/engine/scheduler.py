@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvrun.runtime.cache.blocks import BlockPool
 from kvrun.runtime.cache.prefix import PrefixCache
@@ -10,26 +11,34 @@ from kvrun.runtime.engine.request import Delta, Logprob, Stats
 from kvrun.runtime.engine.sequence import Sequence, State
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Row:
-    """`count` tokens of a sequence from position `start`; `sample` when they are its last."""
+    """`count` tokens of a sequence from position `start`; `sample` when they are its last.
+
+    With `turns` above 1 the drawn token is fed and another one drawn, so many times in all.
+    """
 
     sequence: Sequence
     start: int
     count: int
     sample: bool
+    turns: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """What a landed step says of one sampled row. `finite` is false when its logits were not."""
+class Drawn(NamedTuple):
+    """What a landed step says of one sampled row: a token for each turn.
 
-    token_id: int
+    Where logits were not finite, `finite` is false and the tokens end before.
+    """
+
+    token_ids: list[int]
     finite: bool = True
-    logprob: Logprob | None = None
+    logprob: Logprob | None = None  # of the only turn
 
 
 Schedule = list[Row]
+# Sequences from which on a step costs the host enough to take several turns at once.
+MANY = 12
 # Tokens of a step below which running out of memory is not the step's size.
 MIN_BUDGET = 64
 
@@ -50,6 +59,8 @@ class Scheduler:
         block_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        turns: int = 1,
+        many: int = MANY,
         eos_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.pool = pool
@@ -60,6 +71,7 @@ class Scheduler:
         self._size = block_size
         self._budget = max_num_batched_tokens
         self._max_seqs = max_num_seqs
+        self._turns, self._many = turns, many
         self._slots = list(range(max_num_seqs - 1, -1, -1))
         self._stuck: tuple[Sequence, int] | None = None  # who could not start with so few free
         self._eos = eos_ids
@@ -108,11 +120,16 @@ class Scheduler:
         """The next step: decode rows, then chunks of running prompts, then new sequences."""
         budget = self._budget
         rows: Schedule = []
-        for sequence in [s for s in self.running if s.remaining == 1]:
-            if budget and self._may_run(sequence) and self._grow(sequence):
-                rows.append(self._row(sequence, 1))
+        prompts: list[Sequence] = []
+        for sequence in list(self.running):
+            remaining = sequence.remaining
+            if remaining > 1:
+                prompts.append(sequence)
+            elif remaining and budget and self._may_run(sequence) and self._grow(sequence):
+                rows.append(Row(sequence, sequence.scheduled, 1, True))
                 budget -= 1
-        for sequence in [s for s in self.running if s.remaining > 1]:
+        decodes = len(rows)
+        for sequence in prompts:
             if budget and self._may_run(sequence):
                 count = min(budget, sequence.remaining)
                 rows.append(self._row(sequence, count))
@@ -121,33 +138,59 @@ class Scheduler:
             count = min(budget, admitted.remaining)
             rows.append(self._row(admitted, count))
             budget -= count
+        if self._turns > 1 and decodes == len(rows) >= self._many and self._reserve(rows):
+            for row in rows:
+                row.turns = self._turns
         for row in rows:
-            row.sequence.scheduled += row.count
-            row.sequence.in_flight += row.sample
-            row.sequence.open_tickets += 1
-        self.stats.steps += bool(rows)
+            sequence, turns = row.sequence, row.turns
+            sequence.scheduled += row.count + turns - 1
+            sequence.in_flight += turns if row.sample else 0
+            sequence.open_tickets += 1
+        self.stats.steps += rows[0].turns if rows else 0
         return rows
+
+    def _reserve(self, rows: Schedule) -> bool:
+        """Whether all rows may take several turns unseen; then they have the blocks for them.
+
+        A sequence that ends on the way goes on for nothing: what it draws is dropped, and what it
+        would write beyond its end goes nowhere.
+        """
+        missing: list[tuple[Sequence, int]] = []
+        for row in rows:
+            sequence = row.sequence
+            if not sequence.plain:
+                return False
+            stop = min(row.start + self._turns, sequence.max_length - 1)
+            blocks = -(-stop // self._size) - len(sequence.blocks)
+            if blocks > 0:
+                missing.append((sequence, blocks))
+        if sum(blocks for _, blocks in missing) > self.pool.free:
+            return False
+        for sequence, blocks in missing:
+            sequence.blocks += self.pool.take(blocks)
+        return True
 
     def commit(self, schedule: Schedule, drawn: Rows[Drawn | None]) -> list[Delta]:
         """Take in what a step has drawn; `drawn[i]` belongs to row i (None: nothing sampled)."""
         for row, draw in zip(schedule, drawn, strict=True):
             sequence = row.sequence
             sequence.open_tickets -= 1
-            self.stats.prompt_tokens += max(
-                0, min(row.start + row.count, sequence.prompt_len) - row.start
-            )
+            if row.start < sequence.prompt_len:
+                computed = min(row.start + row.count, sequence.prompt_len) - row.start
+                self.stats.prompt_tokens += computed
             if draw is not None:
-                sequence.in_flight -= 1
+                sequence.in_flight -= row.turns
                 if sequence.state is not State.FINISHED:
                     self._accept(sequence, draw)
-            self._settle(sequence)
+            if sequence.draining:
+                self._settle(sequence)
         return self.take_deltas()
 
     def undo(self, row: Row) -> None:
         """Take back a row whose step raised, so that it can be scheduled again."""
         sequence = row.sequence
-        sequence.scheduled -= row.count
-        sequence.in_flight -= row.sample
+        sequence.scheduled -= row.count + row.turns - 1
+        sequence.in_flight -= row.turns if row.sample else 0
         sequence.open_tickets -= 1
         self._settle(sequence)
 
@@ -168,35 +211,38 @@ class Scheduler:
     # -- tokens -----------------------------------------------------------------------------
 
     def _accept(self, sequence: Sequence, draw: Drawn) -> None:
-        if not draw.finite:
-            self.fail(sequence, "the model's output is not finite (NaN or infinity)")
-            return
-        sequence.tokens.append(draw.token_id)
-        self.stats.generated_tokens += 1
-        self._register(sequence)
-        reason = self._finish_reason(sequence, draw.token_id)
-        self._emit(sequence, [draw.token_id], draw.logprob, reason)
+        reason, token_ids = self._until_end(sequence, draw.token_ids)
+        if token_ids:
+            sequence.tokens += token_ids
+            self.stats.generated_tokens += len(token_ids)
+            if self.prefix:
+                self._register(sequence, self.prefix)
+            self._emit(sequence, token_ids, draw.logprob, reason)
         if reason:
             self._leave(sequence)
+        elif not draw.finite:
+            self.fail(sequence, "the model's output is not finite (NaN or infinity)")
 
-    def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
-        params = sequence.request.params
-        if sequence.generated > params.min_tokens or not params.min_tokens:
-            if token_id in self._eos and not params.ignore_eos:
-                return "stop"
-            if token_id in params.stop_token_ids:
-                return "stop"
-        return "length" if len(sequence.tokens) >= sequence.max_length else None
+    def _until_end(self, sequence: Sequence, drawn: list[int]) -> tuple[str | None, list[int]]:
+        """Why the sequence ends among `drawn`, and the tokens up to its end."""
+        params, known = sequence.request.params, len(sequence.tokens)
+        for count, token_id in enumerate(drawn, 1):
+            ends = token_id in self._eos and not params.ignore_eos
+            if ends or token_id in params.stop_token_ids:
+                generated = known + count - sequence.prompt_len
+                if generated > params.min_tokens or not params.min_tokens:
+                    return "stop", drawn[:count]
+            if known + count >= sequence.max_length:
+                return "length", drawn[:count]
+        return None, drawn
 
-    def _register(self, sequence: Sequence) -> None:
+    def _register(self, sequence: Sequence, prefix: PrefixCache) -> None:
         """Offer full blocks to others: only now, when a finite draw has vouched for them."""
-        if not self.prefix:
-            return
         computed = len(sequence.tokens) - 1
         for index in range(len(sequence.keys) - 1, computed // self._size):
             chunk = sequence.tokens[index * self._size : (index + 1) * self._size]
             parent = sequence.keys[-1]
-            sequence.keys.append(self.prefix.register(parent, chunk, sequence.blocks[index]))
+            sequence.keys.append(prefix.register(parent, chunk, sequence.blocks[index]))
 
     def _emit(
         self,

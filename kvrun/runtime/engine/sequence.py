@@ -26,6 +26,7 @@ class Sequence:
         self.index = index  # which of the request's choices
         self.seed = seed
         self.max_length = max_length  # prompt and generated tokens together
+        self.plain = request.params.plain  # the device can go on without the host
         self.tokens = list(request.prompt_ids)
         self.prompt_len = len(self.tokens)
         self.state = State.WAITING

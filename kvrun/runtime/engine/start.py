@@ -39,6 +39,8 @@ CAPTURED = ("triton",)
 # each other costs the threads what they save; beside another busy program it costs a hundred times
 # more, because each of some 150 products in a step waits for a thread that is not running.
 WORTH_THREADS = 100_000_000
+# Steps that a large batch takes between two looks of the host.
+TURNS = 4
 # When a configuration does not say for how long a context the model was made.
 UNSAID_CONTEXT = 4096
 
@@ -57,7 +59,8 @@ def start(config: EngineConfig) -> Engine:
     name, backend_class = choose_backend(config.attention, model.specs, device)
     backend, plan = _cache(config, model, backend_class, dtype, device)
     runner = _runner(config, model, backend, plan, eos_ids, dtype, device)
-    if config.cuda_graphs and device.type == "cuda" and name in CAPTURED:
+    captured = config.cuda_graphs and device.type == "cuda" and name in CAPTURED
+    if captured:
         runner.capture(config.max_num_seqs, dtype, cuda_capture(device))
     blocks = BlockPool(plan.num_blocks)
     scheduler = Scheduler(
@@ -66,6 +69,7 @@ def start(config: EngineConfig) -> Engine:
         block_size=plan.block_size,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=cast(int, config.max_num_batched_tokens),
+        turns=TURNS if captured else 1,
         eos_ids=frozenset(eos_ids),
     )
     ready = Ready(
@@ -97,7 +101,7 @@ def _sized(config: EngineConfig, device: torch.device) -> EngineConfig:
         config,
         block_size=config.block_size or (16 if cpu else 64),
         max_num_batched_tokens=config.max_num_batched_tokens or (2048 if cpu else 8192),
-        run_ahead=(0 if cpu else 2) if ahead is None else ahead,
+        run_ahead=(0 if cpu else TURNS) if ahead is None else ahead,
     )
 
 
@@ -134,7 +138,8 @@ def _runner(
         model,
         backend,
         Sampler(model.vocab_size, device),
-        Slots(config.max_num_seqs, -(-plan.max_model_len // plan.block_size), device),
+        # Turns beyond a sequence's end write to the padding block, which is where pages end.
+        Slots(config.max_num_seqs, -(-(plan.max_model_len + TURNS) // plan.block_size), device),
         device=device,
         block_size=plan.block_size,
         eos_ids=eos_ids,

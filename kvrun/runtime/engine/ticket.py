@@ -15,7 +15,9 @@ class Ticket:
     """A submitted step. `read` waits for its tokens, and not for steps submitted after it."""
 
     schedule: Schedule
-    sampled: Sampled | None  # on their way to the host when `landed` is there
+    sampled: (
+        Sampled | None
+    )  # ids and finite [turns, S] or [S]; on their way to the host when `landed` is there
     landed: torch.cuda.Event | None = None
 
     @classmethod
@@ -44,14 +46,18 @@ class Ticket:
             return drawn
         if self.landed is not None:
             self.landed.synchronize()
-        ids, finite = self.sampled.ids.tolist(), self.sampled.finite.tolist()
-        logprobs = self._logprobs(ids)
         wanted = [i for i, row in enumerate(self.schedule) if row.sample]
+        turns = self.sampled.ids.view(-1, len(wanted)).t()
+        columns, finite = turns.tolist(), self.sampled.finite.view(-1, len(wanted)).t()
+        logprobs = self._logprobs(columns)
+        broken = {} if bool(finite.all()) else _broken(finite)
         for place, index in enumerate(wanted):
-            drawn[index] = Drawn(ids[place], finite[place], logprobs[place])
+            ids = columns[place]
+            end = broken.get(place, len(ids))
+            drawn[index] = Drawn(ids[:end], place not in broken, logprobs[place])
         return drawn
 
-    def _logprobs(self, ids: list[int]) -> Sequence[Logprob | None]:
+    def _logprobs(self, ids: list[list[int]]) -> Sequence[Logprob | None]:
         if self.sampled is None or self.sampled.logprobs is None:
             return [None] * len(ids)
         chosen, top_ids, top = (tensor.tolist() for tensor in self.sampled.logprobs)
@@ -62,8 +68,13 @@ class Ticket:
                 found.append(None)
                 continue
             pairs = list(zip(top_ids[place][:count], top[place][:count], strict=True))
-            found.append(Logprob(ids[place], chosen[place], pairs))
+            found.append(Logprob(ids[place][0], chosen[place], pairs))
         return found
+
+
+def _broken(finite: torch.Tensor) -> dict[int, int]:
+    """finite [S, turns] -> rows that are not finite throughout, and their first turn that is not"""
+    return {place: row.index(False) for place, row in enumerate(finite.tolist()) if False in row}
 
 
 def _send(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@ sequence finds in its pages. A wrong page, position or id changes the tokens."""
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from zlib import crc32
 
 from kvrun.runtime.cache.blocks import BlockPool
@@ -60,9 +60,7 @@ class ScriptedRunner:
         for row in schedule:
             assert row.count > 0, "a row without a token has no logits"
             self.poison(row)
-        for row in schedule:
-            self._write(row)
-        drawn = [self._draw(row) if row.sample else None for row in schedule]
+        drawn = [self._turns(row) for row in schedule]
         self.max_rows = max(self.max_rows, len(schedule))
         self.chunks += sum(not row.sample for row in schedule)
         return ScriptedTicket(schedule, drawn)
@@ -81,6 +79,23 @@ class ScriptedRunner:
         assert block != 0
         return block * self.block_size + position % self.block_size
 
+    def _turns(self, row: Row) -> Drawn | None:
+        """Every turn feeds what the one before has drawn; beyond its end a sequence goes on."""
+        found: list[int] = []
+        for turn in range(row.turns):
+            now = replace(row, start=row.start + turn)
+            if now.start // self.block_size >= len(row.sequence.blocks):
+                assert now.start >= row.sequence.max_length - 1, "a position without a block"
+                return Drawn([*found, *[0] * (row.turns - turn)])
+            self._write(now)
+            if not row.sample:
+                return None
+            drawn = self._draw(now)
+            found += drawn.token_ids
+            if not drawn.finite:
+                return Drawn(found, False)
+        return Drawn(found)
+
     def _write(self, row: Row) -> None:
         for position in range(row.start, row.start + row.count):
             known = row.sequence.tokens
@@ -92,7 +107,8 @@ class ScriptedRunner:
         context = [self.slots[self._place(row, position)] for position in range(length)]
         token = next_token(context, row.sequence.index)
         self.last[row.sequence.slot] = token
-        return Drawn(token, finite=not self.not_finite(row))
+        finite = not self.not_finite(row)
+        return Drawn([token] if finite else [], finite)
 
 
 def scripted_engine(
@@ -103,6 +119,7 @@ def scripted_engine(
     max_num_batched_tokens: int = 16,
     prefix_caching: bool = True,
     run_ahead: int = 0,
+    turns: int = 1,
 ) -> tuple[Engine, ScriptedRunner]:
     pool = BlockPool(blocks + 1)
     scheduler = Scheduler(
@@ -111,6 +128,8 @@ def scripted_engine(
         block_size=block_size,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        turns=turns,
+        many=1,
         eos_ids=frozenset([EOS]),
     )
     runner = ScriptedRunner(block_size)

@@ -355,6 +355,29 @@ def test_a_request_id_cannot_run_twice() -> None:
     engine.add(ask(0, [1]))
 
 
+@pytest.mark.parametrize("run_ahead", [0, 4])
+def test_several_turns_at_once_are_several_steps(run_ahead: int) -> None:
+    engine, runner = scripted_engine(run_ahead=run_ahead, turns=4, max_num_batched_tokens=64)
+    texts = prompts(6, 12)
+    for number, text in enumerate(texts):
+        engine.add(ask(number, text, 30))
+    found = drain(engine)
+    assert tokens_of(found) == expected(texts, 30)
+    assert {reason for _, reason in found.values()} == {"stop", "length"}
+    assert engine.stats().steps >= 30
+    assert runner.submitted < engine.stats().steps / 1.8, "one look of the host for four steps"
+    assert engine.stats().generated_tokens == sum(len(t) for t, _ in found.values())
+
+
+def test_a_break_in_a_later_turn_keeps_what_came_before() -> None:
+    engine, runner = scripted_engine(turns=4, max_num_batched_tokens=64)
+    runner.not_finite = lambda row: row.start >= 11
+    engine.add(ask(0, [1] * 8, 20, ignore_eos=True))
+    whole = reference([1] * 8, ask(0, [1], 20, ignore_eos=True).params)
+    (found,) = drain(engine).values()
+    assert found == (whole[:4], "error")
+
+
 @pytest.mark.parametrize("run_ahead", RUN_AHEAD)
 def test_E5_steps_that_do_not_fit_into_memory_get_smaller(run_ahead: int) -> None:
     engine, runner = scripted_engine(max_num_batched_tokens=256, blocks=200, run_ahead=run_ahead)

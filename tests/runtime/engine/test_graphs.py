@@ -78,14 +78,15 @@ def requests(options: list[SamplingParams], count: int) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("run_ahead", [0, 1, 3])
+@pytest.mark.parametrize(("run_ahead", "turns"), [(0, 1), (1, 1), (3, 1), (0, 3), (4, 3)])
 @pytest.mark.parametrize("options", [[GREEDY], MIXED], ids=["greedy", "mixed"])
 def test_answers_are_the_same_with_and_without(
-    graphed: Any, config: EngineConfig, run_ahead: int, options: list[SamplingParams]
+    graphed: Any, config: EngineConfig, run_ahead: int, turns: int, options: list[SamplingParams]
 ) -> None:
     work = requests(options, 14)
     expected = run(start(config), work)
     engine, replays = graphed(run_ahead=run_ahead)
+    engine.scheduler._turns, engine.scheduler._many = turns, 1
     assert run(engine, work, every=3) == expected
     assert len(replays) > 40
     assert run(engine, work) == expected, "from the prefix cache, in slots used before"

@@ -32,8 +32,10 @@ seen: Counter[str] = Counter()
 
 
 class Requests(RuleBasedStateMachine):
-    @initialize(run_ahead=st.integers(0, 3), prefix_caching=st.booleans())
-    def start(self, run_ahead: int, prefix_caching: bool) -> None:
+    @initialize(
+        run_ahead=st.integers(0, 3), prefix_caching=st.booleans(), turns=st.sampled_from([1, 3])
+    )
+    def start(self, run_ahead: int, prefix_caching: bool, turns: int) -> None:
         self.engine, self.runner = scripted_engine(
             blocks=BLOCKS,
             block_size=SIZE,
@@ -41,6 +43,7 @@ class Requests(RuleBasedStateMachine):
             max_num_batched_tokens=7,
             prefix_caching=prefix_caching,
             run_ahead=run_ahead,
+            turns=turns,
         )
         self.runner.poison = self.poison
         self.runner.not_finite = lambda row: row.sequence.request.id == self.spoilt

@@ -2,8 +2,8 @@
 
 The grid is fixed and the lengths are known to the device alone, so each program works out from all
 lengths which part of which sequence is its own. Parts are as long as an even share of all keys, so
-that a short sequence is one part, and a long one among many does not hold up the rest. A sequence of
-several parts is put together by whichever of its programs ends last, always in the same order.
+that a short sequence is one part, and a long one among many does not hold up the rest. A sequence
+of several parts is put together by whichever of its programs ends last, always in the same order.
 """
 
 from functools import cache

@@ -187,8 +187,9 @@ def checks(smoke: bool) -> list[Case]:
         replace(plain, extra=every), replace(plain, fp8=True), replace(plain, page=64),
         replace(plain, page=32, heads=(12, 4, 64)), replace(plain, dtype=F16),
         replace(plain, dtype=F32, heads=TINY), replace(plain, dtype=F32, heads=(14, 2, 80)),
-        replace(plain, dtype=F32, heads=TINY, extra=every), replace(plain, heads=shapes[2], fp8=True),
-        replace(plain, sequences=[(100 * many + 3, 1)], padding=0), replace(plain, sequences=ragged * many),
+        replace(plain, dtype=F32, heads=TINY, extra=every),
+        replace(plain, heads=shapes[2], fp8=True), replace(plain, sequences=ragged * many),
+        replace(plain, sequences=[(100 * many + 3, 1)], padding=0),
     ]  # fmt: skip
     step = Case(llama, mixed, decode=False, padding=5)
     found += [replace(step, heads=shape) for shape in shapes]

@@ -26,6 +26,10 @@ from kvrun.runtime.kernels.triton._softmax import (
 )
 
 
+# Lengths are scanned by this many at least: one form of the kernel serves most batches.
+_SCAN = 256
+
+
 class Tiling(NamedTuple):
     """How the work is cut."""
 
@@ -64,7 +68,7 @@ def launch(
         "GROUP": group,
         "WINDOW": options.window,
         "KEYS": tiling.keys,
-        "BATCH": 1 if batch == 1 else max(256, triton.next_power_of_2(batch)),
+        "BATCH": 1 if batch == 1 else max(_SCAN, triton.next_power_of_2(batch)),
         "AT_ONCE": min(16, max(1, 4096 // (group * padded))),
         **overlap(q.device),
     }

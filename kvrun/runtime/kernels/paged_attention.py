@@ -16,9 +16,9 @@ import torch
 class Options:
     """What the layer is; scores are those of `kvrun.runtime.attention.AttentionSpec`.
 
-    Key i is visible to query j when 0 <= j - i (and j - i < window). `softcap` c maps a scaled score
-    s to c·tanh(s / c), before masking. `alibi` [heads] float32 adds slope·(i - j) to the score.
-    `sinks` [heads] float32 is one more logit per head whose value is dropped.
+    Key i is visible to query j when 0 <= j - i (and j - i < window). `softcap` c maps a scaled
+    score s to c·tanh(s / c), before masking. `alibi` [heads] float32 adds slope·(i - j) to the
+    score. `sinks` [heads] float32 is one more logit per head whose value is dropped.
     """
 
     block_size: int
@@ -42,8 +42,9 @@ def decode(
 ) -> torch.Tensor:
     """One query per sequence, its last token: q [sequences, heads, head_dim].
 
-    block_tables [sequences, pages] and context_lens [sequences] are int32; lengths count the query's
-    own token. A sequence of length 0 is padding: zeros. Returns [sequences, heads * head_dim].
+    block_tables [sequences, pages] and context_lens [sequences] are int32; lengths count the
+    query's own token. A sequence of length 0 is padding: zeros. Returns [sequences, heads *
+    head_dim].
     """
     out = q.new_empty((len(q), q.shape[1] * q.shape[2])) if out is None else out
     for row, length in enumerate(context_lens.tolist()):

@@ -2,12 +2,12 @@
 
 The grid is fixed and the lengths are known to the device alone, so each program works out from all
 lengths which part of which sequence is its own. Parts are as long as an even share of all keys, so
-that a short sequence is one part, and a long one among many does not hold up the rest. A sequence of
-several parts is put together by whichever of its programs ends last, always in the same order.
+that a short sequence is one part, and a long one among many does not hold up the rest. A sequence
+of several parts is put together by whichever of its programs ends last, always in the same order.
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +24,9 @@ from kvrun.runtime.kernels.triton._softmax import (
     product,
     rows_of,
 )
+
+# Lengths are scanned by this many at least: one form of the kernel serves most batches.
+_SCAN = 256
 
 
 class Tiling(NamedTuple):
@@ -47,27 +50,13 @@ def launch(
     tiling: Tiling,
 ) -> None:
     batch, heads, dim = q.shape
-    kv_heads = options.kv_heads
-    share = heads // kv_heads
-    pages = block_tables.shape[1]
+    kv_heads, pages = options.kv_heads, block_tables.shape[1]
     target = max(1, tiling.programs // kv_heads)
     longest = triton.cdiv(pages * options.block_size, tiling.keys)
     items = min(batch + target, batch * longest)
     parts = torch.empty(items * heads * (dim + 1), dtype=torch.float32, device=q.device)
-    padded, group = triton.next_power_of_2(dim), triton.next_power_of_2(share)
     bent = options.softcap is not None or options.alibi is not None
-    work = {
-        "KV_HEADS": kv_heads,
-        "SHARE": share,
-        "DIM": dim,
-        "PADDED": padded,
-        "GROUP": group,
-        "WINDOW": options.window,
-        "KEYS": tiling.keys,
-        "BATCH": 1 if batch == 1 else max(256, triton.next_power_of_2(batch)),
-        "AT_ONCE": min(16, max(1, 4096 // (group * padded))),
-        **overlap(q.device),
-    }
+    shape = _shape(q, options, tiling)
     _decode[(kv_heads, items)](
         q,
         cache,
@@ -87,17 +76,35 @@ def launch(
         UNIT=LOG2E.value * (1.0 if bent else options.scale),
         SOFTCAP=options.softcap,
         BLOCK_SIZE=options.block_size,
-        ROWS=max(16, group),
+        ROWS=max(16, shape["GROUP"]),
         AHEAD=tiling.ahead,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
-        **work,
+        **shape,
     )
     if not tiling.fused and items > batch:
-        lengths, stride = context_lens, out.stride(0)
         _join[(kv_heads, batch)](
-            parts, lengths, out, stride, items, batch, target, num_warps=4, **work
+            parts, context_lens, out, out.stride(0), items, batch, target, num_warps=4, **shape
         )
+
+
+def _shape(q: torch.Tensor, options: Options, tiling: Tiling) -> dict[str, Any]:
+    """What both kernels must know alike."""
+    batch, heads, dim = q.shape
+    share = heads // options.kv_heads
+    group, padded = triton.next_power_of_2(share), triton.next_power_of_2(dim)
+    return {
+        "KV_HEADS": options.kv_heads,
+        "SHARE": share,
+        "GROUP": group,
+        "DIM": dim,
+        "PADDED": padded,
+        "WINDOW": options.window,
+        "KEYS": tiling.keys,
+        "BATCH": 1 if batch == 1 else max(_SCAN, triton.next_power_of_2(batch)),
+        "AT_ONCE": min(16, max(1, 4096 // (group * padded))),
+        **overlap(q.device),
+    }
 
 
 def _counters(device: torch.device, count: int) -> torch.Tensor:

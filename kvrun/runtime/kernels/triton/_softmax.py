@@ -39,11 +39,7 @@ def rows_of(rows_at, rows, stride, seen, DIM: tl.constexpr, PADDED: tl.constexpr
         mask = seen[:, None]
     if DIM < PADDED:
         mask = (columns < DIM)[None, :] if mask is None else mask & (columns < DIM)[None, :]
-    if mask is None:
-        found = tl.load(places)
-    else:
-        found = tl.load(places, mask=mask, other=0.0)
-    return found
+    return tl.load(places) if mask is None else tl.load(places, mask=mask, other=0.0)
 
 
 @triton.jit

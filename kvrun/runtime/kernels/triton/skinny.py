@@ -140,7 +140,7 @@ def _fma(
     if EARLY:
         release(PDL)
     n0 = tl.program_id(0) * BLOCK_N
-    if AHEAD:
+    if PDL and AHEAD:
         _prefetch(w, n0, N, w_stride, AHEAD, BLOCK_N, THREADS)
     n = n0 + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)[None, None, :]
@@ -262,7 +262,7 @@ def _dot(
         release(PDL)
     tile, split = tl.program_id(0), tl.program_id(1)
     first = split * span
-    if AHEAD:
+    if PDL and AHEAD:
         _prefetch(w + first, tile * BLOCK_N, N, w_stride, AHEAD, BLOCK_N, THREADS)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     m = tl.arange(0, ROWS)

@@ -98,7 +98,7 @@ def test_again_and_with_other_sizes_between(form: Form) -> None:
 @pytest.mark.parametrize("form", ["dot", "split"], indirect=True)
 def test_a_norm_of_values_near_the_limit_of_fp16(form: Form) -> None:
     given = arguments(2, dtype=torch.float16, norm=True)
-    given["x"] *= 2e4
+    given["x"] = given["x"].mul_(2e4).clamp_(-6e4, 6e4)
     given["norm"] += 9
     got = skinny.run(form, **given)
     assert got.isfinite().all()

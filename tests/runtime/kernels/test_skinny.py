@@ -136,7 +136,8 @@ def test_forms_fit_the_device(m: int, n: int, k: int) -> None:
         span, splits = skinny._cut(form, k)
         assert (splits - 1) * span < k <= splits * span
         assert splits == 1 or -(-n // form.block_n) <= skinny._COUNTERS
-        assert 0 <= skinny._ahead(form, k, dtype.itemsize) <= k - (splits - 1) * span
+        weight = torch.empty(n, k, dtype=dtype, device="meta")
+        assert 0 <= skinny._ahead(form, weight) <= k - (splits - 1) * span
         assert form.block_n <= 32 * form.warps
         rows = skinny._rows(m, form.dot)
         tile = (form.block_n + 2 * rows) * dtype.itemsize + 4

@@ -1,0 +1,162 @@
+"""The product of few rows: Triton in its interpreter against the twin, the twin against torch."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kvrun.runtime.kernels import skinny as twin
+from kvrun.runtime.kernels.triton import skinny
+from kvrun.runtime.kernels.triton.skinny import Form
+
+EPS = 1e-3
+FORMS = {
+    "carried": Form(dot=False, block_n=4, block_k=256, warps=1, stages=0),
+    "direct": Form(dot=False, block_n=4, block_k=256, warps=1, stages=1),
+    "dot": Form(dot=True, block_n=16, block_k=32, warps=4, stages=2),
+    "split": Form(dot=True, block_n=16, block_k=32, warps=4, stages=2, splits=3),
+}
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+# No size fills its blocks; 75 columns cannot be loaded in pairs.
+N, K = 37, 104
+
+
+def arguments(
+    m: int, n: int = N, k: int = K, dtype: torch.dtype = torch.float32, **options: Any
+) -> dict[str, Any]:
+    """Fresh random arguments; `norm`, `bias`, `add` = True are replaced by tensors."""
+    x = torch.randn(m, 2 * k if "act" in options else k).to(dtype)
+    given = {"x": x, "weight": torch.randn(n, k).to(dtype), **options}
+    if "norm" in given:
+        given |= {"norm": torch.rand(k) + 0.5, "eps": EPS}
+    if "bias" in given:
+        given["bias"] = torch.randn(n).to(dtype)
+    if "add" in given:
+        given["add"] = torch.randn(m, n).to(dtype)
+    return given
+
+
+def off(got: torch.Tensor, ref: torch.Tensor) -> float:
+    assert got.dtype == ref.dtype
+    assert got.shape == ref.shape
+    return float((got.double() - ref.double()).norm() / ref.double().norm())
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest) -> Form:
+    return FORMS[request.param]
+
+
+@pytest.mark.parametrize("m", [1, 2, 5, 8, 16])
+def test_rows(form: Form, m: int) -> None:
+    given = arguments(m)
+    assert off(skinny.run(form, **given), twin.linear(**given)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("options", [{"norm": True, "bias": True}, {"act": "silu", "add": True}])
+def test_prologues_and_sums(form: Form, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    given = arguments(3, dtype=dtype, **options)
+    assert off(skinny.run(form, **given), twin.linear(**given)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("form", ["direct", "dot"], indirect=True)
+def test_activations(form: Form, act: str) -> None:
+    given = arguments(2, act=act)
+    assert off(skinny.run(form, **given), twin.linear(**given)) < 1e-6
+
+
+@pytest.mark.parametrize(("n", "k"), [(17, 8), (50, 75), (64, 512)])
+def test_sizes(form: Form, n: int, k: int) -> None:
+    given = arguments(2, n, k, torch.bfloat16, norm=True)
+    assert off(skinny.run(form, **given), twin.linear(**given)) < 1e-2
+
+
+def test_rows_apart_and_a_sum_in_place(form: Form) -> None:
+    """x and weight are parts of wider matrices; the residual is updated where it is."""
+    given = arguments(3, add=True)
+    given["x"] = torch.randn(3, K + 24)[:, 8 : 8 + K]
+    given["weight"] = torch.randn(N, K + 8)[:, :K]
+    given["add"] = wide = torch.randn(3, N + 5)[:, :N]
+    ref, beside = twin.linear(**given), wide.as_strided((3, 5), wide.stride(), N).clone()
+    got = skinny.run(form, **given, out=wide)
+    assert got is wide
+    assert off(got, ref) < 1e-6
+    assert torch.equal(wide.as_strided((3, 5), wide.stride(), N), beside)
+
+
+def test_again_and_with_other_sizes_between(form: Form) -> None:
+    """Counters are back at zero after each call, and equal calls give equal bits."""
+    given, other = arguments(2, norm=True), arguments(4, n=90)
+    first = skinny.run(form, **given)
+    assert off(skinny.run(form, **other), twin.linear(**other)) < 1e-6
+    assert torch.equal(skinny.run(form, **given), first)
+
+
+@pytest.mark.parametrize("form", ["dot", "split"], indirect=True)
+def test_a_norm_of_values_near_the_limit_of_fp16(form: Form) -> None:
+    given = arguments(2, dtype=torch.float16, norm=True)
+    given["x"] = given["x"].mul_(2e4).clamp_(-6e4, 6e4)
+    given["norm"] += 9
+    got = skinny.run(form, **given)
+    assert got.isfinite().all()
+    assert off(got, twin.linear(**given)) < 1e-3
+
+
+def test_one_bad_row_stays_alone(form: Form) -> None:
+    """What is not a number in one row does not reach the others."""
+    given = arguments(3, act="silu")
+    ref = twin.linear(**given)
+    given["x"][1] = float("nan")
+    got = skinny.run(form, **given)
+    assert got[1].isnan().all()
+    assert off(got[::2], ref[::2]) < 1e-6
+
+
+@pytest.mark.parametrize("m", [0, 1, 6, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_form_it_chooses_itself(m: int, dtype: torch.dtype) -> None:
+    given = arguments(m, 24, 64, dtype, norm=True)
+    ref = twin.linear(**given)
+    got = skinny.linear(**given)
+    assert got.shape == (m, 24)
+    assert m == 0 or off(got, ref) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("m", [1, 2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize(
+    ("n", "k"), [(6144, 4096), (4096, 14336), (128256, 4096), (1024, 3072), (151936, 1024), (8, 8)]
+)
+def test_forms_fit_the_device(m: int, n: int, k: int) -> None:
+    """The parts of K are all there and none is empty; counters and shared memory suffice."""
+    for dtype in (torch.float32, torch.bfloat16):
+        form = skinny.config(m, n, k, dtype, 132)
+        span, splits = skinny._cut(form, k)
+        assert (splits - 1) * span < k <= splits * span
+        assert splits == 1 or -(-n // form.block_n) <= skinny._COUNTERS
+        weight = torch.empty(n, k, dtype=dtype, device="meta")
+        assert 0 <= skinny._ahead(form, weight) <= k - (splits - 1) * span
+        assert form.block_n <= 32 * form.warps
+        rows = skinny._rows(m, form.dot)
+        tile = (form.block_n + 2 * rows) * dtype.itemsize + 4
+        assert form.stages < 2 or form.stages * tile * form.block_k < 227 * 1024
+
+
+def test_the_twin_is_what_the_layers_compute() -> None:
+    given = arguments(3, norm=True, bias=True, add=True)
+    row = F.rms_norm(given["x"], (K,), given["norm"], EPS)
+    ref = F.linear(row, given["weight"], given["bias"]) + given["add"]
+    assert off(twin.linear(**given), ref) < 1e-6
+    for act, torchs in {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "relu": F.relu,
+    }.items():
+        given = arguments(3, act=act)
+        gate, up = given["x"].chunk(2, -1)
+        out = torch.empty(3, N)
+        assert twin.linear(**given, out=out) is out
+        assert off(out, F.linear(torchs(gate) * up, given["weight"])) < 1e-6

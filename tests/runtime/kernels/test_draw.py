@@ -84,6 +84,20 @@ def test_scores_that_rounding_makes_equal_go_to_the_lowest_id(kernel: ModuleType
     assert finite.all()
 
 
+def test_rough_quotients_do_not_decide(kernel: ModuleType) -> None:
+    """Neighbours of fp32 whose quotients are equal, though not their products with 1 / T."""
+    logits = torch.full((40, 1000), -50.0)
+    logits[:, 100] = 3e9 + 256.0 * torch.arange(40)
+    logits[:, 900] = logits[:, 100] + 256.0
+    temperature = torch.rand(40) + 1.0
+    pair, column = logits[:, [100, 900]], temperature[:, None]
+    exact, rough = (pair / column).diff(), (pair * (1.0 / column)).diff()
+    assert ((exact == 0) & (rough > 0)).any()
+    positions = torch.arange(40)
+    ids, _ = kernel.draw(logits, temperature, keyed(40), positions)
+    assert torch.equal(ids, sampled(logits, temperature.tolist(), positions))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_equal_logits_go_to_the_lowest_id(kernel: ModuleType, dtype: torch.dtype) -> None:
     logits = torch.randn(4, 2500).clamp(max=2).to(dtype)

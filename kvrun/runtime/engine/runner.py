@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate
-from typing import NamedTuple, cast
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from kvrun.runtime.attention import Backend
 from kvrun.runtime.batch import Batch
 from kvrun.runtime.device import kernel
 from kvrun.runtime.engine.graphs import Capture, Graphs
+from kvrun.runtime.engine.mixed import Columns, MixedGraphs
 from kvrun.runtime.engine.request import Request
 from kvrun.runtime.engine.scheduler import Row, Schedule
 from kvrun.runtime.engine.sequence import Sequence as Running
@@ -51,6 +52,7 @@ class ModelRunner:
         threads: Callable[[int], int] | None = None,
     ) -> None:
         self.graphs: Graphs | None = None
+        self.mixed: MixedGraphs | None = None
         self._model = model
         self._backend = backend
         self._sampler = sampler
@@ -65,17 +67,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture(self, most: int, dtype: torch.dtype, capture: Capture) -> None:
-        """Make steps of up to `most` sequences with one token each replayable."""
-        self.graphs = Graphs(
-            self._model,
-            self._backend,
-            self._slots,
-            most=most,
-            block_size=self._size,
-            dtype=dtype,
-            device=self._device,
-            capture=capture,
-        )
+        """Make steps of up to `most` sequences with one token each replayable, and small others."""
+        options: Any = {
+            "block_size": self._size, "dtype": dtype, "device": self._device, "capture": capture
+        }  # fmt: skip
+        self.graphs = Graphs(self._model, self._backend, self._slots, most=most, **options)
+        self.mixed = MixedGraphs(self._model, self._backend, self._slots, **options)
 
     def submit(self, schedule: Schedule) -> Ticket:
         """Queue one step. Submitting the same rows again writes the same cache slots again.
@@ -135,7 +132,37 @@ class ModelRunner:
     def _run(self, schedule: Schedule) -> Sampled | None:
         for row in schedule:
             self._slots.fed[row.sequence.slot] = -1
-        batch, drawing = self._batch(schedule)
+        columns = self._columns(schedule)
+        sequences = [row.sequence for row in schedule if row.sample]
+        if self.mixed is not None and self.mixed.takes(len(columns.ids), len(schedule)):
+            sampled = self._replay_mixed(columns, sequences, self.mixed)
+        else:
+            sampled = self._launch(columns, sequences)
+        if self.graphs is not None:
+            for row in schedule:
+                if row.sample:
+                    self._slots.fed[row.sequence.slot] = row.start + row.count + 1
+        return sampled
+
+    def _replay_mixed(
+        self, columns: Columns, sequences: list[Running], mixed: MixedGraphs
+    ) -> Sampled | None:
+        mixed.replay(columns)
+        count = len(sequences)
+        if not count:
+            return None
+        if all(sequence.plain for sequence in sequences):
+            return Sampled(mixed.ids[:count].clone(), mixed.finite[:count].clone(), None)
+        prepared = self._prepare(sequences)
+        positions = mixed.drawn_at[:count]
+        sampled = self._sampler.sample(mixed.logits[:count].float(), prepared, positions)
+        drawing = self._slots.send(columns.drawing)[0]
+        self._slots.state.last.index_copy_(0, drawing, sampled.ids)
+        return sampled
+
+    def _launch(self, columns: Columns, sequences: list[Running]) -> Sampled | None:
+        """A step of any size, kernel by kernel."""
+        batch, drawing = self._batch(columns, sequences)
         self._backend.plan(batch)
         logits = self._model(batch)
         if drawing is None:
@@ -145,9 +172,6 @@ class ModelRunner:
         state.last.index_copy_(0, drawing.slots, sampled.ids)
         if self.graphs is not None:
             state.lengths.index_copy_(0, drawing.slots, drawing.positions.int() + 1)
-            for row in schedule:
-                if row.sample:
-                    self._slots.fed[row.sequence.slot] = row.start + row.count + 1
         return sampled
 
     def _sample(self, logits: torch.Tensor, drawing: _Drawing) -> Sampled:
@@ -174,8 +198,7 @@ class ModelRunner:
         """Make blocks harmless in which a request has left NaN or infinity."""
         self._backend.cache.clear(blocks)
 
-    def _batch(self, schedule: Schedule) -> tuple[Batch, "_Drawing | None"]:
-        """The tensors of a step, and where it draws; all of them cross to the device at once."""
+    def _columns(self, schedule: Schedule) -> Columns:
         counts = [row.count for row in schedule]
         lengths = [row.start + row.count for row in schedule]
         slots = [row.sequence.slot for row in schedule]
@@ -192,31 +215,34 @@ class ModelRunner:
         places = self._slots.tables[of_row, pages].astype(np.int64) * self._size + offsets
         drawing = [i for i, row in enumerate(schedule) if row.sample]
         ids, unknown = _ids(schedule)
-        packed = self._slots.send(
+        return Columns(
             ids, positions, places, slots, [0, *ends], lengths,
             [ends[i] - 1 for i in drawing], [lengths[i] for i in drawing],
             [slots[i] for i in drawing], [place for place, _ in unknown],
             [slot for _, slot in unknown],
         )  # fmt: skip
+
+    def _batch(self, columns: Columns, sequences: list[Running]) -> tuple[Batch, "_Drawing | None"]:
+        """The tensors of a step, and where it draws; all of them cross to the device at once."""
+        sent: Any = Columns(*self._slots.send(*columns))  # type: ignore[arg-type]
         state = self._slots.state
-        if unknown:
-            packed[0][packed[9]] = state.last[packed[10]]
-        used = -(-max(lengths) // self._size)
+        if columns.unknown:
+            sent.ids[sent.unknown] = state.last[sent.unknown_slots]
+        used = -(-max(columns.lengths) // self._size)
         batch = Batch(
-            ids=packed[0],
-            positions=packed[1],
-            slot_mapping=packed[2],
-            block_tables=state.tables.index_select(0, packed[3])[:, :used],
-            cu_seqlens=packed[4],
-            context_lens=packed[5],
-            last_rows=packed[6],
-            query_lens_host=counts,
-            context_lens_host=lengths,
+            ids=sent.ids,
+            positions=sent.positions,
+            slot_mapping=sent.places,
+            block_tables=state.tables.index_select(0, sent.slots)[:, :used],
+            cu_seqlens=sent.ends,
+            context_lens=sent.lengths,
+            last_rows=sent.last_rows,
+            query_lens_host=[b - a for a, b in pairwise(columns.ends)],
+            context_lens_host=columns.lengths,
             block_size=self._size,
             backend=self._backend,
         )
-        sequences = [schedule[i].sequence for i in drawing]
-        return batch, _Drawing(sequences, packed[7], packed[8]) if drawing else None
+        return batch, _Drawing(sequences, sent.drawn_at, sent.drawing) if sequences else None
 
     def _prepare(self, sequences: list[Running]) -> Prepared:
         old = self._prepared

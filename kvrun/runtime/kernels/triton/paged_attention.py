@@ -9,6 +9,8 @@ __all__ = ["Options", "decode", "prefill"]
 
 # Up to this many queries of the longest sequence, the heads of a kv head share a tile.
 _SHORT = 32
+# Up to here smaller tiles are faster: more of them are on the diagonal.
+_LONG = 4096
 
 
 def decode(
@@ -52,19 +54,24 @@ def prefill(
     return out
 
 
+# Both tables as measured on an H100, bf16, 32 and 16 query heads over 8 of 128 dimensions.
 def decode_tiling(batch: int, dim: int, dtype: torch.dtype) -> _decode.Tiling:
     if dtype is torch.float32:
         return _decode.Tiling(keys=32, warps=4, stages=1, programs=264)
     if dim > 128:
         return _decode.Tiling(keys=32, warps=4, stages=3, programs=264)
-    return _decode.Tiling(keys=64, warps=4, stages=3, programs=264 if batch == 1 else 528)
+    if batch == 1:
+        return _decode.Tiling(keys=128, warps=4, stages=2, programs=264)
+    if batch <= 8:
+        return _decode.Tiling(keys=32, warps=2, stages=4, programs=528)
+    return _decode.Tiling(keys=64, warps=4, stages=2, programs=264)
 
 
 def prefill_tiling(longest: int, share: int, dim: int, dtype: torch.dtype) -> _prefill.Tiling:
     packed = share > 1 and longest <= _SHORT
     if dtype is torch.float32:
         return _prefill.Tiling(rows=32, keys=32, warps=4, stages=1, packed=packed)
-    if packed or longest <= 64:
+    if packed or longest <= _LONG:
         return _prefill.Tiling(
             rows=64, keys=64 if dim <= 128 else 32, warps=4, stages=2, packed=packed
         )

@@ -238,10 +238,20 @@ def _run(settings: Any, config: Any) -> None:
     import kvrun.runtime.engine.client as engine
     from kvrun.server.run import bind, run
 
+    if not settings.local and not settings.api_keys:
+        typer.echo(f"warning: {settings.hostname} is served without a key", err=True)
+    _fill_standard_streams()
     sock = bind(settings.hostname, settings.port)
     code = run(settings, config, sock, open_text=_open_text, connect=engine.EngineClient)
     if code:
         raise typer.Exit(code)
+
+
+def _fill_standard_streams() -> None:
+    """With stderr closed, a connection would get its number, and its client all that is printed."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
 
 
 def _open_text(folder: str) -> Any:

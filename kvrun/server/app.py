@@ -19,6 +19,7 @@ from kvrun.server.auth import authorized
 from kvrun.server.call import KEY, Call
 from kvrun.server.errors import BY_STATUS, ApiError, api_error, json_response, speaks_openai
 from kvrun.server.gate import Gate
+from kvrun.server.schemas.common import error_schemas
 from kvrun.server.service import Service
 
 DESCRIPTION = "Text Generation Inference's API and OpenAI's, on one engine."
@@ -46,6 +47,7 @@ def create_app(service: Service) -> ASGIApp:
         app.add_exception_handler(kind, _known)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _known)
     if origins := service.settings.cors_allow_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -63,7 +65,7 @@ def openapi(app: FastAPI) -> dict[str, Any]:
         document = get_openapi(
             title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes
         )
-        _drop_unused(document)
+        _complete(document)
         app.openapi_schema = document
     return app.openapi_schema
 
@@ -81,15 +83,16 @@ def _add_documents(app: FastAPI) -> None:
         return get_swagger_ui_html(openapi_url="/openapi.json", title="kvrun")
 
 
-def _drop_unused(document: dict[str, Any]) -> None:
-    """FastAPI lists its own 422 for every body; here the routes say what they answer."""
+def _complete(document: dict[str, Any]) -> None:
+    """The errors as they are: FastAPI lists its own 422 for every body."""
     for path in document["paths"].values():
         for operation in path.values():
             answers = operation["responses"]
             shown = str(answers.get("422", ""))
             if "HTTPValidationError" in shown:
                 del answers["422"]
-    schemas = document.get("components", {}).get("schemas", {})
+    schemas = document["components"]["schemas"]
+    schemas |= error_schemas()
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from starlette.responses import Response
 
-from kvrun.errors import EngineDead, InvalidRequest, KvrunError, NotFound
+from kvrun.errors import EngineDead, InvalidRequest, NotFound
 
 RETRY_AFTER = 1  # seconds; what is running now will have moved on by then
 
@@ -121,6 +121,4 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError("not_found", error.what)
     if isinstance(error, EngineDead):
         return ApiError("unavailable", "The engine has ended.")
-    if isinstance(error, KvrunError):
-        return ApiError("internal", error.what)
     return ApiError("internal", "Something went wrong inside the server.")

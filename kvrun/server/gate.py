@@ -80,6 +80,8 @@ class Gate:
             await self._race(scope, receive, send, call, body)
         except Exception as error:
             log.failure("a request has failed unexpectedly", error, id=call.id, path=call.path)
+            if call.complete:
+                return
             if call.status:
                 raise ConnectionAbortedError("the response cannot be completed") from None
             await _refuse(scope, receive, send, call, api_error(error))

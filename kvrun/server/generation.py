@@ -75,7 +75,7 @@ class Generation:
         self.choices = [self._choice(service, params, include_stop) for _ in range(params.n)]
         self.cached_tokens = 0
         self.sent = self.first = self.last = 0.0
-        self._service = service
+        self.service = service
         self._call = call
         self._cut: Cut | None = None
 
@@ -90,14 +90,14 @@ class Generation:
     def cut_short(self, why: Cut) -> None:
         """Have the engine end it; whatever has not ended then ends with the reason "abort"."""
         self._cut = self._cut or why
-        self._service.spawn(self._service.client.abort(self.request.id))
+        self.service.spawn(self.service.client.abort(self.request.id))
 
     async def pieces(self) -> AsyncGenerator[Piece]:
         """Pieces of all choices as they come.
 
         Raises ApiError: what the engine refuses, what fails, what has waited too long.
         """
-        service = self._service
+        service = self.service
         settings = service.settings
         loop = asyncio.get_running_loop()
         self.sent = time.perf_counter()
@@ -130,10 +130,10 @@ class Generation:
             log.event("the model has failed on a request", id=self._call.id, error=delta.error)
             raise ApiError("generation", "The model has failed on this request.")
         if delta.finish_reason == "abort" and self._cut == "queue":
-            waited = self._service.settings.queue_timeout
+            waited = self.service.settings.queue_timeout
             raise ApiError("unavailable", f"The request has waited for {waited:g} seconds.")
         now = time.perf_counter()
-        metrics = self._service.metrics
+        metrics = self.service.metrics
         if not self.first:
             self.first = now
             metrics.first_token.observe(now - self.sent)
@@ -148,7 +148,7 @@ class Generation:
         return Piece(delta.index, text, token_ids, logprobs, choice.finish_reason)
 
     def _measure(self) -> None:
-        metrics, tokens = self._service.metrics, self.tokens
+        metrics, tokens = self.service.metrics, self.tokens
         metrics.input_length.observe(self.prompt_tokens)
         metrics.generated_tokens.observe(tokens)
         metrics.max_new_tokens.observe(self.request.params.max_tokens or 0)

@@ -80,7 +80,7 @@ class Metrics:
         return Histogram(f"tgi_request_{name}", help, buckets=DURATIONS, registry=self._registry)
 
     def _sizes(self, name: str, help: str, most: int) -> Histogram:
-        buckets = [most / 100 * step for step in range(1, 101)]
+        buckets = [most * step / 100 for step in range(1, 101)]
         return Histogram(f"tgi_request_{name}", help, buckets=buckets, registry=self._registry)
 
     def _latency(self, name: str, help: str) -> Histogram:

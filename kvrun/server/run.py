@@ -78,7 +78,7 @@ class Running:
 
     def __init__(self, service: Service, sock: socket.socket) -> None:
         self._service = service
-        self._sock = sock
+        self.socket = sock
         self._signals: asyncio.Queue[int] = asyncio.Queue()
         self._server = _Server(
             uvicorn.Config(
@@ -106,7 +106,7 @@ class Running:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.tell, number)
-        serving = asyncio.create_task(self._server.serve(sockets=[self._sock]))
+        serving = asyncio.create_task(self._server.serve(sockets=[self.socket]))
         sweeping = asyncio.create_task(self._sweep())
         try:
             return await self._serve()
@@ -119,7 +119,7 @@ class Running:
     async def _serve(self) -> int:
         """Load, wait for a signal or the engine's end, drain; the exit code."""
         service = self._service
-        host, port = self._sock.getsockname()[:2]
+        host, port = self.socket.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         log.event("listening", url=f"http://{shown}:{port}", model=service.names[0])
         told = asyncio.create_task(self._signals.get())

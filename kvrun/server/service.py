@@ -79,7 +79,7 @@ class Service:
     async def start(self) -> None:
         """Load the model. Raises what kept the engine or the tokenizer."""
         loop = asyncio.get_running_loop()
-        opening = loop.run_in_executor(self._threads, self._open_text, self.config.model)
+        opening = loop.run_in_executor(self._threads, self._read_text)
         try:
             self._ready = await self.client.start()
         finally:
@@ -93,6 +93,13 @@ class Service:
         self.metrics.set_sizes(self.max_input_tokens, self.max_total_tokens)
         if self.phase == "loading":
             self.phase = "ready"
+
+    def _read_text(self) -> "Text | None":
+        """All that is read from files, so that no request depends on them."""
+        text = self._open_text(self.config.model)
+        if text is not None:
+            _ = text.eos_token_ids, text.generation_defaults
+        return text
 
     async def watch(self) -> KvrunError:
         """Wait until the engine has ended; nobody is served after that."""

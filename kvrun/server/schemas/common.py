@@ -1,5 +1,6 @@
 """What several dialects share: errors, as the document shows them, and loose strictness."""
 
+from http import HTTPStatus
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -36,12 +37,30 @@ class OpenAIError(Answer):
 
 def native_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses=` of a native route: all the errors it can answer with."""
-    return {status: {"model": NativeError} for status in statuses or NATIVE_ERRORS}
+    return {status: _error(NativeError, status) for status in statuses or NATIVE_ERRORS}
 
 
 def openai_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses=` of a route in OpenAI's dialect."""
-    return {status: {"model": OpenAIError} for status in statuses or OPENAI_ERRORS}
+    return {status: _error(OpenAIError, status) for status in statuses or OPENAI_ERRORS}
+
+
+def error_schemas() -> dict[str, Any]:
+    """The schemas that the errors refer to. FastAPI would give them each route's own media type."""
+    schemas: dict[str, Any] = {}
+    for model in (NativeError, OpenAIError):
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {})
+        schemas[model.__name__] = schema
+    return schemas
+
+
+def _error(model: type[Answer], status: int) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {
+        "description": HTTPStatus(status).phrase,
+        "content": {"application/json": {"schema": schema}},
+    }
 
 
 def or_events(example: str) -> dict[str, Any]:

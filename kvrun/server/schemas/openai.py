@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from kvrun.server.schemas.common import Answer, Body
 from kvrun.server.schemas.sampling import Sampling
@@ -59,6 +59,24 @@ class ChatBody(Common):
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+
+class ResponsesBody(Common):
+    input: str | list[Message]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(default=None, ge=1, description="goes before max_tokens")
+
+
+class ResponseObject(Answer):
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete"]
+    model: str
+    output: list[dict[str, Any]]
+    usage: dict[str, Any]
 
 
 class Usage(Answer):

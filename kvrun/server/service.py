@@ -213,7 +213,7 @@ class Service:
         """What the model is called, the name to show first."""
         name, folder = self.settings.model, Path(self.config.model)
         shown = folder.name if Path(name).is_absolute() or name.startswith(".") else name
-        return list(dict.fromkeys([*self.settings.served_names, shown]))
+        return list(dict.fromkeys(self.settings.served_names)) or [shown]
 
     def adapter(self, *wanted: str | None) -> str | None:
         """The adapter that a request names, by model, adapter_id or lora_id; None for the base.

@@ -47,9 +47,9 @@ async def test_info_has_the_fields_of_both_versions(server: Served) -> None:
 
 
 async def test_models_are_listed_with_every_name(model: Path) -> None:
-    async with served(model, served_names=("org/friendly",)) as server:
+    async with served(model, served_names=("org/friendly", "other")) as server:
         cards = (await server.http.get("/v1/models")).json()["data"]
-        assert [card["id"] for card in cards] == ["org/friendly", "toy"]
+        assert [card["id"] for card in cards] == ["org/friendly", "other"]
         assert cards[0]["parent"] is None
         assert cards[0]["max_model_len"] == 512
         assert (await server.http.get("/v1/models/org/friendly")).json() == cards[0]

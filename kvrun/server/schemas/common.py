@@ -65,5 +65,11 @@ def _error(model: type[Answer], status: int) -> dict[str, Any]:
 
 def or_events(example: str) -> dict[str, Any]:
     """The 200 of a route that answers with JSON or, where asked to, with events."""
-    schema = {"schema": {"type": "string"}, "example": example}
-    return {"description": "JSON, or server-sent events", "content": {"text/event-stream": schema}}
+    event = {
+        "type": "object",
+        "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+        "required": ["data"],
+        "example": example,
+    }
+    content = {"text/event-stream": {"schema": event}}
+    return {"description": "JSON, or server-sent events", "content": content}

@@ -139,6 +139,15 @@ def test_s6_a_port_in_use() -> None:
         assert error.value.exit_code == 1
 
 
+async def test_answers_do_not_wait_for_acknowledgements(model: Path) -> None:
+    async with listening(model) as server:
+        assert server.running
+        (await server.chat("say hi")).raise_for_status()
+        (connection,) = server.running.connections
+        sock = connection.transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 # -- as a process -----------------------------------------------------------------------------
 
 

@@ -135,7 +135,8 @@ def test_private_rooms(path: Path) -> None:
         banned = ("typer", "textual", "fastapi", "huggingface_hub", "kvrun.hub")
         assert not [n for n in names if inside(n, banned)]
     if inside(me, "kvrun.runtime.kernels"):
-        assert not [n for n in names if inside(n, "kvrun") and not inside(n, me)]
+        room = "kvrun.runtime.kernels"
+        assert not [n for n in names if inside(n, "kvrun") and not inside(n, room)]
     if inside(me, "kvrun.runtime.models") and me != "kvrun.runtime.models":
         allowed = ("kvrun.runtime.layers", "kvrun.runtime.vision", "kvrun.runtime.models", "torch")
         stdlib = {n for n in names if n.split(".")[0] in sys.stdlib_module_names}

@@ -6,8 +6,9 @@ import pytest
 
 from kvrun import LLM, SamplingParams
 from kvrun.errors import InvalidRequest, KvrunError, NotFound
-from kvrun.runtime.engine.runner import ModelRunner, Ticket
+from kvrun.runtime.engine.runner import ModelRunner
 from kvrun.runtime.engine.scheduler import Schedule
+from kvrun.runtime.engine.ticket import Ticket
 from kvrun.runtime.text import TextStream
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40)

@@ -27,7 +27,7 @@ class Batch:
     context_lens: torch.Tensor  # [B] int64
     last_rows: torch.Tensor  # [S] int64: rows whose logits are wanted
     query_lens_host: list[int]
-    context_lens_host: list[int]
+    context_lens_host: list[int]  # empty in a captured step, where they change with every replay
     block_size: int
     backend: "Backend"
     plan: Any = field(default=None)  # the backend's own

@@ -7,6 +7,7 @@ from kvrun.errors import InvalidRequest
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_DTYPES = ("auto", "fp8")
 LOAD_FORMATS = ("auto", "dummy")
 
 
@@ -17,8 +18,8 @@ class EngineConfig:
     `kv_memory` is bytes (an int above 1) or a fraction of the memory that is free after the
     weights are read (a float in (0, 1]); None takes a default by device. `None` sizes are chosen
     from the model and the machine. `run_ahead` is how many steps are submitted beyond the one whose
-    tokens are awaited; None: 0 on CPU. A step longer than `step_timeout` seconds ends the engine
-    process.
+    tokens are awaited; None: 0 on CPU, 2 on CUDA. A step longer than `step_timeout` seconds ends
+    the engine process.
     """
 
     model: str  # a local folder with config.json
@@ -27,14 +28,16 @@ class EngineConfig:
     attention: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    block_size: int = 16
+    max_num_batched_tokens: int | None = None  # None: by device
+    block_size: int | None = None  # tokens of a block of the KV cache; None: by device
+    kv_dtype: str = "auto"  # "fp8" halves the KV cache at some loss of accuracy
     kv_memory: int | float | None = None
     prefix_caching: bool = True
     seed: int = 0
     load_format: str = "auto"
     threads: int | None = None  # torch threads on CPU; None: as many as a step is worth
     run_ahead: int | None = None
+    cuda_graphs: bool = True
     # A long prompt of a large model takes minutes on a CPU; nothing honest takes longer than this.
     step_timeout: float = 600.0
 
@@ -42,9 +45,9 @@ class EngineConfig:
         _one_of("device", self.device.split(":")[0], DEVICES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("load_format", self.load_format, LOAD_FORMATS)
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
-            _at_least_one(name, getattr(self, name))
-        for name in ("max_model_len", "threads"):
+        _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
+        _at_least_one("max_num_seqs", self.max_num_seqs)
+        for name in ("max_num_batched_tokens", "block_size", "max_model_len", "threads"):
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
         for name in ("kv_memory", "step_timeout"):

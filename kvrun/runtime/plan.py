@@ -6,7 +6,6 @@ from kvrun.errors import Unsupported
 
 # On CPU the memory belongs to the user's other programs too.
 CPU_KV_FRACTION = 0.25
-CUDA_KV_FRACTION = 0.92
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def make_plan(
     if isinstance(kv_memory, int) and kv_memory > 1:
         room = kv_memory
     else:
-        default = CPU_KV_FRACTION if on_cpu else CUDA_KV_FRACTION
+        default = CPU_KV_FRACTION if on_cpu else 1.0
         room = int(free_bytes * (kv_memory or default))
     if room > free_bytes:
         raise Unsupported(

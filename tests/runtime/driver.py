@@ -10,6 +10,7 @@ import torch
 from kvrun.runtime.attention import Backend
 from kvrun.runtime.attention.sdpa import Attention
 from kvrun.runtime.batch import Batch
+from kvrun.runtime.cache.tensors import KVCache
 from kvrun.runtime.checkpoint import Checkpoint
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.models import build
@@ -74,8 +75,10 @@ class Driver:
     def __post_init__(self) -> None:
         checkpoint = Checkpoint(self.folder, dtype=self.dtype, group=self.group)
         self.model: Decoder = build(checkpoint)
+        cpu = torch.device("cpu")
         self.backend = Attention(
-            self.model.specs, self.num_blocks, self.block_size, self.dtype, torch.device("cpu")
+            KVCache(self.model.specs, self.num_blocks, self.block_size, self.dtype, cpu),
+            self.dtype,
         )
         self.free = list(range(1, self.num_blocks))
         if self.scattered:

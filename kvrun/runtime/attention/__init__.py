@@ -3,11 +3,12 @@
 A backend is a file of this folder with a class `Attention` that follows `Backend`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+from kvrun.runtime.cache.tensors import KVCache
 
 if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
@@ -34,17 +35,12 @@ class AttentionSpec:
 
 
 class Backend(Protocol):
-    """Writes new keys and values into their slots, then attends over all a sequence has."""
+    """Attends over all a sequence has in the cache, this step's keys and values included."""
 
-    def __init__(
-        self,
-        specs: Sequence[AttentionSpec],
-        num_blocks: int,
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        """Allocate the cache of every layer in this backend's own layout."""
+    cache: KVCache
+
+    def __init__(self, cache: KVCache, dtype: torch.dtype) -> None:
+        """`dtype` is that of queries; the cache may hold a smaller one."""
 
     @staticmethod
     def reject(spec: AttentionSpec, device: torch.device) -> str | None:
@@ -52,9 +48,6 @@ class Backend(Protocol):
 
     def plan(self, batch: "Batch") -> None:
         """Once a step, before the first layer: whatever all layers share goes to `batch.plan`."""
-
-    def clear(self, blocks: Sequence[int]) -> None:
-        """Make the content of blocks finite again: masked keys weigh 0, but 0 · NaN is NaN."""
 
     def attend(
         self,
@@ -64,7 +57,8 @@ class Backend(Protocol):
         v: torch.Tensor,
         batch: "Batch",
     ) -> torch.Tensor:
-        """Store k, v [tokens, kv_heads, head_dim], attend q [tokens, heads, head_dim].
+        """q [tokens, heads, head_dim] -> [tokens, heads * head_dim]
 
-        Returns [tokens, heads * head_dim]. Inputs may be strided views of one buffer.
+        k, v [tokens, kv_heads, head_dim] are what this step has stored in the cache already.
+        Inputs may be strided views of one buffer.
         """

@@ -41,7 +41,8 @@ class Group:
             start = self.first_block * cache.block_size
             found = cache.rows(spec.layer)[start : start + self.keys]
         else:
-            found = cache.blocks(spec.layer).index_select(0, self.tables)
+            found = cache.gather(spec.layer, self.tables)
+        found = found.to(self.dtype)
         found = found.view(self.size, -1, 2, spec.kv_heads, spec.head_dim).permute(2, 0, 3, 1, 4)
         return found if found.shape[3] == self.keys else found[..., : self.keys, :]
 

@@ -1,6 +1,5 @@
 """Attention on torch's scaled_dot_product_attention: pages are gathered, then attended densely."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,27 +23,13 @@ class Attention:
     are gathered into one padded tensor [sequences, kv_heads, keys, head_dim].
     """
 
-    def __init__(
-        self,
-        specs: Sequence[AttentionSpec],
-        num_blocks: int,
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._cache = KVCache(specs, num_blocks, block_size, dtype, device)
+    def __init__(self, cache: KVCache, dtype: torch.dtype) -> None:
+        self.cache = cache
         self._dtype = dtype
 
     @staticmethod
     def reject(spec: AttentionSpec, device: torch.device) -> str | None:
         return None
-
-    def clear(self, blocks: Sequence[int]) -> None:
-        """Forget blocks that may hold NaN or infinity, before another sequence gets them.
-
-        What lies beyond a sequence's end weighs nothing, but nothing times NaN is NaN.
-        """
-        self._cache.clear(blocks)
 
     def plan(self, batch: "Batch") -> None:
         batch.plan = make_plan(batch, self._dtype)
@@ -58,7 +43,6 @@ class Attention:
         batch: "Batch",
     ) -> torch.Tensor:
         plan: Plan = batch.plan
-        self._cache.rows(spec.layer).index_copy_(0, batch.slot_mapping, _side_by_side(k, v))
         if plan.whole is not None:
             return self._group(spec, q, plan.whole)
         out = q.new_empty((len(q), spec.heads * spec.head_dim))
@@ -71,7 +55,7 @@ class Attention:
 
     def _group(self, spec: AttentionSpec, q: torch.Tensor, group: Group) -> torch.Tensor:
         """q [sequences * queries, heads, head_dim] -> [sequences * queries, heads * head_dim]"""
-        k, v = group.gather(self._cache, spec)
+        k, v = group.gather(self.cache, spec)
         mask = group.mask(spec)
         if spec.softcap is not None or spec.sinks is not None:
             return _scored(spec, q, k, v, mask, group)
@@ -95,16 +79,6 @@ class Attention:
             enable_gqa=share > 1,
         )
         return y.transpose(1, 2).reshape(len(y) * group.queries, -1)
-
-
-def _side_by_side(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """[tokens, 2 * kv_heads * head_dim]; a view when v lies right behind k."""
-    tokens, heads, head_dim = k.shape
-    width, strides = heads * head_dim, k.stride()
-    behind = v.data_ptr() == k.data_ptr() + width * k.element_size()
-    if behind and strides == v.stride() and strides[1:] == (head_dim, 1):
-        return k.as_strided((tokens, 2 * width), (strides[0], 1))
-    return torch.cat((k.reshape(tokens, width), v.reshape(tokens, width)), 1)
 
 
 def _scored(

@@ -27,6 +27,7 @@ class KVCache:
     ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
+        self.device = device
         rows = num_blocks * block_size
         widths = {spec.layer: 2 * spec.kv_heads * spec.head_dim for spec in specs}
         self._layers = {
@@ -34,10 +35,26 @@ class KVCache:
         }
 
     def clear(self, blocks: Sequence[int]) -> None:
-        """Zero the given blocks in every layer."""
+        """Zero blocks that may hold NaN or infinity, before another sequence gets them.
+
+        What lies beyond a sequence's end weighs nothing, but nothing times NaN is NaN.
+        """
         for layer, tensor in self._layers.items():
             ids = torch.tensor(list(blocks), device=tensor.device)
-            self.blocks(layer).index_fill_(0, ids, 0.0)
+            _bits(self.blocks(layer)).index_fill_(0, ids, 0)
+
+    def store(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Put k and v [tokens, kv_heads, head_dim] into `slots` [tokens]."""
+        rows, new = self._layers[layer], _side_by_side(k, v)
+        if rows.dtype is not new.dtype:
+            most = torch.finfo(rows.dtype).max
+            new = new.clamp(-most, most).to(rows.dtype)
+        _bits(rows).index_copy_(0, slots, _bits(new))
+
+    def gather(self, layer: int, blocks: torch.Tensor) -> torch.Tensor:
+        """Copies of `blocks` [n] as [n, block_size * 2 * kv_heads * head_dim]"""
+        found = self.blocks(layer)
+        return _bits(found).index_select(0, blocks).view(found.dtype)
 
     def rows(self, layer: int) -> torch.Tensor:
         """[slots, 2 * kv_heads * head_dim]"""
@@ -46,6 +63,21 @@ class KVCache:
     def blocks(self, layer: int) -> torch.Tensor:
         """[num_blocks, block_size * 2 * kv_heads * head_dim], the same memory"""
         return self._layers[layer].view(self.num_blocks, -1)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """8-bit floats as bytes: torch cannot index them."""
+    return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
+
+
+def _side_by_side(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """[tokens, 2 * kv_heads * head_dim]; a view when v lies right behind k."""
+    tokens, heads, head_dim = k.shape
+    width, strides = heads * head_dim, k.stride()
+    behind = v.data_ptr() == k.data_ptr() + width * k.element_size()
+    if behind and strides == v.stride() and strides[1:] == (head_dim, 1):
+        return k.as_strided((tokens, 2 * width), (strides[0], 1))
+    return torch.cat((k.reshape(tokens, width), v.reshape(tokens, width)), 1)
 
 
 def _zeros(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -14,7 +14,7 @@ from kvrun.runtime.engine.scheduler import Row, Schedule, Scheduler
 from kvrun.runtime.engine.sequence import Sequence
 
 if TYPE_CHECKING:
-    from kvrun.runtime.engine.runner import Ticket
+    from kvrun.runtime.engine.ticket import Ticket
 
 # So many steps in a row that fail for everybody, and the engine gives up.
 MAX_BAD_STEPS = 3
@@ -162,6 +162,14 @@ class Engine:
         """Whether the step went well as a whole."""
         try:
             self._open.append(self._runner.submit(schedule))
+        except MemoryError as error:
+            self.scheduler.stats.failed_steps += 1
+            if self.scheduler.shrink():
+                for row in schedule:
+                    self.scheduler.undo(row)
+            else:
+                self._isolate(schedule, error)
+            return False
         except Exception as error:
             self.scheduler.stats.failed_steps += 1
             self._isolate(schedule, error)

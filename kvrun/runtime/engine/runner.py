@@ -1,7 +1,6 @@
 """ModelRunner: one rank's model, caches and sampler; turns a schedule into a submitted step."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple, cast
 
@@ -10,69 +9,16 @@ import torch
 
 from kvrun.runtime.attention import Backend
 from kvrun.runtime.batch import Batch
-from kvrun.runtime.engine.request import Logprob, Request
-from kvrun.runtime.engine.scheduler import Drawn, Row, Schedule
+from kvrun.runtime.device import kernel
+from kvrun.runtime.engine.graphs import Capture, Graphs
+from kvrun.runtime.engine.request import Request
+from kvrun.runtime.engine.scheduler import Row, Schedule
 from kvrun.runtime.engine.sequence import Sequence as Running
+from kvrun.runtime.engine.slots import Slots
+from kvrun.runtime.engine.ticket import Ticket
+from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.sampling.params import SamplingParams
 from kvrun.runtime.sampling.sampler import Prepared, Sampled, Sampler, SampleRow
-
-
-@dataclass
-class Ticket:
-    """A submitted step. Its tokens are on the device; `read` waits for them."""
-
-    schedule: Schedule
-    sampled: Sampled | None
-
-    def read(self) -> list[Drawn | None]:
-        """What each row of the schedule has drawn; None for rows that do not sample."""
-        drawn: list[Drawn | None] = [None] * len(self.schedule)
-        if self.sampled is None:
-            return drawn
-        ids, finite = self.sampled.ids.tolist(), self.sampled.finite.tolist()
-        logprobs = self._logprobs(ids)
-        wanted = [i for i, row in enumerate(self.schedule) if row.sample]
-        for place, index in enumerate(wanted):
-            drawn[index] = Drawn(ids[place], finite[place], logprobs[place])
-        return drawn
-
-    def _logprobs(self, ids: list[int]) -> Sequence[Logprob | None]:
-        if self.sampled is None or self.sampled.logprobs is None:
-            return [None] * len(ids)
-        chosen, top_ids, top = (tensor.tolist() for tensor in self.sampled.logprobs)
-        found: list[Logprob | None] = []
-        for place, row in enumerate(row for row in self.schedule if row.sample):
-            count = row.sequence.request.params.logprobs
-            if count is None:
-                found.append(None)
-                continue
-            pairs = list(zip(top_ids[place][:count], top[place][:count], strict=True))
-            found.append(Logprob(ids[place], chosen[place], pairs))
-        return found
-
-
-@dataclass
-class _Tables:
-    """Block tables on the host, one row a slot; a row is rewritten only where it has grown."""
-
-    rows: np.ndarray
-    lists: list[list[int] | None] = field(default_factory=list)
-    written: list[int] = field(default_factory=list)
-
-    @classmethod
-    def empty(cls, slots: int, pages: int) -> "_Tables":
-        return cls(np.zeros((slots, pages), np.int64), [None] * slots, [0] * slots)
-
-    def update(self, slot: int, blocks: list[int]) -> None:
-        # A sequence that starts anew brings a new list; while it runs, its list only grows.
-        if self.lists[slot] is not blocks:
-            self.lists[slot], self.written[slot] = blocks, 0
-            # What pads a neighbour's pages is read too, and must not be somebody else's block.
-            self.rows[slot] = 0
-        start = self.written[slot]
-        if start < len(blocks):
-            self.rows[slot, start : len(blocks)] = blocks[start:]
-            self.written[slot] = len(blocks)
 
 
 class _Drawing(NamedTuple):
@@ -86,37 +32,55 @@ class _Drawing(NamedTuple):
 class ModelRunner:
     """Fills a Batch from a schedule, runs the model, samples; nothing is read back here.
 
-    Sampled ids stay on the device in `_last` [slots], where the next step finds the input of a
-    sequence whose last token the host does not know yet.
+    Sampled ids stay on the device in the state of `slots`, where the next step finds the input of
+    a sequence whose last token the host does not know yet. Once `graphs` are there, a step that
+    gives one token to each of its sequences is replayed.
     """
 
     def __init__(
         self,
-        model: Callable[[Batch], torch.Tensor],
+        model: Decoder,
         backend: Backend,
         sampler: Sampler,
+        slots: Slots,
         *,
         device: torch.device,
         block_size: int,
-        max_num_seqs: int,
-        max_model_len: int,
         eos_ids: tuple[int, ...],
         threads: Callable[[int], int] | None = None,
     ) -> None:
+        self.graphs: Graphs | None = None
         self._model = model
         self._backend = backend
         self._sampler = sampler
+        self._slots = slots
         self._device = device
         self._size = block_size
         self._eos = eos_ids
         self._threads = threads  # tokens of a step -> CPU threads it is worth; None: leave them
-        self._last = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self._tables = _Tables.empty(max_num_seqs, -(-max_model_len // block_size))
+        self._draw = kernel("draw", device) if device.type == "cuda" else None
         self._prepared: Prepared | None = None
         self._prepared_for: list[Running] = []
 
+    @torch.inference_mode()
+    def capture(self, most: int, dtype: torch.dtype, capture: Capture) -> None:
+        """Make steps of up to `most` sequences with one token each replayable."""
+        self.graphs = Graphs(
+            self._model,
+            self._backend,
+            self._slots,
+            most=most,
+            block_size=self._size,
+            dtype=dtype,
+            device=self._device,
+            capture=capture,
+        )
+
     def submit(self, schedule: Schedule) -> Ticket:
-        """Queue one step. Submitting the same rows again writes the same cache slots again."""
+        """Queue one step. Submitting the same rows again writes the same cache slots again.
+
+        Raises MemoryError where the device has no room for it.
+        """
         if self._threads is None:
             return self._submit(schedule)
         before = torch.get_num_threads()
@@ -128,37 +92,89 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _submit(self, schedule: Schedule) -> Ticket:
+        for row in schedule:
+            self._slots.note(row.sequence)
+        self._slots.upload()
+        try:
+            if self.graphs is not None and self._replayable(schedule):
+                return Ticket.of(schedule, self._replay(schedule))
+            return Ticket.of(schedule, self._run(schedule))
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise MemoryError(str(error)) from error
+
+    def _replayable(self, schedule: Schedule) -> bool:
+        """Whether all get one token, each behind the one that the device has drawn for it."""
+        if not self.graphs or not self.graphs.takes(len(schedule)):
+            return False
+        fed = self._slots.fed
+        return all(
+            row.count == 1 and row.sample and fed[row.sequence.slot] == row.start + 1
+            for row in schedule
+        )
+
+    def _replay(self, schedule: Schedule) -> Sampled:
+        graphs, count = cast(Graphs, self.graphs), len(schedule)
+        slots = [row.sequence.slot for row in schedule]
+        graphs.replay(slots)
+        self._slots.fed[slots] += 1
+        ids, finite = graphs.ids[:count], graphs.finite[:count]
+        if all(row.sequence.request.params.plain for row in schedule):
+            return Sampled(ids, finite, None)
+        # The graph has drawn by temperature alone; what it appended is put right before it is fed.
+        prepared = self._prepare([row.sequence for row in schedule])
+        positions = graphs.step.context_lens[:count].long()
+        sampled = self._sampler.sample(graphs.logits[:count].float(), prepared, positions)
+        self._slots.state.last.index_copy_(0, self._slots.send(slots)[0], sampled.ids)
+        return sampled
+
+    def _run(self, schedule: Schedule) -> Sampled | None:
+        for row in schedule:
+            self._slots.fed[row.sequence.slot] = -1
         batch, drawing = self._batch(schedule)
         self._backend.plan(batch)
         logits = self._model(batch)
         if drawing is None:
-            return Ticket(schedule, None)
+            return None
+        sampled = self._sample(logits, drawing)
+        state = self._slots.state
+        state.last.index_copy_(0, drawing.slots, sampled.ids)
+        if self.graphs is not None:
+            state.lengths.index_copy_(0, drawing.slots, drawing.positions.int() + 1)
+            for row in schedule:
+                if row.sample:
+                    self._slots.fed[row.sequence.slot] = row.start + row.count + 1
+        return sampled
+
+    def _sample(self, logits: torch.Tensor, drawing: _Drawing) -> Sampled:
+        if self._draw is not None and all(s.request.params.plain for s in drawing.sequences):
+            state = self._slots.state
+            temperature = state.temperature.index_select(0, drawing.slots)
+            noise = state.keys.index_select(0, drawing.slots)
+            ids, finite = self._draw.draw(logits, temperature, noise, drawing.positions)
+            return Sampled(ids, finite, None)
         prepared = self._prepare(drawing.sequences)
-        sampled = self._sampler.sample(logits, prepared, drawing.positions)
-        self._last.index_copy_(0, drawing.slots, sampled.ids)
-        return Ticket(schedule, sampled)
+        return self._sampler.sample(logits.float(), prepared, drawing.positions)
 
     def probe(self) -> None:
         """Run one token through the model in the padding block; raises what the model raises."""
         request = Request(id="probe", prompt_ids=[0], params=SamplingParams())
         sequence = Running(request, 0, seed=0, max_length=2, root=b"")
-        sequence.blocks, sequence.slot = [0], 0
+        sequence.blocks, sequence.slot = [0], self._slots.padding
         try:
             self.submit([Row(sequence, start=0, count=1, sample=False)])
         finally:
-            self._backend.clear([0])  # others read it as padding
+            self._backend.cache.clear([0])  # others read it as padding
 
     def clear(self, blocks: list[int]) -> None:
         """Make blocks harmless in which a request has left NaN or infinity."""
-        self._backend.clear(blocks)
+        self._backend.cache.clear(blocks)
 
     def _batch(self, schedule: Schedule) -> tuple[Batch, "_Drawing | None"]:
         """The tensors of a step, and where it draws; all of them cross to the device at once."""
         counts = [row.count for row in schedule]
         lengths = [row.start + row.count for row in schedule]
         slots = [row.sequence.slot for row in schedule]
-        for row in schedule:
-            self._tables.update(row.sequence.slot, row.sequence.blocks)
         ends = list(accumulate(counts))
         if ends[-1] == len(schedule):  # every sequence decodes
             of_row = np.array(slots)
@@ -169,23 +185,24 @@ class ModelRunner:
             of_row = np.repeat(slots, counts)
             positions = np.arange(ends[-1]) + np.repeat(shifts, counts)
         pages, offsets = np.divmod(positions, self._size)
-        blocks = self._tables.rows[of_row, pages]
-        tables = self._tables.rows[slots, : -(-max(lengths) // self._size)]
+        places = self._slots.tables[of_row, pages].astype(np.int64) * self._size + offsets
         drawing = [i for i, row in enumerate(schedule) if row.sample]
         ids, unknown = _ids(schedule)
-        packed = self._pack(
-            ids, positions, blocks * self._size + offsets, tables.ravel(), [0, *ends], lengths,
+        packed = self._slots.send(
+            ids, positions, places, slots, [0, *ends], lengths,
             [ends[i] - 1 for i in drawing], [lengths[i] for i in drawing],
             [slots[i] for i in drawing], [place for place, _ in unknown],
             [slot for _, slot in unknown],
         )  # fmt: skip
+        state = self._slots.state
         if unknown:
-            packed[0][packed[9]] = self._last[packed[10]]
+            packed[0][packed[9]] = state.last[packed[10]]
+        used = -(-max(lengths) // self._size)
         batch = Batch(
             ids=packed[0],
             positions=packed[1],
             slot_mapping=packed[2],
-            block_tables=packed[3].view(tables.shape),
+            block_tables=state.tables.index_select(0, packed[3])[:, :used],
             cu_seqlens=packed[4],
             context_lens=packed[5],
             last_rows=packed[6],
@@ -196,12 +213,6 @@ class ModelRunner:
         )
         sequences = [schedule[i].sequence for i in drawing]
         return batch, _Drawing(sequences, packed[7], packed[8]) if drawing else None
-
-    def _pack(self, *columns: "np.ndarray | list[int]") -> Sequence[torch.Tensor]:
-        """One int64 tensor per column, all of them views of one."""
-        sizes = [len(column) for column in columns]
-        whole = torch.from_numpy(np.concatenate(columns, dtype=np.int64, casting="unsafe"))
-        return torch.split_with_sizes(whole.to(self._device, non_blocking=True), sizes)
 
     def _prepare(self, sequences: list[Running]) -> Prepared:
         old = self._prepared

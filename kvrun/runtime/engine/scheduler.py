@@ -30,6 +30,8 @@ class Drawn:
 
 
 Schedule = list[Row]
+# Tokens of a step below which running out of memory is not the step's size.
+MIN_BUDGET = 64
 
 
 class Scheduler:
@@ -148,6 +150,20 @@ class Scheduler:
         sequence.in_flight -= row.sample
         sequence.open_tickets -= 1
         self._settle(sequence)
+
+    def shrink(self) -> bool:
+        """A step did not fit into memory: smaller ones from now on, with fewer sequences.
+
+        False when they cannot be smaller.
+        """
+        smaller = max(self._budget // 2, min(self._budget, MIN_BUDGET))
+        youngest = next((s for s in reversed(self.running) if not s.draining), None)
+        if smaller == self._budget and (youngest is None or len(self.running) == 1):
+            return False
+        self._budget = smaller
+        if youngest is not None and len(self.running) > 1:
+            self._preempt(youngest)
+        return True
 
     # -- tokens -----------------------------------------------------------------------------
 

@@ -1,9 +1,11 @@
-"""EngineConfig -> Engine: device and dtype, weights, plan, cache, backend."""
+"""EngineConfig -> Engine: device and dtype, weights, plan, cache, backend, graphs."""
 
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import psutil
 import torch
@@ -14,20 +16,25 @@ from kvrun.runtime import attention, models
 from kvrun.runtime.attention import AttentionSpec, Backend
 from kvrun.runtime.cache.blocks import BlockPool
 from kvrun.runtime.cache.prefix import PrefixCache
-from kvrun.runtime.cache.tensors import bytes_per_block
+from kvrun.runtime.cache.tensors import KVCache, bytes_per_block
 from kvrun.runtime.checkpoint import Checkpoint
 from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine.engine import Engine, Limits
+from kvrun.runtime.engine.graphs import cuda_capture
+from kvrun.runtime.engine.profile import memory_of_a_step
 from kvrun.runtime.engine.request import Ready
 from kvrun.runtime.engine.runner import ModelRunner
 from kvrun.runtime.engine.scheduler import Scheduler
+from kvrun.runtime.engine.slots import Slots
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.plan import Plan, make_plan, size
 from kvrun.runtime.sampling.sampler import Sampler
 from kvrun.runtime.text import Text
 
 # Backends that `attention="auto"` tries, best first.
-AUTO = ("sdpa",)
+AUTO = ("triton", "sdpa")
+# Backends that read everything on the device, so that their steps can be captured.
+CAPTURED = ("triton",)
 # Parameters times tokens from which a step gains by more than one CPU thread. Below, waiting for
 # each other costs the threads what they save; beside another busy program it costs a hundred times
 # more, because each of some 150 products in a step waits for a thread that is not running.
@@ -40,35 +47,25 @@ def start(config: EngineConfig) -> Engine:
     """Load a model and make it ready. Raises KvrunError: what is wrong, and what to do."""
     begun = time.perf_counter()
     device = choose_device(config.device)
+    config = _sized(config, device)
     folder = Path(config.model)
     with ThreadPoolExecutor(1) as pool:
         # A large tokenizer takes as long to read as some weights do.
         text = pool.submit(Text.open, folder)
         model, dtype = _load(config, folder, device)
         eos_ids = opened.eos_token_ids if (opened := text.result()) else ()
-    backend_name, backend_class = choose_backend(config.attention, model.specs, device)
-    plan = _plan(config, model, device, dtype)
-    backend = backend_class(model.specs, plan.num_blocks, config.block_size, dtype, device)
-    on_cpu = device.type == "cpu"
-    parameters = model.parameter_bytes // dtype.itemsize
-    runner = ModelRunner(
-        model,
-        backend,
-        Sampler(model.vocab_size, device),
-        device=device,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=plan.max_model_len,
-        eos_ids=eos_ids,
-        threads=_thread_rule(config.threads, parameters) if on_cpu else None,
-    )
+    name, backend_class = choose_backend(config.attention, model.specs, device)
+    backend, plan = _cache(config, model, backend_class, dtype, device)
+    runner = _runner(config, model, backend, plan, eos_ids, dtype, device)
+    if config.cuda_graphs and device.type == "cuda" and name in CAPTURED:
+        runner.capture(config.max_num_seqs, dtype, cuda_capture(device))
     blocks = BlockPool(plan.num_blocks)
     scheduler = Scheduler(
         blocks,
-        PrefixCache(blocks, config.block_size) if config.prefix_caching else None,
-        block_size=config.block_size,
+        PrefixCache(blocks, plan.block_size) if config.prefix_caching else None,
+        block_size=plan.block_size,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=cast(int, config.max_num_batched_tokens),
         eos_ids=frozenset(eos_ids),
     )
     ready = Ready(
@@ -76,10 +73,10 @@ def start(config: EngineConfig) -> Engine:
         max_model_len=plan.max_model_len,
         vocab_size=model.vocab_size,
         kv_tokens=plan.kv_tokens,
-        block_size=config.block_size,
+        block_size=plan.block_size,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        attention=backend_name,
+        attention=name,
         load_seconds=time.perf_counter() - begun,
     )
     return Engine(
@@ -88,7 +85,60 @@ def start(config: EngineConfig) -> Engine:
         Limits(model.vocab_size, plan.max_model_len),
         ready=ready,
         seed=config.seed,
-        run_ahead=config.run_ahead or 0,
+        run_ahead=cast(int, config.run_ahead),
+    )
+
+
+def _sized(config: EngineConfig, device: torch.device) -> EngineConfig:
+    """`config` with the sizes that depend on the kind of device filled in."""
+    cpu = device.type == "cpu"
+    ahead = config.run_ahead
+    return replace(
+        config,
+        block_size=config.block_size or (16 if cpu else 64),
+        max_num_batched_tokens=config.max_num_batched_tokens or (2048 if cpu else 8192),
+        run_ahead=(0 if cpu else 2) if ahead is None else ahead,
+    )
+
+
+def _cache(
+    config: EngineConfig,
+    model: Decoder,
+    backend: type[Backend],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Backend, Plan]:
+    """The attention backend with a cache as large as the plan allows."""
+    size = cast(int, config.block_size)
+    kept = torch.float8_e4m3fn if config.kv_dtype == "fp8" else dtype
+    reserve = 0
+    if device.type == "cuda":
+        trial = backend(KVCache(model.specs, 2, size, kept, device), dtype)
+        tokens = cast(int, config.max_num_batched_tokens)
+        reserve = memory_of_a_step(model, trial, tokens, config.max_num_seqs, device)
+    plan = _plan(config, model, device, bytes_per_block(model.specs, size, kept), reserve)
+    return backend(KVCache(model.specs, plan.num_blocks, size, kept, device), dtype), plan
+
+
+def _runner(
+    config: EngineConfig,
+    model: Decoder,
+    backend: Backend,
+    plan: Plan,
+    eos_ids: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> ModelRunner:
+    parameters = model.parameter_bytes // dtype.itemsize
+    return ModelRunner(
+        model,
+        backend,
+        Sampler(model.vocab_size, device),
+        Slots(config.max_num_seqs, -(-plan.max_model_len // plan.block_size), device),
+        device=device,
+        block_size=plan.block_size,
+        eos_ids=eos_ids,
+        threads=_thread_rule(config.threads, parameters) if device.type == "cpu" else None,
     )
 
 
@@ -157,14 +207,16 @@ def _load(config: EngineConfig, folder: Path, device: torch.device) -> tuple[Dec
     return models.build(checkpoint), checkpoint.dtype
 
 
-def _plan(config: EngineConfig, model: Decoder, device: torch.device, dtype: torch.dtype) -> Plan:
+def _plan(
+    config: EngineConfig, model: Decoder, device: torch.device, block_bytes: int, reserve: int
+) -> Plan:
     return make_plan(
         weight_bytes=model.parameter_bytes,
-        kv_bytes_per_block=bytes_per_block(model.specs, config.block_size, dtype),
-        free_bytes=_free_bytes(device),
+        kv_bytes_per_block=block_bytes,
+        free_bytes=max(_free_bytes(device) - reserve, 0),
         on_cpu=device.type == "cpu",
         kv_memory=config.kv_memory,
-        block_size=config.block_size,
+        block_size=cast(int, config.block_size),
         max_num_seqs=config.max_num_seqs,
         max_position=model.max_position or config.max_model_len or UNSAID_CONTEXT,
         max_model_len=config.max_model_len,

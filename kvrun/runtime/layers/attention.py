@@ -6,18 +6,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvrun.runtime.attention import AttentionSpec
-from kvrun.runtime.layers.linear import Linear, split_cols
+from kvrun.runtime.device import kernel
+from kvrun.runtime.layers.linear import Linear, Prologue, split_cols
 
 if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
     from kvrun.runtime.checkpoint import Checkpoint, Shard
-    from kvrun.runtime.layers.norm import RMSNorm
+    from kvrun.runtime.layers.norm import HeadNorm
     from kvrun.runtime.layers.position import Rope
     from kvrun.runtime.layers.qkv import Heads
 
 
 class Attention:
-    """x [tokens, hidden] -> [tokens, hidden], plus `add` if given.
+    """x [tokens, hidden] -> [tokens, hidden], plus `add` if given; `norm` is applied to x first.
 
     `qkv` are the shards whose rows are this rank's [q; k; v], `out` names the matrix
     [hidden, heads * head_dim]. The default scale is 1 / sqrt(head_dim).
@@ -34,7 +35,7 @@ class Attention:
         qkv_bias: bool = False,
         out_bias: bool = False,
         rope: "Rope | None" = None,
-        head_norm: "RMSNorm | None" = None,
+        head_norm: "HeadNorm | None" = None,
         scale: float | None = None,
         window: int | None = None,
         softcap: float | None = None,
@@ -53,20 +54,45 @@ class Attention:
         self._out = Linear(w, split_cols(w, out, qkv[0].in_features, width), bias=out_bias)
         self._rope = rope
         self._head_norm = head_norm
+        self._kernel = kernel("rotary", w.device) if w.device.type == "cuda" else None
 
     def __call__(
-        self, x: torch.Tensor, batch: "Batch", add: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        batch: "Batch",
+        add: torch.Tensor | None = None,
+        norm: Prologue | None = None,
     ) -> torch.Tensor:
         spec = self.spec
         queries, rotated = spec.heads, spec.heads + spec.kv_heads
         # One buffer [q; k; v]: what follows works on views of it, in place.
-        heads = self._qkv(x).view(-1, rotated + spec.kv_heads, spec.head_dim)
-        qk = heads[:, :rotated]
-        if self._head_norm is not None:
-            self._head_norm(qk, out=qk)
-        if self._rope is not None:
-            self._rope(qk, batch)
-        y = batch.backend.attend(
-            spec, heads[:, :queries], heads[:, queries:rotated], heads[:, rotated:], batch
+        heads = self._qkv(x, before=norm).view(-1, rotated + spec.kv_heads, spec.head_dim)
+        q, k, v = heads[:, :queries], heads[:, queries:rotated], heads[:, rotated:]
+        if self._kernel is not None:
+            self._rotate_and_store(heads, batch)
+        else:
+            qk = heads[:, :rotated]
+            if self._head_norm is not None:
+                self._head_norm(qk)
+            if self._rope is not None:
+                self._rope(qk, batch)
+            batch.backend.cache.store(spec.layer, batch.slot_mapping, k, v)
+        return self._out(batch.backend.attend(spec, q, k, v, batch), add)
+
+    def _rotate_and_store(self, heads: torch.Tensor, batch: "Batch") -> None:
+        """Norms, rotation and the cache's new rows by one kernel."""
+        assert self._kernel is not None
+        spec, norm = self.spec, self._head_norm
+        rope = {"cos": None, "sin": None, "width": 0, "interleaved": False}
+        self._kernel.rotate_append(
+            heads.view(len(heads), -1),
+            cache_rows=batch.backend.cache.rows(spec.layer),
+            slot_mapping=batch.slot_mapping,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            q_weight=None if norm is None else norm.q,
+            k_weight=None if norm is None else norm.k,
+            eps=0.0 if norm is None else norm.eps,
+            **(rope if self._rope is None else self._rope.prologue(batch)),
         )
-        return self._out(y, add)

@@ -32,8 +32,8 @@ class Block:
         return self._attention.spec
 
     def __call__(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
-        x = self._attention(self._attention_norm(x), batch, add=x)
-        return self._mlp(self._mlp_norm(x), batch, add=x)
+        x = self._attention(x, batch, add=x, norm=self._attention_norm)
+        return self._mlp(x, batch, add=x, norm=self._mlp_norm)
 
 
 class Sandwich:
@@ -60,7 +60,7 @@ class Sandwich:
         return self._attention.spec
 
     def __call__(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
-        y = self._attention(self._before_attention(x), batch)
-        x = self._after_attention(y).add_(x)
-        y = self._mlp(self._before_mlp(x), batch)
-        return self._after_mlp(y).add_(x)
+        y = self._attention(x, batch, norm=self._before_attention)
+        x = self._after_attention.add_to(x, y)
+        y = self._mlp(x, batch, norm=self._before_mlp)
+        return self._after_mlp.add_to(x, y)

@@ -35,19 +35,21 @@ class Decoder:
         self._head = head
         self.specs: list[AttentionSpec] = [block.spec for block in blocks]
         self.vocab_size = head.vocab_size
+        self.softcapped = head.softcapped  # logits are fp32 then
         self.parameter_bytes = w.parameter_bytes + head.copy_bytes
         known = w.config.get("max_position_embeddings") is not None
         self.max_position = w.config.integer("max_position_embeddings") if known else None
 
-    def __call__(self, batch: "Batch") -> torch.Tensor:
-        """Logits [S, vocab] in fp32 of batch.last_rows; `plan` of the backend must have run."""
+    def __call__(self, batch: "Batch", out: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [S, vocab] of batch.last_rows, written to `out` if given; `plan` of the backend
+        must have run. Their dtype is the model's, or fp32."""
         batch.shared.clear()
         x = self._embedding(batch.ids)
         for block in self._blocks:
             x = block(x, batch)
         wanted = len(batch.last_rows)
         if wanted == 0:
-            return torch.empty((0, self.vocab_size), device=x.device)
+            return x.new_empty((0, self.vocab_size))
         if wanted < len(x):  # else every row is wanted, in order
             x = x.index_select(0, batch.last_rows)
-        return self._head(self._norm(x))
+        return self._head(x, self._norm, out)

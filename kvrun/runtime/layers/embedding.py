@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from kvrun.runtime import quant
 from kvrun.runtime.checkpoint import Shard
+from kvrun.runtime.layers.linear import Prologue, product
 from kvrun.runtime.quant import dense
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ class Embedding:
 
 
 class Head:
-    """x [rows, hidden] -> logits [rows, vocab] in fp32; `softcap` c maps them to c·tanh(y / c)."""
+    """x [rows, hidden] -> logits [rows, vocab]; `softcap` c maps them to c·tanh(y / c).
+
+    Logits are in the dtype of x, or fp32 where they are mapped.
+    """
 
     def __init__(
         self,
@@ -45,6 +49,7 @@ class Head:
         softcap: float | None = None,
     ) -> None:
         self._softcap = softcap
+        self.softcapped = softcap is not None
         self.vocab_size, hidden = embedding.weight.shape
         said = w.config.get("tie_word_embeddings")
         tied = tied if said is None else w.config.flag("tie_word_embeddings")
@@ -58,8 +63,15 @@ class Head:
         else:
             self._weight = dense.Plain(embedding.weight, None)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        logits = self._weight.matmul(x).float()
+    def __call__(
+        self,
+        x: torch.Tensor,
+        norm: Prologue | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`norm` is applied to x first; `out` [rows, vocab], if given, gets the logits."""
         if self._softcap is None:
-            return logits
-        return logits.div_(self._softcap).tanh_().mul_(self._softcap)
+            return product(self._weight, x, before=norm, out=out)
+        logits = product(self._weight, x, before=norm).float()
+        logits.div_(self._softcap).tanh_().mul_(self._softcap)
+        return logits if out is None else out.copy_(logits)

@@ -1,6 +1,6 @@
 """Linear: shards, a stored matrix and a bias; sums over ranks where its columns are cut."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -11,8 +11,20 @@ if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint
 
 
+class Prologue(Protocol):
+    """What happens to the input of a product, and its name for products that take it in."""
+
+    def __call__(self, x: torch.Tensor, /) -> torch.Tensor: ...
+
+    @property
+    def prologue(self) -> dict[str, Any]: ...
+
+
 class Linear:
-    """x [tokens, in] -> [tokens, out], plus `add` [tokens, out] (a residual) if given."""
+    """x [tokens, in] -> [tokens, out], plus `add` [tokens, out] (a residual) if given.
+
+    `before` (a norm, a gate) is applied to x first. `add` may be overwritten with the result.
+    """
 
     def __init__(self, w: "Checkpoint", *shards: Shard, bias: bool = False) -> None:
         self._group = w.group
@@ -22,13 +34,30 @@ class Linear:
         self._weight = quant.read(w, shards, bias and not last)
         self._late_bias = w.vector(shards[0]) if last else None
 
-    def __call__(self, x: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, add: torch.Tensor | None = None, before: Prologue | None = None
+    ) -> torch.Tensor:
         if not self._partial or self._group.size == 1:
-            return self._weight.matmul(x, add)
-        y = self._group.all_reduce(self._weight.matmul(x))
+            return product(self._weight, x, add, before)
+        y = self._group.all_reduce(product(self._weight, x, None, before))
         if self._late_bias is not None:
             y = y + self._late_bias
         return y if add is None else y + add
+
+
+def product(
+    weight: "quant.Weight",
+    x: torch.Tensor,
+    add: torch.Tensor | None = None,
+    before: Prologue | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """weight · before(x) + add, in one kernel where the weight takes in what comes before."""
+    if before is None:
+        return weight.matmul(x, add, out)
+    if weight.takes_in(len(x)):
+        return weight.matmul(x, add, out, **before.prologue)
+    return weight.matmul(before(x), add, out)
 
 
 def split_rows(w: "Checkpoint", name: str, out_features: int, in_features: int) -> Shard:

@@ -1,11 +1,14 @@
 """RMSNorm, over a row or over each head of queries and keys."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from kvrun.runtime.device import kernel
+
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint
+    from kvrun.runtime.layers.qkv import Heads
 
 
 class RMSNorm:
@@ -19,11 +22,16 @@ class RMSNorm:
         # value per row, and sqrt(size) moves into the weight. Torch's own rms_norm takes twice
         # the time on CPU.
         size = weight.shape[-1]
+        self.weight = weight
+        self.eps = eps
         self._weight = weight * size**0.5
         self._floor = torch.full((1,), (size * eps) ** 0.5, device=weight.device)
+        self._kernel = kernel("norm", weight.device) if weight.is_cuda else None
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., size] -> the same shape and dtype, written to `out` (x itself, say) if given."""
+        if self._kernel is not None:
+            return cast(torch.Tensor, self._kernel.rms_norm(x, self.weight, self.eps, out=out))
         norm: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         y: torch.Tensor = x / norm.hypot_(self._floor)
         if out is None:
@@ -32,16 +40,38 @@ class RMSNorm:
             out = torch.empty_like(x)
         return torch.mul(y, self._weight, out=out)
 
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """residual + norm(x), written to `residual`."""
+        if self._kernel is not None:
+            y = self._kernel.norm_add(x, self.weight, self.eps, residual)
+            return cast(torch.Tensor, y)
+        return residual.add_(self(x))
+
+    @property
+    def prologue(self) -> dict[str, Any]:
+        """How a product that takes in the norm of its input is asked for it."""
+        return {"norm": self.weight, "eps": self.eps}
+
 
 def rms_norm(w: "Checkpoint", name: str, size: int, eps: float, *, offset: float = 0.0) -> RMSNorm:
     """A norm over rows; `offset` is 1 in families that store their weight minus one."""
     return RMSNorm(w.read(f"{name}.weight", (size,), dtype=torch.float32) + offset, eps)
 
 
-def head_norm(
-    w: "Checkpoint", q: str, k: str, heads: int, kv_heads: int, head_dim: int, eps: float
-) -> RMSNorm:
-    """A norm over each head of [q; k] [tokens, heads + kv_heads, head_dim]: one weight for all
-    query heads, one for all key heads."""
-    weights = [w.read(f"{name}.weight", (head_dim,), dtype=torch.float32) for name in (q, k)]
-    return RMSNorm(torch.cat([weights[0].expand(heads, -1), weights[1].expand(kv_heads, -1)]), eps)
+class HeadNorm:
+    """RMSNorm over each head of [q; k]: one weight for all query heads, one for all key heads.
+
+    q, k: names of weights [head_dim].
+    """
+
+    def __init__(self, w: "Checkpoint", q: str, k: str, h: "Heads", eps: float) -> None:
+        self.q, self.k = (
+            w.read(f"{name}.weight", (h.head_dim,), dtype=torch.float32) for name in (q, k)
+        )
+        self.eps = eps
+        rows = [self.q.expand(h.count, -1), self.k.expand(h.kv_count, -1)]
+        self._norm = RMSNorm(torch.cat(rows), eps)
+
+    def __call__(self, qk: torch.Tensor) -> None:
+        """Normalise qk [tokens, heads + kv_heads, head_dim] in place."""
+        self._norm(qk, out=qk)

@@ -1,11 +1,12 @@
 """Rope: rotary positions, in place on queries and keys together."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvrun.errors import Unsupported
+from kvrun.runtime.device import kernel
 
 if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
@@ -32,6 +33,8 @@ class Rope:
         self._interleaved = interleaved
         self._dtype = dtype
         frequencies, self._factor = scaled_frequencies(parameters, self._width)
+        self._frequencies = frequencies.to(device)
+        self._kernel = kernel("rotary", device) if device.type == "cuda" else None
         # out = x·cos + partner·sin, where the first of a pair takes its partner with a minus:
         # sin(-a) = -sin(a) and cos(-a) = cos(a), so the sign lies in the frequency.
         pair = torch.stack((-frequencies, frequencies), dim=1 if interleaved else 0)
@@ -50,6 +53,16 @@ class Rope:
         else:
             partner = x.roll(self._width // 2, -1)
         x.mul_(cos).addcmul_(partner, sin)
+
+    def prologue(self, batch: "Batch") -> dict[str, Any]:
+        """What the kernel that also stores keys and values is told; cos and sin [T, width / 2]."""
+        assert self._kernel is not None
+        tables = batch.shared.get(self)
+        if tables is None:
+            tables = self._kernel.tables(batch.positions, self._frequencies, self._factor)
+            batch.shared[self] = tables
+        cos, sin = tables
+        return {"cos": cos, "sin": sin, "width": self._width, "interleaved": self._interleaved}
 
     def _tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = positions.view(-1, 1, 1) * self._signed

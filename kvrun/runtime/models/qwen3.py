@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from kvrun.runtime.layers.block import Block
 from kvrun.runtime.layers.decoder import Decoder
-from kvrun.runtime.layers.norm import head_norm
+from kvrun.runtime.layers.norm import HeadNorm
 from kvrun.runtime.layers.position import Rope
 from kvrun.runtime.models import llama
 
@@ -19,7 +19,7 @@ def build(w: "Checkpoint") -> Decoder:
 def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
     c, h, p = w.config, llama.heads(w), f"model.layers.{n}"
     q, k = f"{p}.self_attn.q_norm", f"{p}.self_attn.k_norm"
-    qk = head_norm(w, q, k, h.count, h.kv_count, h.head_dim, c.number("rms_norm_eps", 1e-6))
+    qk = HeadNorm(w, q, k, h, c.number("rms_norm_eps", 1e-6))
     return Block(
         llama.norm(w, f"{p}.input_layernorm"),
         llama.attention(w, n, rope=rope, head_norm=qk, window=window(w, n)),

@@ -7,7 +7,7 @@ A file of this folder is named as the checkpoint's `quant_method` (`dense`: plai
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
@@ -21,10 +21,21 @@ if TYPE_CHECKING:
 class Weight(Protocol):
     """A matrix [out, in], with a bias or without."""
 
-    def matmul(self, x: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
+    def takes_in(self, rows: int) -> bool:
+        """Whether `matmul` for so many rows knows prologues (Prologue.prologue of a norm, a gate)
+        and is faster with them than behind them."""
+
+    def matmul(
+        self,
+        x: torch.Tensor,
+        add: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        **prologue: Any,
+    ) -> torch.Tensor:
         """x [tokens, in] -> [tokens, out], plus the bias, plus `add` [tokens, out] if given.
 
-        `x` must be contiguous; neither argument is written to.
+        `x` must be contiguous and is not written to; `add` may be overwritten with the result,
+        `out` is if given.
         """
 
 

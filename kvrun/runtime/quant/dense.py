@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+
+from kvrun.runtime.device import kernel
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint, Shard
@@ -26,12 +28,57 @@ class Plain:
         self._weight = weight
         self._bias = bias
 
-    def matmul(self, x: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
+    def takes_in(self, rows: int) -> bool:
+        return False
+
+    def matmul(
+        self,
+        x: torch.Tensor,
+        add: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        **prologue: Any,
+    ) -> torch.Tensor:
         if add is None:
-            return F.linear(x, self._weight, self._bias)
-        if self._bias is None:
-            return torch.addmm(add, x, self._weight.t())
-        return F.linear(x, self._weight, self._bias).add_(add)
+            y = F.linear(x, self._weight, self._bias)
+        elif self._bias is None:
+            y = torch.addmm(add, x, self._weight.t())
+        else:
+            y = F.linear(x, self._weight, self._bias).add_(add)
+        return y if out is None else out.copy_(y)
+
+
+class Cuda:
+    """[out, in] on a GPU: few rows by a kernel that streams the matrix, more by cuBLAS."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = weight
+        self._bias = bias
+        self._skinny = kernel("skinny", weight.device)
+
+    def takes_in(self, rows: int) -> bool:
+        n, k = self._weight.shape
+        return bool(self._skinny.serves(rows, n, k, self._weight.dtype))
+
+    def matmul(
+        self,
+        x: torch.Tensor,
+        add: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        **prologue: Any,
+    ) -> torch.Tensor:
+        out = add if out is None else out
+        if prologue or self.takes_in(len(x)):
+            y: torch.Tensor = self._skinny.linear(
+                x, self._weight, bias=self._bias, add=add, out=out, **prologue
+            )
+            return y
+        if add is not None:
+            y = add.addmm_(x, self._weight.t())
+            return y if self._bias is None else y.add_(self._bias)
+        if out is not None and self._bias is None:
+            return torch.mm(x, self._weight.t(), out=out)
+        y = F.linear(x, self._weight, self._bias)
+        return y if out is None else out.copy_(y)
 
 
 class Packed:
@@ -43,12 +90,21 @@ class Packed:
         self._product = torch.ops.mkldnn._linear_pointwise.default
         self._sum = torch.ops.mkldnn._linear_pointwise.binary
 
-    def matmul(self, x: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
+    def takes_in(self, rows: int) -> bool:
+        return False
+
+    def matmul(
+        self,
+        x: torch.Tensor,
+        add: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        **prologue: Any,
+    ) -> torch.Tensor:
         if add is None:
             y: torch.Tensor = self._product(x, self._weight, self._bias, "none", [], "")
         else:
             y = self._sum(x, add, self._weight, self._bias, "add")
-        return y
+        return y if out is None else out.copy_(y)
 
 
 def read(w: "Checkpoint", shards: Sequence["Shard"], bias: bool) -> "Weight":
@@ -60,7 +116,7 @@ def lay_out(weight: torch.Tensor, bias: torch.Tensor | None = None) -> "Weight":
     small = weight.dtype is torch.float32 and weight.numel() <= _SMALL
     if weight.device.type == "cpu" and not small and weight.numel() and packs(weight.dtype):
         return Packed(weight, bias)
-    return Plain(weight, bias)
+    return Cuda(weight, bias) if weight.is_cuda else Plain(weight, bias)
 
 
 @cache

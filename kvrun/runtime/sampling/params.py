@@ -145,6 +145,13 @@ class SamplingParams:
         """Whether a draw depends on all former tokens, so that it has to wait for them."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
 
+    @property
+    def plain(self) -> bool:
+        """Whether a draw depends on nothing but logits, temperature and noise."""
+        cut = self.top_k or self.top_p < 1 or self.min_p or self.typical_p < 1
+        asks = self.logit_bias or self.min_tokens or self.logprobs is not None
+        return not (self.needs_history or asks or (cut and not self.greedy))
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise InvalidRequest when an option names a token id that the model does not have."""
         for name in ("logit_bias", "stop_token_ids"):

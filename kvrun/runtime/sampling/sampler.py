@@ -116,7 +116,10 @@ class Sampler:
         return Sampled(ids, (best - best) == 0, self._logprobs(logits, ids, prepared.logprobs))
 
     def tensor(self, values: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
+        if self.device.type != "cuda":
+            return torch.tensor(values, dtype=dtype, device=self.device)
+        # From pageable memory the copy would wait for the steps that are under way.
+        return torch.tensor(values, dtype=dtype, pin_memory=True).to(self.device, non_blocking=True)
 
     def _logprobs(
         self, logits: torch.Tensor, ids: torch.Tensor, count: int | None

@@ -11,10 +11,24 @@ from hypothesis import given, settings
 from kvrun.runtime.attention import AttentionSpec
 from kvrun.runtime.attention._groups import split
 from kvrun.runtime.attention.sdpa import Attention
+from kvrun.runtime.batch import Batch
 from kvrun.runtime.cache.tensors import KVCache, bytes_per_block
 from tests.runtime.driver import Part, make_batch
 
 CPU = torch.device("cpu")
+
+
+def attend(
+    backend: Attention,
+    spec: AttentionSpec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    batch: Batch,
+) -> torch.Tensor:
+    """What a layer does: store, then attend."""
+    backend.cache.store(spec.layer, batch.slot_mapping, k, v)
+    return backend.attend(spec, q, k, v, batch)
 
 
 @dataclass
@@ -66,7 +80,7 @@ def run(
     blocks = list(range(1, 400))
     if not runs:
         random.Random(seed).shuffle(blocks)
-    backend = Attention([spec], 400, block_size, dtype, CPU)
+    backend = Attention(KVCache([spec], 400, block_size, dtype, CPU), dtype)
     head = [blocks.pop(0) for _ in range(shared // block_size)]
     sequences, tables = [], []
     for cached, new in lengths:
@@ -89,7 +103,7 @@ def run(
         # As a model gives them: views of one buffer.
         buffer = torch.cat([q, k, v], 1)
         views = buffer.split([spec.heads, spec.kv_heads, spec.kv_heads], 1)
-        found = backend.attend(spec, *views, batch)
+        found = attend(backend, spec, *views, batch)
         wanted, row = [], 0
         for i in chosen:
             count = ranges[i][1] - ranges[i][0]
@@ -211,13 +225,13 @@ def test_any_step(
 
 def test_layers_share_masks_but_not_caches() -> None:
     specs = [AttentionSpec(i, 4, 2, 8, 0.35, window=w) for i, w in enumerate((None, 3, None))]
-    backend = Attention(specs, 20, 4, torch.float32, CPU)
+    backend = Attention(KVCache(specs, 20, 4, torch.float32, CPU), torch.float32)
     batch = make_batch([Part([0] * 6, 0, [3, 7]), Part([0] * 2, 0, [5])], 4, backend)
     torch.manual_seed(0)
     for spec in specs:
         buffer = torch.randn(8, 8, 8)
         q, k, v = buffer.split([4, 2, 2], 1)
-        found = backend.attend(spec, q, k, v, batch)
+        found = attend(backend, spec, q, k, v, batch)
         first = dense(spec, q[:6], Known(k[:6], v[:6]), 0)
         second = dense(spec, q[6:], Known(k[6:], v[6:]), 0)
         assert close((found, torch.cat([first, second])))
@@ -225,10 +239,10 @@ def test_layers_share_masks_but_not_caches() -> None:
 
 def test_separate_keys_and_values_are_taken_too() -> None:
     spec = AttentionSpec(0, 2, 2, 8, 0.35)
-    backend = Attention([spec], 8, 4, torch.float32, CPU)
+    backend = Attention(KVCache([spec], 8, 4, torch.float32, CPU), torch.float32)
     batch = make_batch([Part([0] * 5, 0, [2, 1])], 4, backend)
     q, k, v = (torch.randn(5, 2, 8) for _ in range(3))
-    assert close((backend.attend(spec, q, k, v, batch), dense(spec, q, Known(k, v), 0)))
+    assert close((attend(backend, spec, q, k, v, batch), dense(spec, q, Known(k, v), 0)))
 
 
 def test_scores_are_cut_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,13 +253,13 @@ def test_scores_are_cut_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_failed_request_left_behind_is_cleared() -> None:
     """Slots beyond a sequence's end weigh nothing, but nothing times NaN is NaN."""
     spec = AttentionSpec(0, 2, 2, 8, 0.35)
-    backend = Attention([spec], 8, 4, torch.float32, CPU)
+    backend = Attention(KVCache([spec], 8, 4, torch.float32, CPU), torch.float32)
     spoilt = torch.full((4, 2, 8), float("nan"))
-    backend.attend(spec, spoilt, spoilt, spoilt, make_batch([Part([0] * 4, 0, [3])], 4, backend))
-    backend.clear([3])
+    attend(backend, spec, spoilt, spoilt, spoilt, make_batch([Part([0] * 4, 0, [3])], 4, backend))
+    backend.cache.clear([3])
     q, k, v = (torch.randn(6, 2, 8) for _ in range(3))
     batch = make_batch([Part([0] * 2, 0, [3]), Part([0] * 4, 0, [5])], 4, backend)
-    found = backend.attend(spec, q, k, v, batch)
+    found = attend(backend, spec, q, k, v, batch)
     assert close((found[:2], dense(spec, q[:2], Known(k[:2], v[:2]), 0)))
 
 

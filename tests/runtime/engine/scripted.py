@@ -46,6 +46,7 @@ class ScriptedRunner:
     slots: dict[int, int] = field(default_factory=dict)  # cache slot -> token id
     last: dict[int, int] = field(default_factory=dict)  # sequence slot -> sampled id
     poison: Callable[[Row], None] = lambda row: None
+    room: int = 10**9  # tokens of the largest step that fits into memory
     not_finite: Callable[[Row], bool] = lambda row: False
     cleared: list[int] = field(default_factory=list)
     submitted: int = 0
@@ -54,6 +55,8 @@ class ScriptedRunner:
 
     def submit(self, schedule: Schedule) -> ScriptedTicket:
         self.submitted += 1
+        if sum(row.count for row in schedule) > self.room:
+            raise MemoryError("out of memory")
         for row in schedule:
             assert row.count > 0, "a row without a token has no logits"
             self.poison(row)

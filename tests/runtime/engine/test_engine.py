@@ -353,3 +353,26 @@ def test_a_request_id_cannot_run_twice() -> None:
         engine.add(ask(0, [1]))
     drain(engine)
     engine.add(ask(0, [1]))
+
+
+@pytest.mark.parametrize("run_ahead", RUN_AHEAD)
+def test_E5_steps_that_do_not_fit_into_memory_get_smaller(run_ahead: int) -> None:
+    engine, runner = scripted_engine(max_num_batched_tokens=256, blocks=200, run_ahead=run_ahead)
+    runner.room = 70
+    texts = prompts(5, 12, 30, 60)
+    for number, text in enumerate(texts):
+        engine.add(ask(number, text))
+    assert tokens_of(drain(engine)) == expected(texts)
+    stats = engine.stats()
+    assert stats.failed_steps >= 2
+    assert stats.preemptions >= 2
+
+
+def test_E5_a_request_that_never_fits_ends_alone() -> None:
+    engine, runner = scripted_engine(max_num_batched_tokens=256, blocks=200)
+    runner.room = 40  # less than the smallest step that is tried
+    engine.add(ask(0, [1] * 90))
+    engine.add(ask(1, [2] * 20))
+    found = drain(engine)
+    assert found["r0", 0][1] == "error"
+    assert found["r1", 0][0] == reference([2] * 20, ask(1, [2]).params)

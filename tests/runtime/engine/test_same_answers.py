@@ -103,7 +103,7 @@ def test_logprobs_belong_to_their_tokens(config: EngineConfig) -> None:
 
 def test_E7_what_a_broken_request_leaves_in_its_blocks_hurts_nobody(config: EngineConfig) -> None:
     clean, engine = (start(dataclasses.replace(config, prefix_caching=False)) for _ in range(2))
-    cache = engine._runner._backend._cache  # type: ignore[attr-defined]
+    cache = engine._runner._backend.cache  # type: ignore[attr-defined]
     for number, ids in enumerate(prompts(12)):
         engine.add(Request(id="bad", prompt_ids=ids, params=GREEDY))
         engine.step()

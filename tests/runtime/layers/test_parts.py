@@ -15,7 +15,8 @@ from kvrun.runtime.layers import embedding
 from kvrun.runtime.layers.embedding import Embedding, Head
 from kvrun.runtime.layers.linear import Linear
 from kvrun.runtime.layers.mlp import GatedMLP
-from kvrun.runtime.layers.norm import RMSNorm, head_norm, rms_norm
+from kvrun.runtime.layers.norm import HeadNorm, RMSNorm, rms_norm
+from kvrun.runtime.layers.qkv import Heads
 from kvrun.runtime.quant import dense
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -58,11 +59,12 @@ def test_norm_offset(tmp_path: Path) -> None:
 def test_head_norm_works_in_place_on_views(tmp_path: Path, dtype: torch.dtype) -> None:
     q, k = torch.rand(8) + 0.5, torch.rand(8) + 0.5
     w = stored(tmp_path, q__weight=q, k__weight=k)
-    norm = head_norm(w, "q", "k", 4, 2, 8, 1e-6)
+    heads = Heads(heads=4, kv_heads=2, head_dim=8, mine=(0, 4), mine_kv=(0, 2))
+    norm = HeadNorm(w, "q", "k", heads, 1e-6)
     buffer = torch.randn(5, 8, 8).to(dtype)
     before = buffer.clone()
     view = buffer[:, :6]
-    norm(view, out=view)
+    norm(view)
     assert torch.equal(buffer[:, 6:], before[:, 6:])
     assert torch.equal(buffer[:, :4], RMSNorm(q, 1e-6)(before[:, :4].contiguous()))
     assert torch.equal(buffer[:, 4:6], RMSNorm(k, 1e-6)(before[:, 4:6].contiguous()))

@@ -11,7 +11,7 @@ import torch
 
 from kvrun import folder as registry
 from kvrun.runtime.layers.embedding import Embedding
-from kvrun.runtime.layers.norm import head_norm
+from kvrun.runtime.layers.norm import HeadNorm
 from kvrun.runtime.models import gemma2, qwen3
 from kvrun.runtime.quant import dense
 from tests.runtime.driver import Driver
@@ -185,9 +185,9 @@ def scale_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def no_head_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     def read_and_drop(*args: Any) -> None:
-        head_norm(*args)
+        HeadNorm(*args)
 
-    monkeypatch.setattr(qwen3, "head_norm", read_and_drop)
+    monkeypatch.setattr(qwen3, "HeadNorm", read_and_drop)
 
 
 THETA = {"rope_type": "default", "rope_theta": 10100.0}

@@ -1,0 +1,100 @@
+"""Attention by kvrun's own kernels: block tables and lengths are read on the device."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvrun.runtime.attention import AttentionSpec
+from kvrun.runtime.cache.tensors import KVCache
+from kvrun.runtime.device import kernel
+from kvrun.runtime.kernels.paged_attention import Options
+
+if TYPE_CHECKING:
+    from kvrun.runtime.batch import Batch
+
+HEAD_DIMS = (16, 256)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The first `decodes` sequences have one query; `fresh`: the others have nothing cached."""
+
+    decodes: int
+    longest: int  # queries of one sequence among the others
+    fresh: bool
+    cu_seqlens: torch.Tensor  # of the others, from 0
+    context_lens: torch.Tensor
+    block_tables: torch.Tensor
+
+
+class Attention:
+    """Split over keys for single queries, over queries for prompts; nothing is planned ahead."""
+
+    def __init__(self, cache: KVCache, dtype: torch.dtype) -> None:
+        self.cache = cache
+        self._kernel = kernel("paged_attention", cache.device)
+        self._options: dict[AttentionSpec, Options] = {}
+
+    @staticmethod
+    def reject(spec: AttentionSpec, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return "its kernels need a CUDA device"
+        if not HEAD_DIMS[0] <= spec.head_dim <= HEAD_DIMS[1]:
+            return f"a head of {spec.head_dim} dimensions is beyond {HEAD_DIMS[1]}"
+        return None
+
+    def plan(self, batch: "Batch") -> None:
+        queries, contexts = batch.query_lens_host, batch.context_lens_host
+        decodes = next((i for i, n in enumerate(queries) if n > 1), len(queries))
+        others = queries[decodes:]
+        starts = batch.cu_seqlens[decodes:].int()
+        batch.plan = Plan(
+            decodes,
+            max(others, default=0),
+            others == contexts[decodes:],
+            starts - decodes if decodes and others else starts,
+            batch.context_lens.int(),
+            batch.block_tables.int(),
+        )
+
+    def attend(
+        self,
+        spec: AttentionSpec,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        batch: "Batch",
+    ) -> torch.Tensor:
+        plan: Plan = batch.plan
+        ones, cache = plan.decodes, self.cache.rows(spec.layer)
+        options = self._options_of(spec)
+        tables, lengths = plan.block_tables, plan.context_lens
+        if ones == len(lengths):
+            return self._decode(q, cache, tables, lengths, options)
+        out = q.new_empty((len(q), spec.heads * spec.head_dim))
+        if ones:
+            self._decode(q[:ones], cache, tables[:ones], lengths[:ones], options, out=out[:ones])
+        self._kernel.prefill(
+            q[ones:], k[ones:], v[ones:], cache, tables[ones:], plan.cu_seqlens, lengths[ones:],
+            options, max_query_len=plan.longest, fresh=plan.fresh, out=out[ones:],
+        )  # fmt: skip
+        return out
+
+    def _decode(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y: torch.Tensor = self._kernel.decode(*args, **kwargs)
+        return y
+
+    def _options_of(self, spec: AttentionSpec) -> Options:
+        if spec not in self._options:
+            self._options[spec] = Options(
+                block_size=self.cache.block_size,
+                kv_heads=spec.kv_heads,
+                head_dim=spec.head_dim,
+                scale=spec.scale,
+                window=spec.window,
+                softcap=spec.softcap,
+                alibi=spec.alibi,
+                sinks=spec.sinks,
+            )
+        return self._options[spec]

@@ -1,0 +1,71 @@
+"""Ticket: a submitted step, and its tokens once they have arrived."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvrun.runtime.engine.request import Logprob
+from kvrun.runtime.engine.scheduler import Drawn, Schedule
+from kvrun.runtime.sampling.sampler import Sampled
+
+
+@dataclass
+class Ticket:
+    """A submitted step. `read` waits for its tokens, and not for steps submitted after it."""
+
+    schedule: Schedule
+    sampled: Sampled | None  # on their way to the host when `landed` is there
+    landed: torch.cuda.Event | None = None
+
+    @classmethod
+    def of(cls, schedule: Schedule, sampled: Sampled | None) -> "Ticket":
+        """A ticket whose tokens set out for the host now: later steps reuse their memory."""
+        if sampled is None:
+            return cls(schedule, None)
+        logprobs = sampled.logprobs
+        sent = Sampled(
+            _send(sampled.ids),
+            _send(sampled.finite),
+            None
+            if logprobs is None
+            else (_send(logprobs[0]), _send(logprobs[1]), _send(logprobs[2])),
+        )
+        if not sampled.ids.is_cuda:
+            return cls(schedule, sent)
+        landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        landed.record()
+        return cls(schedule, sent, landed)
+
+    def read(self) -> list[Drawn | None]:
+        """What each row of the schedule has drawn; None for rows that do not sample."""
+        drawn: list[Drawn | None] = [None] * len(self.schedule)
+        if self.sampled is None:
+            return drawn
+        if self.landed is not None:
+            self.landed.synchronize()
+        ids, finite = self.sampled.ids.tolist(), self.sampled.finite.tolist()
+        logprobs = self._logprobs(ids)
+        wanted = [i for i, row in enumerate(self.schedule) if row.sample]
+        for place, index in enumerate(wanted):
+            drawn[index] = Drawn(ids[place], finite[place], logprobs[place])
+        return drawn
+
+    def _logprobs(self, ids: list[int]) -> Sequence[Logprob | None]:
+        if self.sampled is None or self.sampled.logprobs is None:
+            return [None] * len(ids)
+        chosen, top_ids, top = (tensor.tolist() for tensor in self.sampled.logprobs)
+        found: list[Logprob | None] = []
+        for place, row in enumerate(row for row in self.schedule if row.sample):
+            count = row.sequence.request.params.logprobs
+            if count is None:
+                found.append(None)
+                continue
+            pairs = list(zip(top_ids[place][:count], top[place][:count], strict=True))
+            found.append(Logprob(ids[place], chosen[place], pairs))
+        return found
+
+
+def _send(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host, pinned; complete once the stream has come this far."""
+    return tensor.to("cpu", non_blocking=True, copy=True)

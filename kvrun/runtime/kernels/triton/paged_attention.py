@@ -1,0 +1,71 @@
+"""Attention over paged keys and values in Triton: which cut suits which shape."""
+
+import torch
+
+from kvrun.runtime.kernels.paged_attention import Options
+from kvrun.runtime.kernels.triton import _decode, _prefill
+
+__all__ = ["Options", "decode", "prefill"]
+
+# Up to this many queries of the longest sequence, the heads of a kv head share a tile.
+_SHORT = 32
+
+
+def decode(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    options: Options,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    batch, heads, dim = q.shape
+    if out is None:
+        out = torch.empty((batch, heads * dim), dtype=q.dtype, device=q.device)
+    tiling = decode_tiling(batch, dim, q.dtype)
+    _decode.launch(q, cache, block_tables, context_lens, options, out, tiling)
+    return out
+
+
+def prefill(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    context_lens: torch.Tensor,
+    options: Options,
+    *,
+    max_query_len: int,
+    fresh: bool,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    tokens, heads, dim = q.shape
+    if out is None:
+        out = torch.empty((tokens, heads * dim), dtype=q.dtype, device=q.device)
+    tiling = prefill_tiling(max_query_len, heads // options.kv_heads, dim, q.dtype)
+    _prefill.launch(
+        q, k, v, cache, block_tables, cu_seqlens, context_lens, options, fresh, out, tiling
+    )
+    return out
+
+
+def decode_tiling(batch: int, dim: int, dtype: torch.dtype) -> _decode.Tiling:
+    if dtype is torch.float32:
+        return _decode.Tiling(keys=32, warps=4, stages=1, programs=264)
+    if dim > 128:
+        return _decode.Tiling(keys=32, warps=4, stages=3, programs=264)
+    return _decode.Tiling(keys=64, warps=4, stages=3, programs=264 if batch == 1 else 528)
+
+
+def prefill_tiling(longest: int, share: int, dim: int, dtype: torch.dtype) -> _prefill.Tiling:
+    packed = share > 1 and longest <= _SHORT
+    if dtype is torch.float32:
+        return _prefill.Tiling(rows=32, keys=32, warps=4, stages=1, packed=packed)
+    if packed or longest <= 64:
+        return _prefill.Tiling(
+            rows=64, keys=64 if dim <= 128 else 32, warps=4, stages=2, packed=packed
+        )
+    return _prefill.Tiling(rows=128, keys=64, warps=8, stages=3 if dim <= 128 else 2, packed=False)

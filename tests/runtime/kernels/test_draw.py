@@ -1,0 +1,170 @@
+"""One token per row: the same ids as the sampler's, however rows and dtypes are mixed."""
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+
+from kvrun.runtime.kernels import draw as twin
+from kvrun.runtime.kernels.noise import keys
+from kvrun.runtime.kernels.triton import draw as triton
+from kvrun.runtime.sampling.params import SamplingParams
+from kvrun.runtime.sampling.sampler import Sampler, SampleRow
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.fixture(autouse=True)
+def on_device() -> Iterator[None]:
+    torch.manual_seed(0)
+    with DEVICE:
+        yield
+
+
+@pytest.fixture(params=[twin, triton], ids=["twin", "triton"])
+def kernel(request: pytest.FixtureRequest) -> ModuleType:
+    return request.param
+
+
+def keyed(rows: int) -> torch.Tensor:
+    return torch.tensor([keys(7919 * i, i % 3) for i in range(rows)], dtype=torch.int32)
+
+
+def sampled(
+    logits: torch.Tensor, temperature: list[float], positions: torch.Tensor
+) -> torch.Tensor:
+    rows = [
+        SampleRow(SamplingParams(temperature=t), 7919 * i, i % 3, [], [], ())
+        for i, t in enumerate(temperature)
+    ]
+    sampler = Sampler(logits.shape[1], DEVICE)
+    found = sampler.sample(logits.float(), sampler.prepare(rows), positions)
+    assert found.finite.all()
+    return found.ids
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("vocab", [1, 50, 1024, 5001])
+def test_as_the_sampler_does(kernel: ModuleType, dtype: torch.dtype, vocab: int) -> None:
+    temperature = [1.0, 0.0, 0.7, 2.5, 1e-3, 0.0, 100.0, 1.0]
+    logits = (torch.randn(8, vocab + 8) * 4).to(dtype)[:, 3 : 3 + vocab]
+    before = logits.clone()
+    positions = torch.tensor([0, 5, 2**31 - 1, 77, 12, 8, 123456, 5])
+    wanted = sampled(logits, temperature, positions)
+    ids, finite = kernel.draw(logits, torch.tensor(temperature), keyed(8), positions)
+    assert ids.tolist() == wanted.tolist()
+    assert (ids.dtype, finite.dtype) == (torch.int64, torch.bool)
+    assert finite.all()
+    assert torch.equal(logits, before)
+    again = kernel.draw(logits, torch.tensor(temperature), keyed(8), positions.int())[0]
+    assert torch.equal(again, ids)
+
+
+def test_flat_logits_are_drawn_by_noise_alone(kernel: ModuleType) -> None:
+    """Draws whose winner lies anywhere in a row, far ahead of its rivals or close."""
+    rows, vocab = 50, 1100
+    positions = torch.arange(rows) * 31
+    wanted = sampled(torch.zeros(rows, vocab), [1.0] * rows, positions)
+    ids, _ = kernel.draw(torch.zeros(rows, vocab), torch.ones(rows), keyed(rows), positions)
+    assert torch.equal(ids, wanted)
+    assert len(set(ids.tolist())) > 40
+
+
+def test_scores_that_rounding_makes_equal_go_to_the_lowest_id(kernel: ModuleType) -> None:
+    """So large that noise is lost: all of a chunk has to be looked at again."""
+    logits = torch.full((3, 3000), -50.0)
+    logits[:, [2900, 1500, 1100]] = 3e9
+    logits[1, 1100] = 2e9
+    positions, temperature = torch.arange(3), [1.0, 0.5, 0.0]
+    ids, finite = kernel.draw(logits, torch.tensor(temperature), keyed(3), positions)
+    assert ids.tolist() == [1100, 1500, 1100] == sampled(logits, temperature, positions).tolist()
+    assert finite.all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_equal_logits_go_to_the_lowest_id(kernel: ModuleType, dtype: torch.dtype) -> None:
+    logits = torch.randn(4, 2500).clamp(max=2).to(dtype)
+    for row, places in enumerate(([2499, 7], [1024, 1023], [2047, 2048], [0, 2499])):
+        logits[row, places] = 3.0
+    ids, _ = kernel.draw(logits, torch.zeros(4), keyed(4), torch.arange(4))
+    assert ids.tolist() == [7, 1023, 2047, 0]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rows_that_are_not_finite(
+    kernel: ModuleType, temperature: float, dtype: torch.dtype
+) -> None:
+    vocab = 2100
+    logits = (torch.randn(7, vocab) * 2).to(dtype)
+    clean = logits.clone()
+    logits[0, 1700] = NAN
+    logits[1, 3] = INF
+    logits[2] = -INF
+    logits[3, ::2] = -INF  # hidden tokens are no fault
+    logits[4] = -INF
+    logits[4, 2099] = -1.0  # one that is left is the one that is drawn
+    logits[5] = NAN
+    column = torch.full((7,), temperature)
+    positions = torch.arange(7)
+    ids, finite = kernel.draw(logits, column, keyed(7), positions)
+    assert finite.tolist() == [False, False, False, True, True, False, True]
+    assert ((ids >= 0) & (ids < vocab)).all()
+    assert ids[4] == 2099
+    assert ids[3] % 2 == 1
+    assert ids[6] == kernel.draw(clean, column, keyed(7), positions)[0][6]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_temperature_that_overflows_is_no_proper_draw(kernel: ModuleType) -> None:
+    logits = torch.tensor([[3e38, 1.0], [3e38, 1.0]])
+    ids, finite = kernel.draw(logits, torch.tensor([0.5, 1.0]), keyed(2), torch.arange(2))
+    assert finite.tolist() == [False, True]
+    assert ids[1] == 0
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_softcap(kernel: ModuleType, dtype: torch.dtype) -> None:
+    logits = (torch.randn(6, 1500) * 30).to(dtype)
+    temperature = [1.0, 0.0, 0.5, 2.0, 0.0, 1.0]
+    positions = torch.arange(6)
+    capped = (logits.float() / 5.0).tanh() * 5.0
+    ids, finite = kernel.draw(logits, torch.tensor(temperature), keyed(6), positions, softcap=5.0)
+    wanted = sampled(capped, temperature, positions)
+    assert finite.all()
+    # Capped logits crowd below the cap: where ids differ, by rounding, their logits do not.
+    chosen = [capped.gather(1, of[:, None]) for of in (ids, wanted)]
+    torch.testing.assert_close(*chosen, rtol=0, atol=2e-6)
+    assert torch.equal(ids[[0, 2, 3, 5]], wanted[[0, 2, 3, 5]])
+    logits[0, 9] = INF  # a cap hides nothing
+    bad = kernel.draw(logits, torch.tensor(temperature), keyed(6), positions, softcap=5.0)[1]
+    assert bad.tolist() == [False, True, True, True, True, True]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_softcap_brings_nothing_back(kernel: ModuleType, temperature: float) -> None:
+    """Neither hidden tokens nor what lies behind a row's end gets the lowest capped value."""
+    logits = torch.full((20, 4), -1e4)
+    logits[:, 1], logits[19] = -INF, -INF
+    column = torch.full((20,), temperature)
+    ids, finite = kernel.draw(logits, column, keyed(20), torch.arange(20), softcap=2.0)
+    assert set(ids[:19].tolist()) == ({0, 2, 3} if temperature else {0})
+    assert finite.tolist() == [True] * 19 + [False]
+    assert 0 <= ids[19] < 4
+
+
+def test_out_and_draws_after_draws(kernel: ModuleType) -> None:
+    """What the programs of a row share is as before after each draw, whatever its size."""
+    for rows, vocab in ((3, 2100), (1, 5000), (3, 2100)):
+        logits, positions = torch.randn(rows, vocab), torch.arange(rows)
+        out = torch.full((rows,), -1), torch.zeros(rows, dtype=torch.bool)
+        found = kernel.draw(logits, torch.ones(rows), keyed(rows), positions, out=out)
+        assert found[0] is out[0]
+        assert found[1] is out[1]
+        assert torch.equal(out[0], sampled(logits, [1.0] * rows, positions))
+        assert out[1].all()

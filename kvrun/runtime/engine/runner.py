@@ -1,6 +1,7 @@
 """ModelRunner: one rank's model, caches and sampler; turns a schedule into a submitted step."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple, cast
 
@@ -27,6 +28,15 @@ class _Drawing(NamedTuple):
     sequences: list[Running]
     positions: torch.Tensor  # [S]
     slots: torch.Tensor  # [S]
+
+
+class _Scoring(NamedTuple):
+    """Which logits of a step tell how likely which tokens of prompts were; which ones draw."""
+
+    rows: torch.Tensor  # [R] of the step's logits
+    ids: torch.Tensor  # [R]
+    top: int
+    drawn: torch.Tensor  # [S] of the step's logits
 
 
 class ModelRunner:
@@ -131,12 +141,18 @@ class ModelRunner:
     def _run(self, schedule: Schedule) -> Sampled | None:
         for row in schedule:
             self._slots.fed[row.sequence.slot] = -1
-        batch, drawing = self._batch(schedule)
+        batch, drawing, scoring = self._batch(schedule)
         self._backend.plan(batch)
         logits = self._model(batch)
+        prompt = None
+        if scoring is not None:
+            prompt = self._sampler.score(
+                logits.index_select(0, scoring.rows), scoring.ids, scoring.top
+            )
+            logits = logits.index_select(0, scoring.drawn)
         if drawing is None:
-            return None
-        sampled = self._sample(logits, drawing)
+            return None if prompt is None else Sampled(_nothing(), _nothing(), None, prompt)
+        sampled = replace(self._sample(logits, drawing), prompt=prompt)
         state = self._slots.state
         state.last.index_copy_(0, drawing.slots, sampled.ids)
         if self.graphs is not None:
@@ -170,7 +186,7 @@ class ModelRunner:
         """Make blocks harmless in which a request has left NaN or infinity."""
         self._backend.cache.clear(blocks)
 
-    def _batch(self, schedule: Schedule) -> tuple[Batch, "_Drawing | None"]:
+    def _batch(self, schedule: Schedule) -> tuple[Batch, "_Drawing | None", "_Scoring | None"]:
         """The tensors of a step, and where it draws; all of them cross to the device at once."""
         counts = [row.count for row in schedule]
         lengths = [row.start + row.count for row in schedule]
@@ -188,11 +204,12 @@ class ModelRunner:
         places = self._slots.tables[of_row, pages].astype(np.int64) * self._size + offsets
         drawing = [i for i, row in enumerate(schedule) if row.sample]
         ids, unknown = _ids(schedule)
+        wanted, *scored = _wanted(schedule, ends)
         packed = self._slots.send(
             ids, positions, places, slots, [0, *ends], lengths,
-            [ends[i] - 1 for i in drawing], [lengths[i] for i in drawing],
+            wanted, [lengths[i] for i in drawing],
             [slots[i] for i in drawing], [place for place, _ in unknown],
-            [slot for _, slot in unknown],
+            [slot for _, slot in unknown], *scored,
         )  # fmt: skip
         state = self._slots.state
         if unknown:
@@ -212,7 +229,8 @@ class ModelRunner:
             backend=self._backend,
         )
         sequences = [schedule[i].sequence for i in drawing]
-        return batch, _Drawing(sequences, packed[7], packed[8]) if drawing else None
+        scoring = _Scoring(packed[11], packed[12], _most(schedule), packed[13]) if scored else None
+        return batch, _Drawing(sequences, packed[7], packed[8]) if drawing else None, scoring
 
     def _prepare(self, sequences: list[Running]) -> Prepared:
         old = self._prepared
@@ -233,6 +251,36 @@ class ModelRunner:
             output_ids=history,
             eos_ids=self._eos,
         )
+
+
+def _wanted(schedule: Schedule, ends: list[int]) -> list[list[int]]:
+    """The rows of a step whose logits are wanted, in order.
+
+    Where prompts are scored, also: which of these logits score, which tokens, and which draw.
+    """
+    if not any(row.sequence.scored(row.start, row.count) for row in schedule):
+        return [[end - 1 for row, end in zip(schedule, ends, strict=True) if row.sample]]
+    wanted: list[int] = []
+    scoring: list[int] = []
+    targets: list[int] = []
+    drawing: list[int] = []
+    for row, end in zip(schedule, ends, strict=True):
+        scored = row.sequence.scored(row.start, row.count)
+        scoring += range(len(wanted), len(wanted) + scored)
+        wanted += range(end - row.count, end - row.count + scored)
+        targets += row.sequence.tokens[row.start + 1 : row.start + 1 + scored]
+        if row.sample:
+            drawing.append(len(wanted))
+            wanted.append(end - 1)
+    return [wanted, scoring, targets, drawing]
+
+
+def _most(schedule: Schedule) -> int:
+    return max(row.sequence.request.params.prompt_logprobs or 0 for row in schedule)
+
+
+def _nothing() -> torch.Tensor:
+    return torch.empty(0, dtype=torch.int64)
 
 
 def _ids(schedule: Schedule) -> tuple[list[int], list[tuple[int, int]]]:

@@ -22,11 +22,16 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What a landed step says of one sampled row. `finite` is false when its logits were not."""
+    """What a landed step says of one row. `finite` is false when its logits were not.
 
-    token_id: int
+    `prompt` are log-probabilities of the prompt's tokens behind those of the row; a row that does
+    not sample has nothing else to say.
+    """
+
+    token_id: int = -1
     finite: bool = True
     logprob: Logprob | None = None
+    prompt: Rows[Logprob] = ()
 
 
 Schedule = list[Row]
@@ -114,11 +119,11 @@ class Scheduler:
                 budget -= 1
         for sequence in [s for s in self.running if s.remaining > 1]:
             if budget and self._may_run(sequence):
-                count = min(budget, sequence.remaining)
+                count = min(budget, sequence.chunk)
                 rows.append(self._row(sequence, count))
                 budget -= count
         while budget and (admitted := self._admit()):
-            count = min(budget, admitted.remaining)
+            count = min(budget, admitted.chunk)
             rows.append(self._row(admitted, count))
             budget -= count
         for row in rows:
@@ -136,7 +141,11 @@ class Scheduler:
             self.stats.prompt_tokens += max(
                 0, min(row.start + row.count, sequence.prompt_len) - row.start
             )
-            if draw is not None:
+            if draw is not None and draw.prompt:
+                # What was computed before a preemption is known already.
+                known = len(sequence.prompt_logprobs) - row.start
+                sequence.prompt_logprobs += draw.prompt[known:]
+            if draw is not None and row.sample:
                 sequence.in_flight -= 1
                 if sequence.state is not State.FINISHED:
                     self._accept(sequence, draw)
@@ -213,11 +222,16 @@ class Scheduler:
                 index=sequence.index,
                 token_ids=token_ids,
                 logprobs=[logprob] if logprob else None,
+                prompt_logprobs=self._prompt_logprobs(sequence) if first else None,
                 finish_reason=reason,
                 error=error,
                 cached_tokens=(sequence.hit_tokens or 0) if first else 0,
             )
         )
+
+    def _prompt_logprobs(self, sequence: Sequence) -> list[Logprob] | None:
+        asked = sequence.request.params.prompt_logprobs is not None and not sequence.index
+        return sequence.prompt_logprobs if asked and sequence.generated else None
 
     # -- blocks and slots -------------------------------------------------------------------
 
@@ -286,6 +300,8 @@ class Scheduler:
         return sequence.leader is not sequence and not sequence.leader.generated
 
     def _known_prefix(self, sequence: Sequence) -> tuple[list[int], list[bytes]]:
+        if sequence.unscored:
+            return [], []  # only computing a token tells what the next one's chances were
         if self.prefix:
             return self.prefix.lookup(sequence.keys[0], sequence.tokens)
         leader = sequence.leader

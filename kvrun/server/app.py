@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from kvrun.errors import KvrunError
 from kvrun.folder import load, names
-from kvrun.server import routes
+from kvrun.server import log, routes
 from kvrun.server.auth import authorized
 from kvrun.server.call import KEY, Call
 from kvrun.server.errors import BY_STATUS, ApiError, api_error, json_response, speaks_openai
@@ -105,7 +105,10 @@ def _answer(request: Request, error: ApiError) -> Response:
 
 
 async def _known(request: Request, error: Exception) -> Response:
-    return _answer(request, api_error(error))
+    told = api_error(error)
+    if isinstance(error, KvrunError) and told.kind == "internal":
+        log.failure("a request has failed", error, path=request.scope["path"][:200])
+    return _answer(request, told)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

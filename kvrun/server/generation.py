@@ -74,6 +74,7 @@ class Generation:
         )
         self.choices = [self._choice(service, params, include_stop) for _ in range(params.n)]
         self.cached_tokens = 0
+        self.prompt_logprobs: list[Logprob] = []  # from its second token on, if asked for
         self.sent = self.first = self.last = 0.0
         self.service = service
         self._call = call
@@ -86,6 +87,12 @@ class Generation:
     @property
     def tokens(self) -> int:
         return sum(len(choice.token_ids) for choice in self.choices)
+
+    def forget_answers(self) -> None:
+        """Leave nothing but what is known of the prompt."""
+        for choice in self.choices:
+            choice.token_ids, choice.logprobs = [], []
+            choice.answer.text, choice.answer.finish_reason = "", "length"
 
     def cut_short(self, why: Cut) -> None:
         """Have the engine end it; whatever has not ended then ends with the reason "abort"."""
@@ -140,6 +147,7 @@ class Generation:
         else:
             metrics.inter_token.observe(now - self.last)
         self.last = now
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs or []
         self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
         text, count = choice.answer.take(delta.token_ids, delta.finish_reason)
         token_ids, logprobs = delta.token_ids[:count], (delta.logprobs or [])[:count]

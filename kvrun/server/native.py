@@ -132,6 +132,7 @@ def _params(given: Parameters, service: Service, seed: int | None) -> SamplingPa
     options["n"] = given.best_of
     options["seed"] = seed
     options["logprobs"] = given.top_n_tokens or 0
+    options["prompt_logprobs"] = 0 if given.decoder_input_details else None
     try:
         return SamplingParams(**{k: v for k, v in options.items() if v is not None})
     except InvalidRequest as error:
@@ -212,7 +213,17 @@ def details(job: Job, choice: Choice) -> dict[str, Any]:
 
 
 def prefill(job: Job) -> list[dict[str, Any]]:
-    return []
+    """The prompt's tokens; nothing comes before the first, so nothing makes it likely."""
+    if not job.parameters.decoder_input_details:
+        return []
+    generation, text = job.generation, job.service.text
+    stream = text.stream(skip_special=False)
+    known = [None, *(finite(entry.logprob) for entry in generation.prompt_logprobs)]
+    ids = generation.request.prompt_ids
+    return [
+        {"id": token, "text": stream.push([token]), "logprob": value}
+        for token, value in zip(ids, known, strict=True)
+    ]
 
 
 def response(job: Job) -> dict[str, Any]:

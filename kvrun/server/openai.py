@@ -22,7 +22,7 @@ UNSUPPORTED = (
     "response_format", "tools", "functions", "function_call", "structured_outputs", "grammar",
     "regex", "json_schema", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
     "watermark", "chat_template", "chat_template_kwargs", "audio", "prompt_embeds",
-    "use_beam_search", "merged_adapters", "prediction", "documents",
+    "use_beam_search", "merged_adapters", "prediction", "documents", "prompt_logprobs",
 )  # fmt: skip
 HARMLESS = ({"type": "text"}, "none", "auto")
 
@@ -182,4 +182,4 @@ class CompletionLogprobs:
 
 def finite(value: float) -> float:
     """JSON has no infinity: a token that cannot come gets the number clients know for it."""
-    return max(value, -9999.0)
+    return value if value > -9999.0 else -9999.0

@@ -1,12 +1,13 @@
 """Run: bind, serve while the model loads, drain when told to end."""
 
 import asyncio
+import logging
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from kvrun.runtime.text import Text
 
 BACKLOG = 2048
+# Connections taken on before anything else gets a turn. When no file descriptor is left asyncio
+# tries as often in vain, and says so every time.
+ACCEPTS = 16
 SWEEP = 1.0  # seconds between looks at what stands still
 LAST_WORDS = 1.0  # seconds for answers to reach their clients once the engine is dead
 
@@ -32,11 +36,11 @@ def bind(hostname: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in hostname else socket.AF_INET
     # Only of a socket that says it is TCP does asyncio switch Nagle's algorithm off: without that
     # every answer of two packets waits 40 ms for the client's acknowledgement.
-    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    sock = _Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((hostname, port))
-        sock.listen(BACKLOG)  # clients that come while the weights load are answered, not refused
+        sock.listen()  # clients that come while the weights load are answered, not refused
     except OSError as error:
         sock.close()
         raise KvrunError(
@@ -67,12 +71,30 @@ def run(
     return asyncio.run(main())
 
 
+class _Listener(socket.socket):
+    """A socket on which many may wait, whatever asyncio says when it begins to listen."""
+
+    def listen(self, backlog: int = BACKLOG, /) -> None:
+        super().listen(BACKLOG)
+
+
 class _Server(uvicorn.Server):
     """uvicorn, whose signals are handled here."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _complain(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What asyncio has to say, as a line of the log."""
+    error = context.get("exception")
+    if isinstance(error, OSError):
+        log.event(context["message"], logging.WARNING, cause=error.strerror or "")
+    elif error is not None:
+        log.failure(context["message"], error)
+    else:
+        log.event(context["message"], logging.WARNING)
 
 
 class Running:
@@ -92,7 +114,7 @@ class Running:
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                backlog=BACKLOG,
+                backlog=ACCEPTS,
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
                 timeout_keep_alive=60,
                 timeout_graceful_shutdown=2,
@@ -111,6 +133,7 @@ class Running:
     async def until_the_end(self) -> int:
         """Serve; the exit code. Raises what kept the model from loading, or killed it."""
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_complain)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.tell, number)
         serving = asyncio.create_task(self._server.serve(sockets=[self.socket]))

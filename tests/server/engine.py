@@ -29,6 +29,7 @@ class FakeEngine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.text = Text(config.model)
+        self.ends = self.text.eos_token_ids
         self.requests: list[Request] = []
         self.running: dict[str, set[int]] = {}  # choices that have not ended, by request
         self.left: list[str] = []  # requests whose reader went before the end
@@ -112,7 +113,7 @@ class FakeEngine:
                     choices.discard(index)
                     yield Delta(request_id=request.id, index=index, finish_reason="abort")
                     continue
-                last = count == most or token in self.text.eos_token_ids
+                last = count == most or token in self.ends
                 reason = ("length" if count == most else "stop") if last else None
                 if reason:
                     choices.discard(index)
@@ -123,6 +124,7 @@ class FakeEngine:
                     logprobs=self._logprobs(request, token, index),
                     finish_reason=reason,
                     cached_tokens=4 if count == 1 else 0,
+                    prompt_logprobs=self._prompt(request) if count == 1 and not index else None,
                 )
         if verb == "die":
             self._death.set()
@@ -143,7 +145,14 @@ class FakeEngine:
         if verb in ("hang", "die"):
             return self.text.encode("Let me think")
         words = rest if verb in ("say", "wait") else f"You said: {line}"
-        return [*self.text.encode(words), self.text.eos_token_ids[0]]
+        return [*self.text.encode(words), self.ends[0]]
+
+    def _prompt(self, request: Request) -> list[Logprob] | None:
+        count = request.params.prompt_logprobs
+        if count is None:
+            return None
+        ids = request.prompt_ids[1:]
+        return [Logprob(i, -float(n), [(i, -float(n))][:count]) for n, i in enumerate(ids, 1)]
 
     def _logprobs(self, request: Request, token: int, index: int) -> list[Logprob] | None:
         count = request.params.logprobs

@@ -9,7 +9,7 @@ from tests.server.conftest import Served, events
 PATH = "/v1/completions"
 
 
-async def complete(server: Served, prompt: Any, **more: Any) -> Any:
+async def complete(server: Served, /, prompt: Any, **more: Any) -> Any:
     answer = await server.post(PATH, {"prompt": prompt, **more})
     assert answer.status_code == 200, answer.text
     return answer.json()
@@ -76,6 +76,36 @@ async def test_logprobs(server: Served) -> None:
     assert [part["text_offset"] for part in parts] == [[0], [1], [2]]
 
 
+async def test_echo_with_logprobs_tells_those_of_the_prompt(server: Served) -> None:
+    body = {"prompt": "say ab", "echo": True, "logprobs": 1, "max_tokens": 1}
+    choice = (await complete(server, **body))["choices"][0]
+    assert choice["text"] == "say aba"
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"] == [*"say ab", "a"]
+    assert logprobs["token_logprobs"] == [None, -1, -2, -3, -4, -5, -0.5]
+    assert logprobs["top_logprobs"][:2] == [None, {"a": -1.0}]
+    assert logprobs["text_offset"] == list(range(7))
+    ids = server.engine.text.encode("say ab")
+    (again,) = (await complete(server, **body | {"prompt": [ids]}))["choices"]
+    assert again == choice
+    answer = await server.post(PATH, body | {"stream": True, "n": 2})
+    chunks = [event["choices"][0] for event in events(answer.text)[:-1]]
+    for index in (0, 1):
+        own = [chunk for chunk in chunks if chunk["index"] == index]
+        assert "".join(chunk["text"] for chunk in own) == "say aba"
+        assert own[0]["logprobs"]["token_logprobs"] == [None, -1, -2, -3, -4, -5]
+        assert own[1]["logprobs"]["text_offset"] == [6]
+
+
+async def test_no_tokens_at_all_but_the_prompt(server: Served) -> None:
+    body = await complete(server, "say ab", echo=True, logprobs=0, max_tokens=0)
+    choice = body["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("say ab", "length")
+    assert choice["logprobs"]["token_logprobs"] == [None, -1, -2, -3, -4, -5]
+    assert choice["logprobs"]["top_logprobs"] == [None, {}, {}, {}, {}, {}]
+    assert body["usage"]["completion_tokens"] == 0
+
+
 async def test_best_of_returns_the_likeliest(server: Served) -> None:
     body = await complete(server, "say ab", n=2, best_of=3)
     assert server.engine.requests[0].params.n == 3
@@ -105,6 +135,9 @@ async def test_a_stop_text_ends_one_choice_and_is_no_part_of_it(server: Served) 
         ({"prompt": [True]}, "prompt"),
         ({"prompt": {"a": 1}}, "prompt"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": 0, "echo": True, "stream": True}, "max_tokens"),
+        ({"prompt": "a", "prompt_logprobs": 1}, "prompt_logprobs"),
         ({"prompt": "a", "max_tokens": -1}, "max_tokens"),
         ({"prompt": "a", "logprobs": 21}, "logprobs"),
         ({"prompt": "a", "logprobs": True}, "logprobs"),

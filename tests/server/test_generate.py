@@ -35,6 +35,14 @@ async def test_details(server: Served) -> None:
     assert "best_of_sequences" not in details
 
 
+async def test_prefill(server: Served) -> None:
+    body = (await server.generate("say é", decoder_input_details=True)).json()
+    prefill = body["details"]["prefill"]
+    assert [t["text"] for t in prefill] == ["s", "a", "y", " ", "", "é"]
+    assert [t["logprob"] for t in prefill] == [None, -1, -2, -3, -4, -5]
+    assert body["details"]["tokens"][0]["text"] == ""
+
+
 async def test_the_root_answers_with_a_list_and_the_prompt(server: Served) -> None:
     body = {"inputs": "say hi", "parameters": {"details": False}}
     assert (await server.post("/", body)).json() == [{"generated_text": "say hihi"}]

@@ -253,6 +253,10 @@ async def test_s10_no_more_connections(model: Path, tmp_path: Path) -> None:
         assert answer.json() == {"generated_text": "hi"}
         for writer in opened:
             writer.close()
+        # It tries again once a second, and says so in a line or a few.
+        log = one.log.read_text()
+        assert "out of system resource" in log
+        assert log.count("\n") < 200
 
 
 def kvrun(*words: str, env: dict[str, str] | None = None) -> tuple[int, str]:

@@ -106,6 +106,19 @@ async def test_dialects_and_streams_agree(tiny: Server) -> None:
     assert [event["token"] for event in two] == one["details"]["tokens"]
 
 
+async def test_the_chances_of_a_prompt(tiny: Server) -> None:
+    prompt = "Once upon a time"
+    native = {"inputs": prompt, "parameters": {"max_new_tokens": 1, "decoder_input_details": True}}
+    openai = {"prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
+    prefill = (await tiny.http.post("/generate", json=native)).json()["details"]["prefill"]
+    told = (await tiny.http.post("/v1/completions", json=openai)).json()["choices"][0]["logprobs"]
+    values = [token["logprob"] for token in prefill]
+    assert values == told["token_logprobs"]
+    assert values[0] is None
+    assert sum(values[1:]) < -1
+    assert all(value < 0 for value in values[1:])
+
+
 async def test_a_seed_repeats_over_http(tiny: Server) -> None:
     body = {"prompt": "Tell me", "max_tokens": 16, "temperature": 2, "seed": 7, "n": 2}
     first = (await tiny.http.post("/v1/completions", json=body)).json()["choices"]

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from kvrun.runtime.engine.request import Logprob
 from kvrun.runtime.sampling.params import SamplingParams
 from kvrun.server import openai, sse
 from kvrun.server.call import Call, ReadyService, ThisCall
@@ -54,6 +55,9 @@ async def complete(body: CompletionBody, service: Service, call: Call) -> Respon
         async for _ in together(plan.generations):
             pass
     openai.require_ends(plan.generations)
+    if body.max_tokens == 0:
+        for generation in plan.generations:
+            generation.forget_answers()
     choices = [
         _choice(plan, number * plan.n + place, number, choice)
         for number in range(len(plan.generations))
@@ -88,12 +92,15 @@ async def _plan(body: CompletionBody, service: Service, call: Call) -> Plan:
 
 def _sampling(body: CompletionBody, service: Service) -> tuple[SamplingParams, int]:
     """The engine's parameters, and how many answers each prompt gets back."""
+    changes: dict[str, Any] = {}
     if body.max_tokens == 0:
-        raise ApiError("validation", "max_tokens must be at least 1.", param="max_tokens")
+        if not body.echo or body.stream:
+            words = "max_tokens must be at least 1, unless echo is set and stream is not."
+            raise ApiError("validation", words, param="max_tokens")
+        changes["max_tokens"] = 1  # the engine makes one all the same; nobody is told
     if body.echo and body.logprobs is not None:
-        words = "echo with logprobs is not supported."
-        raise ApiError("validation", words, param="echo")
-    params = openai.sampling(body, service)
+        changes["prompt_logprobs"] = body.logprobs
+    params = openai.sampling(body, service, **changes)
     n = params.n
     if body.best_of is not None:
         if body.best_of < n:
@@ -131,11 +138,21 @@ def _best(plan: Plan, number: int) -> Sequence[Choice]:
     return sorted(choices, key=lambda choice: choice.mean_logprob, reverse=True)[: plan.n]
 
 
+def _prompt(plan: Plan, number: int) -> list[tuple[int, Logprob | None]]:
+    """The prompt's tokens, where they are repeated; nothing comes before the first."""
+    if not plan.body.echo:
+        return []
+    generation = plan.generations[number]
+    known = [(entry.token_id, entry) for entry in generation.prompt_logprobs]
+    return [(generation.request.prompt_ids[0], None), *known]
+
+
 def _choice(plan: Plan, index: int, number: int, choice: Choice) -> dict[str, Any]:
     logprobs = None
     if plan.body.logprobs is not None:
         text = plan.service.text if plan.service.has_text else None
-        logprobs = CompletionLogprobs(text).take([(e.token_id, e) for e in choice.logprobs])
+        answer = [(entry.token_id, entry) for entry in choice.logprobs]
+        logprobs = CompletionLogprobs(text).take([*_prompt(plan, number), *answer])
     return {
         "index": index,
         "text": plan.texts[number] + choice.text,
@@ -154,9 +171,12 @@ async def _events(plan: Plan) -> AsyncGenerator[bytes]:
     templates = [_template(plan, index) for index in range(len(plan.generations) * plan.n)]
     logprobs = [CompletionLogprobs(text) for _ in templates]
     with plan.service.admitted(plan.answers):
-        for index in range(len(templates) if plan.body.echo else 0):
-            yield templates[index].fill(plan.texts[index // plan.n])
+        echoed = set() if plan.body.echo else set(range(len(plan.generations)))
         async for number, piece in together(plan.generations):
+            if number not in echoed:
+                echoed.add(number)
+                for index in range(number * plan.n, number * plan.n + plan.n):
+                    yield _echo(plan, number, index, logprobs[index])
             index = number * plan.n + piece.index
             if plan.body.logprobs is None and not piece.finish_reason and not each:
                 if piece.text:
@@ -168,6 +188,13 @@ async def _events(plan: Plan) -> AsyncGenerator[bytes]:
     if options and options.include_usage:
         yield sse.frame(plan.head.around([], usage_of(plan.generations)))
     yield sse.DONE
+
+
+def _echo(plan: Plan, number: int, index: int, logprobs: CompletionLogprobs) -> bytes:
+    asked = plan.body.logprobs is not None
+    entries = logprobs.take(_prompt(plan, number)) if asked else None
+    part = Piece(index, plan.texts[number], [], [], None)
+    return sse.frame(plan.head.around([_part(index, part, entries)], None))
 
 
 def _template(plan: Plan, index: int) -> sse.Template:

@@ -15,6 +15,8 @@ TYPES: dict[str, Any] = {
     "ids": list[int],
     "biases": dict[str, float],
 }
+# OpenAI's way to ask for these is `echo` with `logprobs`, TGI's is decoder_input_details.
+ASKED_OTHERWISE = {"prompt_logprobs"}
 
 
 def _field(option: Option) -> tuple[Any, Any]:
@@ -31,5 +33,7 @@ if TYPE_CHECKING:
     Sampling = Body
 else:
     Sampling = create_model(
-        "Sampling", __base__=Body, **{o.name: _field(o) for o in SamplingParams.options()}
+        "Sampling",
+        __base__=Body,
+        **{o.name: _field(o) for o in SamplingParams.options() if o.name not in ASKED_OTHERWISE},
     )

@@ -26,6 +26,7 @@ class Call:
     began: float = field(default_factory=time.perf_counter)
     status: int = 0  # of the response, once it has begun
     complete: bool = False
+    received: bool = False  # its whole body
     gone: bool = False  # the client has left
     error: str | None = None  # the kind of ApiError it has ended with
     notes: dict[str, Any] = field(default_factory=dict)

@@ -70,6 +70,8 @@ class Gate:
         try:
             self._check_head(scope)
             body = await self._read(scope, receive)
+            call.received = True
+            await self._check_body(scope, call, body)
         except ApiError as error:
             await _refuse(scope, receive, send, call, error)
             return
@@ -129,15 +131,21 @@ class Gate:
                         break
         except TimeoutError:
             raise ApiError("slow_body", "The body took too long to arrive.") from None
-        if scope["method"] in WITH_BODY:
-            if not _is_json(scope):
-                raise ApiError("content_type", "The body must be application/json.")
-            # A large body takes as long to check as many small requests take altogether.
-            if len(body) > 1 << 16:
-                await self._service.in_thread(strict.check, bytes(body))
-            else:
-                strict.check(bytes(body))
         return bytes(body)
+
+    async def _check_body(self, scope: Scope, call: Call, body: bytes) -> None:
+        if scope["method"] not in WITH_BODY:
+            return
+        if not _is_json(scope):
+            raise ApiError("content_type", "The body must be application/json.")
+        # Whoever will be turned away for want of a place is turned away at little cost.
+        if call.path in GENERATING and self._service.full:
+            raise ApiError("overloaded", "Model is overloaded")
+        # A large body takes as long to check as many small requests take altogether.
+        if len(body) > 1 << 16:
+            await self._service.in_thread(strict.check, body)
+        else:
+            strict.check(body)
 
     # -- while -----------------------------------------------------------------------------
 
@@ -205,7 +213,8 @@ class Gate:
 async def _refuse(scope: Scope, receive: Receive, send: Send, call: Call, error: ApiError) -> None:
     call.error = error.kind
     response = error.response(call.openai)
-    response.headers["Connection"] = "close"  # the rest of the body is not wanted
+    if not call.received:
+        response.headers["Connection"] = "close"  # the rest of the body is not wanted
     with suppress(OSError):
         await response(scope, receive, send)
 

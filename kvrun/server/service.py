@@ -136,6 +136,11 @@ class Service:
         if self.phase != "ready":
             raise ApiError("unavailable", WORDS[self.phase])
 
+    @property
+    def full(self) -> bool:
+        """Whether there is no place for even one more answer."""
+        return self.active >= self.settings.max_concurrent_requests
+
     @contextmanager
     def admitted(self, answers: int) -> Iterator[None]:
         """A place for so many answers. Raises ApiError (overloaded) when there is none."""

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from kvrun.server import log
 from kvrun.server.call import Call
 from kvrun.server.errors import ApiError, api_error
+from kvrun.server.protocol import KEY as PROTOCOL
 from kvrun.server.streams import Streams
 
 DONE = b"data: [DONE]\n\n"
@@ -74,6 +75,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._send = send
+        # An older client is not sent chunks; a test may have no connection at all.
+        self._protocol = scope.get(PROTOCOL) if scope["http_version"] == "1.1" else None
         self._streams.add(self)
         try:
             async with aclosing(self._events) as events:
@@ -104,6 +107,9 @@ class EventStream(Response):
             if self not in self._streams:
                 return  # a comment that comes too late
             self.last = time.monotonic()
+            if self._started and more and self._protocol is not None:
+                await self._protocol.write_chunk(data)
+                return
             if not self._started:
                 self._started = True
                 headers = [*HEADERS, *(h for h in self.raw_headers if h[0] != b"content-length")]

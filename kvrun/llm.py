@@ -36,6 +36,7 @@ class Output(Choice):
     """The answer to one prompt; with n > 1 the output itself is choice 0."""
 
     prompt_token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[Logprob] | None = None  # of the prompt's tokens from the second on
     choices: list[Choice] = field(default_factory=list)
 
 
@@ -220,6 +221,7 @@ class _Run:
         choices, params = range(request.params.n), request.params
         self._choices = [Choice(logprobs=_empty(params.logprobs)) for _ in choices]
         self._answers = [text.answer(params.stop) if text else Answer(None) for _ in choices]
+        self._prompt_logprobs: list[Logprob] | None = None
         self._open = params.n  # choices the engine has not ended
 
     @property
@@ -235,6 +237,7 @@ class _Run:
         """Take in a delta; True when the choice has ended here before it has in the engine."""
         self._open -= delta.finish_reason is not None
         choice, answer = self._choices[delta.index], self._answers[delta.index]
+        self._prompt_logprobs = self._prompt_logprobs or delta.prompt_logprobs
         if choice.finish_reason:
             return False
         reason = delta.finish_reason
@@ -262,6 +265,7 @@ class _Run:
         return Output(
             **vars(first),
             prompt_token_ids=list(self.request.prompt_ids),
+            prompt_logprobs=self._prompt_logprobs,
             choices=[first, *self._choices[1:]],
         )
 

@@ -165,7 +165,7 @@ def _chat(
     from kvrun.runtime.engine.client import EngineClient
 
     settings = Settings(sampling)
-    alone = sorted({"n", "logprobs"} & sampling.keys())
+    alone = sorted({"n", "logprobs", "prompt_logprobs"} & sampling.keys())
     if alone and not style.json:
         raise InvalidRequest(f"{alone[0]} has no place in plain text.", hint="add --json")
     if sys.stdout is None:

@@ -111,6 +111,11 @@ class EngineClient:
         self._write(wire.encode(wire.AskStats()))
         return await future
 
+    async def ended(self) -> KvrunError:
+        """Wait until the engine process has ended, however it comes; returns why it has."""
+        await self._ended.wait()
+        return self._dead or EngineDead("the engine process has ended.")
+
     async def close(self) -> None:
         """End the engine process; what still streams gets EngineDead."""
         self._closing = True

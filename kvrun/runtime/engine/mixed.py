@@ -28,11 +28,14 @@ class Columns(NamedTuple):
     slots: list[int]  # [B]
     ends: list[int]  # [B + 1], the first is 0
     lengths: list[int]  # [B]
-    last_rows: list[int]  # [S]
+    last_rows: list[int]  # rows whose logits are wanted; [S] where no prompt is scored
     drawn_at: list[int]  # [S] the place of the drawn token in its sequence
     drawing: list[int]  # [S] slots
     unknown: list[int]  # rows whose ids only the device knows
     unknown_slots: list[int]
+    scoring: list[int]  # which of the wanted logits tell how likely a prompt's tokens were,
+    targets: list[int]  # which tokens,
+    drawn_rows: list[int]  # and which of them draw; all three empty where no prompt is scored
 
 
 class MixedGraphs:
@@ -64,9 +67,8 @@ class MixedGraphs:
         wide = torch.float32 if model.softcapped else dtype
         self.logits = torch.zeros((ROWS, model.vocab_size), dtype=wide, device=device)
         self.drawn_at = self._parts(SIZES[-1])[7]
-        self._fill(
-            Columns([], np.empty(0), np.empty(0), [], [0], [], [], [], [], [], []), SIZES[-1]
-        )
+        nothing: Any = ([], np.empty(0), np.empty(0), [], [0], *([] for _ in range(9)))
+        self._fill(Columns(*nothing), SIZES[-1])
         self._replays = {
             size: capture(lambda size=size: self._run(size))  # type: ignore[misc]
             for size in reversed(SIZES)

@@ -33,12 +33,15 @@ class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
     `finish_reason` is set on the last delta of a choice: "stop" (an end-of-text or stop token, the
     last of `token_ids`), "length", "abort" or "error" (then `error` says why).
     `cached_tokens` (on the first delta) counts prompt tokens found in the prefix cache.
+    `prompt_logprobs` (on the first delta of choice 0, if asked for) are those of the prompt's
+    tokens from the second on: nothing comes before the first.
     """
 
     request_id: str
     index: int = 0
     token_ids: list[int] = []
     logprobs: list[Logprob] | None = None
+    prompt_logprobs: list[Logprob] | None = None
     finish_reason: str | None = None
     error: str | None = None
     cached_tokens: int = 0

@@ -31,6 +31,14 @@ class _Drawing(NamedTuple):
     slots: torch.Tensor  # [S]
 
 
+class _Scoring(NamedTuple):
+    """Which logits of a step tell how likely which tokens of prompts were; which ones draw."""
+
+    rows: torch.Tensor  # [R] of the step's logits
+    ids: torch.Tensor  # [R]
+    drawn: torch.Tensor  # [S] of the step's logits
+
+
 class ModelRunner:
     """Fills a Batch from a schedule, runs the model, samples; nothing is read back here.
 
@@ -134,10 +142,11 @@ class ModelRunner:
             self._slots.fed[row.sequence.slot] = -1
         columns = self._columns(schedule)
         sequences = [row.sequence for row in schedule if row.sample]
-        if self.mixed is not None and self.mixed.takes(len(columns.ids), len(schedule)):
-            sampled = self._replay_mixed(columns, sequences, self.mixed)
+        taken = self.mixed is not None and self.mixed.takes(len(columns.ids), len(schedule))
+        if taken and not columns.targets:
+            sampled = self._replay_mixed(columns, sequences, cast(MixedGraphs, self.mixed))
         else:
-            sampled = self._launch(columns, sequences)
+            sampled = self._launch(columns, sequences, _most(schedule))
         if self.graphs is not None:
             for row in schedule:
                 if row.sample:
@@ -160,14 +169,18 @@ class ModelRunner:
         self._slots.state.last.index_copy_(0, drawing, sampled.ids)
         return sampled
 
-    def _launch(self, columns: Columns, sequences: list[Running]) -> Sampled | None:
-        """A step of any size, kernel by kernel."""
-        batch, drawing = self._batch(columns, sequences)
+    def _launch(self, columns: Columns, sequences: list[Running], most: int) -> Sampled | None:
+        """A step of any size, kernel by kernel; `most` tokens beside each scored one."""
+        batch, drawing, scoring = self._batch(columns, sequences)
         self._backend.plan(batch)
         logits = self._model(batch)
+        prompt = None
+        if scoring is not None:
+            prompt = self._sampler.score(logits.index_select(0, scoring.rows), scoring.ids, most)
+            logits = logits.index_select(0, scoring.drawn)
         if drawing is None:
-            return None
-        sampled = self._sample(logits, drawing)
+            return None if prompt is None else Sampled(_nothing(), _nothing(), None, prompt)
+        sampled = replace(self._sample(logits, drawing), prompt=prompt)
         state = self._slots.state
         state.last.index_copy_(0, drawing.slots, sampled.ids)
         if self.graphs is not None:
@@ -215,14 +228,17 @@ class ModelRunner:
         places = self._slots.tables[of_row, pages].astype(np.int64) * self._size + offsets
         drawing = [i for i, row in enumerate(schedule) if row.sample]
         ids, unknown = _ids(schedule)
+        wanted, *scored = _wanted(schedule, ends)
         return Columns(
             ids, positions, places, slots, [0, *ends], lengths,
-            [ends[i] - 1 for i in drawing], [lengths[i] for i in drawing],
+            wanted, [lengths[i] for i in drawing],
             [slots[i] for i in drawing], [place for place, _ in unknown],
-            [slot for _, slot in unknown],
+            [slot for _, slot in unknown], *(scored or ([], [], [])),
         )  # fmt: skip
 
-    def _batch(self, columns: Columns, sequences: list[Running]) -> tuple[Batch, "_Drawing | None"]:
+    def _batch(
+        self, columns: Columns, sequences: list[Running]
+    ) -> tuple[Batch, "_Drawing | None", "_Scoring | None"]:
         """The tensors of a step, and where it draws; all of them cross to the device at once."""
         sent: Any = Columns(*self._slots.send(*columns))  # type: ignore[arg-type]
         state = self._slots.state
@@ -242,7 +258,9 @@ class ModelRunner:
             block_size=self._size,
             backend=self._backend,
         )
-        return batch, _Drawing(sequences, sent.drawn_at, sent.drawing) if sequences else None
+        drawing = _Drawing(sequences, sent.drawn_at, sent.drawing) if sequences else None
+        scoring = _Scoring(sent.scoring, sent.targets, sent.drawn_rows) if columns.targets else None
+        return batch, drawing, scoring
 
     def _prepare(self, sequences: list[Running]) -> Prepared:
         old = self._prepared
@@ -277,6 +295,36 @@ def _together(turns: list[Sampled | None]) -> Sampled | None:
         return found[0] if found else None
     ids, finite = (torch.stack([getattr(t, name) for t in found]) for name in ("ids", "finite"))
     return Sampled(ids, finite, None)
+
+
+def _wanted(schedule: Schedule, ends: list[int]) -> list[list[int]]:
+    """The rows of a step whose logits are wanted, in order.
+
+    Where prompts are scored, also: which of these logits score, which tokens, and which draw.
+    """
+    if not any(row.sequence.scored(row.start, row.count) for row in schedule):
+        return [[end - 1 for row, end in zip(schedule, ends, strict=True) if row.sample]]
+    wanted: list[int] = []
+    scoring: list[int] = []
+    targets: list[int] = []
+    drawing: list[int] = []
+    for row, end in zip(schedule, ends, strict=True):
+        scored = row.sequence.scored(row.start, row.count)
+        scoring += range(len(wanted), len(wanted) + scored)
+        wanted += range(end - row.count, end - row.count + scored)
+        targets += row.sequence.tokens[row.start + 1 : row.start + 1 + scored]
+        if row.sample:
+            drawing.append(len(wanted))
+            wanted.append(end - 1)
+    return [wanted, scoring, targets, drawing]
+
+
+def _most(schedule: Schedule) -> int:
+    return max(row.sequence.request.params.prompt_logprobs or 0 for row in schedule)
+
+
+def _nothing() -> torch.Tensor:
+    return torch.empty(0, dtype=torch.int64)
 
 
 def _ids(schedule: Schedule) -> tuple[list[int], list[tuple[int, int]]]:

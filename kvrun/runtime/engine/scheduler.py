@@ -26,14 +26,16 @@ class Row:
 
 
 class Drawn(NamedTuple):
-    """What a landed step says of one sampled row: a token for each turn.
+    """What a landed step says of one row: a token for each turn, if it samples.
 
-    Where logits were not finite, `finite` is false and the tokens end before.
+    Where logits were not finite, `finite` is false and the tokens end before. `prompt` are
+    log-probabilities of the prompt's tokens behind those of the row.
     """
 
     token_ids: list[int]
     finite: bool = True
     logprob: Logprob | None = None  # of the only turn
+    prompt: Rows[Logprob] = ()
 
 
 Schedule = list[Row]
@@ -131,11 +133,11 @@ class Scheduler:
         decodes = len(rows)
         for sequence in prompts:
             if budget and self._may_run(sequence):
-                count = min(budget, sequence.remaining)
+                count = min(budget, sequence.chunk)
                 rows.append(self._row(sequence, count))
                 budget -= count
         while budget and (admitted := self._admit()):
-            count = min(budget, admitted.remaining)
+            count = min(budget, admitted.chunk)
             rows.append(self._row(admitted, count))
             budget -= count
         if self._turns > 1 and decodes == len(rows) >= self._many and self._reserve(rows):
@@ -178,7 +180,11 @@ class Scheduler:
             if row.start < sequence.prompt_len:
                 computed = min(row.start + row.count, sequence.prompt_len) - row.start
                 self.stats.prompt_tokens += computed
-            if draw is not None:
+            if draw is not None and draw.prompt:
+                # What was computed before a preemption is known already.
+                known = len(sequence.prompt_logprobs) - row.start
+                sequence.prompt_logprobs += draw.prompt[known:]
+            if draw is not None and row.sample:
                 sequence.in_flight -= row.turns
                 if sequence.state is not State.FINISHED:
                     self._accept(sequence, draw)
@@ -259,11 +265,16 @@ class Scheduler:
                 index=sequence.index,
                 token_ids=token_ids,
                 logprobs=[logprob] if logprob else None,
+                prompt_logprobs=self._prompt_logprobs(sequence) if first else None,
                 finish_reason=reason,
                 error=error,
                 cached_tokens=(sequence.hit_tokens or 0) if first else 0,
             )
         )
+
+    def _prompt_logprobs(self, sequence: Sequence) -> list[Logprob] | None:
+        asked = sequence.request.params.prompt_logprobs is not None and not sequence.index
+        return sequence.prompt_logprobs if asked and sequence.generated else None
 
     # -- blocks and slots -------------------------------------------------------------------
 
@@ -332,6 +343,8 @@ class Scheduler:
         return sequence.leader is not sequence and not sequence.leader.generated
 
     def _known_prefix(self, sequence: Sequence) -> tuple[list[int], list[bytes]]:
+        if sequence.unscored:
+            return [], []  # only computing a token tells what the next one's chances were
         if self.prefix:
             return self.prefix.lookup(sequence.keys[0], sequence.tokens)
         leader = sequence.leader

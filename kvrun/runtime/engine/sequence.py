@@ -2,7 +2,9 @@
 
 from enum import Enum
 
-from kvrun.runtime.engine.request import Request
+from kvrun.runtime.engine.request import Logprob, Request
+
+SCORED_AT_ONCE = 256  # rows of logits; a vocabulary of 150,000 makes each 600 kB
 
 
 class State(Enum):
@@ -40,6 +42,7 @@ class Sequence:
         self.keys = [root]  # the prefix-cache key behind each full block, the root first
         self.hit_blocks = 0  # how many of `blocks` came from the prefix cache or a sibling
         self.hit_tokens: int | None = None  # prompt tokens found cached when it first started
+        self.prompt_logprobs: list[Logprob] = []  # of the prompt's tokens from the second on
         self.choices: list[Sequence] = [self]  # all of its request
 
     @property
@@ -52,6 +55,25 @@ class Sequence:
         if self.length >= self.max_length:
             return 0
         return self.length - self.scheduled
+
+    @property
+    def chunk(self) -> int:
+        """How many tokens one step may take on; where each brings logits home, not too many."""
+        return min(self.remaining, SCORED_AT_ONCE) if self.unscored else self.remaining
+
+    @property
+    def unscored(self) -> bool:
+        """Whether tokens of the prompt still lack a log-probability that was asked for."""
+        return len(self.prompt_logprobs) < self.scored(0, self.prompt_len)
+
+    def scored(self, start: int, count: int) -> int:
+        """How many of `count` tokens from `start` tell the log-probability of a prompt's token.
+
+        The first choice does so for all of its request.
+        """
+        if self.index or self.request.params.prompt_logprobs is None:
+            return 0
+        return max(0, min(count, self.prompt_len - 1 - start))
 
     @property
     def generated(self) -> int:

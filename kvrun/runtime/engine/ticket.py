@@ -7,7 +7,7 @@ import torch
 
 from kvrun.runtime.engine.request import Logprob
 from kvrun.runtime.engine.scheduler import Drawn, Schedule
-from kvrun.runtime.sampling.sampler import Sampled
+from kvrun.runtime.sampling.sampler import Logprobs, Sampled
 
 
 @dataclass
@@ -25,37 +25,57 @@ class Ticket:
         """A ticket whose tokens set out for the host now: later steps reuse their memory."""
         if sampled is None:
             return cls(schedule, None)
-        logprobs = sampled.logprobs
         sent = Sampled(
             _send(sampled.ids),
             _send(sampled.finite),
-            None
-            if logprobs is None
-            else (_send(logprobs[0]), _send(logprobs[1]), _send(logprobs[2])),
+            _send_all(sampled.logprobs),
+            _send_all(sampled.prompt),
         )
-        if not sampled.ids.is_cuda:
+        anything = sampled.ids if sampled.prompt is None else sampled.prompt[0]
+        if not anything.is_cuda:
             return cls(schedule, sent)
         landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
         landed.record()
         return cls(schedule, sent, landed)
 
     def read(self) -> list[Drawn | None]:
-        """What each row of the schedule has drawn; None for rows that do not sample."""
+        """What each row of the schedule has drawn; None for rows that have nothing to say."""
         drawn: list[Drawn | None] = [None] * len(self.schedule)
         if self.sampled is None:
             return drawn
         if self.landed is not None:
             self.landed.synchronize()
         wanted = [i for i, row in enumerate(self.schedule) if row.sample]
-        turns = self.sampled.ids.view(-1, len(wanted)).t()
-        columns, finite = turns.tolist(), self.sampled.finite.view(-1, len(wanted)).t()
+        shape = self.schedule[0].turns, len(wanted)
+        columns = self.sampled.ids.view(shape).t().tolist()
+        finite = self.sampled.finite.view(shape).t()
         logprobs = self._logprobs(columns)
         broken = {} if bool(finite.all()) else _broken(finite)
         for place, index in enumerate(wanted):
             ids = columns[place]
             end = broken.get(place, len(ids))
             drawn[index] = Drawn(ids[:end], place not in broken, logprobs[place])
+        if self.sampled.prompt is not None:
+            self._add_prompts(drawn, self.sampled.prompt)
         return drawn
+
+    def _add_prompts(self, drawn: list[Drawn | None], prompt: Logprobs) -> None:
+        """Hand out the log-probabilities of prompts to the rows that have computed them."""
+        chosen, top_ids, top = (tensor.tolist() for tensor in prompt)
+        at = 0
+        for index, row in enumerate(self.schedule):
+            sequence = row.sequence
+            scored = sequence.scored(row.start, row.count)
+            if not scored:
+                continue
+            count = sequence.request.params.prompt_logprobs
+            entries = []
+            for place in range(at, at + scored):
+                token = sequence.tokens[row.start + 1 + place - at]
+                pairs = list(zip(top_ids[place][:count], top[place][:count], strict=True))
+                entries.append(Logprob(token, chosen[place], pairs))
+            at += scored
+            drawn[index] = (drawn[index] or Drawn([]))._replace(prompt=entries)
 
     def _logprobs(self, ids: list[list[int]]) -> Sequence[Logprob | None]:
         if self.sampled is None or self.sampled.logprobs is None:
@@ -75,6 +95,10 @@ class Ticket:
 def _broken(finite: torch.Tensor) -> dict[int, int]:
     """finite [S, turns] -> rows that are not finite throughout, and their first turn that is not"""
     return {place: row.index(False) for place, row in enumerate(finite.tolist()) if False in row}
+
+
+def _send_all(tensors: Logprobs | None) -> Logprobs | None:
+    return None if tensors is None else (_send(tensors[0]), _send(tensors[1]), _send(tensors[2]))
 
 
 def _send(tensor: torch.Tensor) -> torch.Tensor:

@@ -119,6 +119,9 @@ class SamplingParams:
     logprobs: int | None = _option(
         None, "int", "report log-probabilities, and those of this many likeliest tokens", 0, 20
     )
+    prompt_logprobs: int | None = _option(
+        None, "int", "report log-probabilities of the prompt too, with this many likeliest", 0, 20
+    )
     logit_bias: dict[int, float] | None = _option(  # noqa: RUF009 (the default is None)
         None, "biases", "added to the scores of token ids, from -100 to 100 each"
     )

@@ -16,6 +16,7 @@ from kvrun.runtime.sampling.params import SamplingParams
 # Sorting a vocabulary costs ten times as much as finding its largest. Where the host can look at
 # a tensor without waiting, top_p tries with this many first.
 NUCLEUS_TRY = 256
+SCORE_SLICE = 256  # rows of logits that are turned to log-probabilities at once
 
 
 @dataclass
@@ -58,6 +59,10 @@ class Prepared:
     drawn: torch.Tensor | None  # [S, 1] fp32, 0 for greedy rows; None when every row is drawn
 
 
+# Of the chosen tokens [S], and ids and values [S, k] of the likeliest.
+Logprobs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Sampled:
     """ids [S] int64; finite [S] bool: false where logits or options leave no proper draw.
@@ -68,7 +73,8 @@ class Sampled:
 
     ids: torch.Tensor
     finite: torch.Tensor
-    logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    logprobs: Logprobs | None
+    prompt: Logprobs | None = None  # of tokens of prompts, [R]
 
 
 class Sampler:
@@ -121,11 +127,19 @@ class Sampler:
         # From pageable memory the copy would wait for the steps that are under way.
         return torch.tensor(values, dtype=dtype, pin_memory=True).to(self.device, non_blocking=True)
 
+    def score(self, logits: torch.Tensor, ids: torch.Tensor, count: int) -> Logprobs:
+        """How likely logits [R, V] make ids [R], and their `count` likeliest."""
+        slices = [slice(at, at + SCORE_SLICE) for at in range(0, len(ids), SCORE_SLICE)]
+        parts = [self._score(logits[part].float(), ids[part], count) for part in slices]
+        first, second, third = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return first, second, third
+
     def _logprobs(
         self, logits: torch.Tensor, ids: torch.Tensor, count: int | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        if count is None:
-            return None
+    ) -> Logprobs | None:
+        return None if count is None else self._score(logits, ids, count)
+
+    def _score(self, logits: torch.Tensor, ids: torch.Tensor, count: int) -> Logprobs:
         values = logits.log_softmax(-1)
         chosen = values.gather(1, ids[:, None])[:, 0]
         ranks = _ranks(logits).topk(min(count, self.vocab_size)).values

@@ -4,10 +4,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 from kvrun.errors import BadCheckpoint, InvalidRequest, NotFound
 from kvrun.runtime.sampling.params import SamplingParams
@@ -54,6 +55,16 @@ class Text:
         """
         return _encode(self._tokenizer, prompt, add_special_tokens=True)
 
+    def spans(self, prompt: str) -> list[tuple[int, int, int]]:
+        """Token ids of a raw prompt, each with its place in the prompt's UTF-8: (id, start, end).
+
+        Special tokens that the tokenizer adds have none: 0, 0.
+        """
+        encoding = _encoding(self._tokenizer, prompt, add_special_tokens=True)
+        at = [0, *accumulate(len(char.encode()) for char in prompt)]
+        pairs = zip(encoding.ids, encoding.offsets, strict=True)
+        return [(token, at[start], at[end]) for token, (start, end) in pairs]
+
     def chat(
         self, messages: Sequence[Mapping[str, Any]], *, continue_final: bool = False
     ) -> list[int]:
@@ -91,6 +102,16 @@ class Text:
     def answer(self, stop: Sequence[str] = ()) -> Answer:
         """What keeps the text and the count of one answer; see Answer."""
         return Answer(self.stream(stop=stop))
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of control tokens: they are no part of a text."""
+        return self._special_ids
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """The special tokens by their roles: {"eos_token": "</s>"}."""
+        return dict(self._named)
 
     @property
     def chat_template_known(self) -> bool:
@@ -161,6 +182,10 @@ def _tokenizing() -> Iterator[None]:
 
 
 def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
+    return list(_encoding(tokenizer, text, add_special_tokens).ids)
+
+
+def _encoding(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Encoding:
     if not isinstance(text, str):
         raise InvalidRequest(f"the prompt is a {type(text).__name__}; it must be text.")
     try:
@@ -173,7 +198,7 @@ def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = False) -
     with _tokenizing():
         # Unlike encode, encode_batch lets other threads run meanwhile.
         batch = tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
-    return list(batch[0].ids)
+    return batch[0]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""JOB: HTTP in, engine requests out: Text Generation Inference's API and OpenAI's on one engine."""

@@ -1,0 +1,1 @@
+"""What bodies hold: one file per dialect; these classes are the OpenAPI document."""

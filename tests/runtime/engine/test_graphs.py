@@ -29,6 +29,7 @@ MIXED = [
     SamplingParams(max_tokens=15, temperature=0, repetition_penalty=1.3, ignore_eos=True),
     SamplingParams(max_tokens=10, temperature=0.9, seed=5, n=3, ignore_eos=True),
     SamplingParams(max_tokens=8, temperature=0, logprobs=2, ignore_eos=True),
+    SamplingParams(max_tokens=8, temperature=0, prompt_logprobs=1, ignore_eos=True),
 ]
 Answers = dict[tuple[str, int], list[int]]
 

@@ -59,6 +59,8 @@ class _Watchdog(threading.Thread):
                 os._exit(DEAD)
 
 
+# Set once the engine has given up: a parent that hears of it may hang up before the process ends.
+_dying = threading.Event()
 _Inbox = SimpleQueue[wire.ToEngine | Exception]
 
 
@@ -68,7 +70,8 @@ def _listen(pipe: IO[bytes], inbox: _Inbox) -> None:
             inbox.put(wire.to_engine.decode(frame))
         except Exception as error:  # raised again by the main thread, which can report it
             inbox.put(error)
-    os._exit(0)  # the parent has gone; whatever is being computed is for nobody
+    if not _dying.is_set():
+        os._exit(0)  # the parent has gone; whatever is being computed is for nobody
 
 
 class Worker:
@@ -123,7 +126,9 @@ def main() -> None:
     first = next(wire.frames(source), None)
     if first is None:
         return
-    inbox: _Inbox = SimpleQueue()
+    inbox: # Set once the engine has given up: a parent that hears of it may hang up before the process ends.
+_dying = threading.Event()
+_Inbox = SimpleQueue()
     threading.Thread(target=_listen, args=(source, inbox), daemon=True, name="listen").start()
     try:
         config = msgspec.msgpack.decode(first, type=EngineConfig)
@@ -140,6 +145,7 @@ def main() -> None:
 
 
 def _die(outlet: IO[bytes], fault: wire.Fault) -> None:
+    _dying.set()
     wire.send(outlet, wire.Died(fault))
     outlet.close()
     sys.stderr.flush()

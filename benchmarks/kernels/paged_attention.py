@@ -48,6 +48,7 @@ PREFILL = [
     (128, 64, 4, 3, False), (128, 32, 8, 4, False), (64, 64, 4, 3, False),
     (64, 64, 4, 2, False), (64, 128, 4, 2, False), (64, 32, 4, 3, False),
 ]  # fmt: skip
+PREFILL_PAGED = PREFILL[:7]
 PREFILL_PACKED = [(64, 64, 4, 2, True), (64, 64, 4, 3, True), (64, 32, 4, 3, True)]
 
 
@@ -211,9 +212,12 @@ def checks(smoke: bool) -> list[Case]:
     for heads, page, fp8 in ((LLAMA, 64, False), (QWEN, 16, False), (LLAMA, 16, True)):
         again = replace(plain, heads=heads, page=page, fp8=fp8)
         found += [replace(again, tiling=t) for t in DECODE_AGAIN]
+        if not fp8:
+            again = replace(again, sequences=[(2000, 1)], padding=0)
+            found += [replace(again, tiling=t) for t in DECODE_AGAIN]
     found += [replace(step, tiling=t) for t in PREFILL]
     paged = replace(step, sequences=mixed, fresh=False)
-    found += [replace(paged, tiling=t) for t in PREFILL[:7]]
+    found += [replace(paged, tiling=t) for t in PREFILL_PAGED]
     found += [replace(paged, sequences=short, tiling=t) for t in PREFILL_PACKED]
     return found
 
@@ -474,14 +478,14 @@ def measure(bench: Bench) -> None:
     ]
     rows = bench.prefill
     for fresh in (True, False):
-        usable = [t for t in PREFILL if t not in bench.broken]
+        cuts = PREFILL if fresh else PREFILL_PAGED
+        usable = [t for t in cuts if t not in bench.broken]
         show(rows(LLAMA, 8, 0, 2048, usable, fresh))
         best = rows(LLAMA, 1, 0, 8192, usable, fresh)
         show(best)
         few = [result["cut"] for result in best[:3]]
         show(rows(LLAMA, 8, 0, 8192, few, fresh))
         show(rows(LLAMA, 1, 0, 512, usable, fresh))
-        show(rows(QWEN, 8, 0, 2048, few, fresh))
     usable = [t for t in [*PREFILL_PACKED, PREFILL[0], PREFILL[6]] if t not in bench.broken]
     show(rows(LLAMA, 64, 1020, 4, usable, False))
     show(rows(LLAMA, 32, 992, 32, usable, False))

@@ -123,6 +123,14 @@ async def test_a_stop_text_ends_one_choice_and_is_no_part_of_it(server: Served) 
     assert server.engine.running == {}
 
 
+async def test_a_choice_that_has_stopped_is_computed_no_further(server: Served) -> None:
+    await complete(server, "say one two three", stop="two", n=3)
+    # The last one to stop takes the request with it.
+    name = server.engine.requests[0].id
+    assert server.engine.aborts == [(name, 0), (name, 1)]
+    assert server.engine.running == {}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

@@ -106,6 +106,17 @@ async def test_dialects_and_streams_agree(tiny: Server) -> None:
     assert [event["token"] for event in two] == one["details"]["tokens"]
 
 
+async def test_a_stop_text_inside_a_token(tiny: Server) -> None:
+    parameters = {"max_new_tokens": 12, "stop": ["im"], "details": True}
+    body = {"inputs": "Once upon", "parameters": parameters}
+    found = events((await tiny.http.post("/generate_stream", json=body)).text)
+    whole = (await tiny.http.post("/generate", json=body)).json()
+    assert whole["generated_text"] == " a tim" == found[-1]["generated_text"]
+    assert "".join(event["token"]["text"] for event in found) == " a tim"
+    assert [event["token"] for event in found] == whole["details"]["tokens"]
+    assert whole["details"]["finish_reason"] == "stop_sequence"
+
+
 async def test_the_chances_of_a_prompt(tiny: Server) -> None:
     prompt = "Once upon a time"
     native = {"inputs": prompt, "parameters": {"max_new_tokens": 1, "decoder_input_details": True}}

@@ -126,9 +126,7 @@ def main() -> None:
     first = next(wire.frames(source), None)
     if first is None:
         return
-    inbox: # Set once the engine has given up: a parent that hears of it may hang up before the process ends.
-_dying = threading.Event()
-_Inbox = SimpleQueue()
+    inbox: _Inbox = SimpleQueue()
     threading.Thread(target=_listen, args=(source, inbox), daemon=True, name="listen").start()
     try:
         config = msgspec.msgpack.decode(first, type=EngineConfig)

@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from recipes.tiny import adapters, longer
+from recipes.tiny import adapters, drills, longer
 from recipes.tiny.grammar import Turn, held_out
 from recipes.tiny.skills import (
     arithmetic,
@@ -64,6 +64,7 @@ for _name in NAMES:
     TOTALS.append(SKILLS[_name][0] + (TOTALS[-1] if TOTALS else 0.0))
 ROW = 2048
 NOT_TOLD = ("You have not told me your name yet.", context.UNKNOWN)
+DRILLS = 0.06  # share of the documents
 TOLD = ("Nice to meet you", context.NOTED[0])
 
 
@@ -98,6 +99,8 @@ def conversation(rng: Random) -> Document:
         return longer.repeated(rng, lambda: any_skill(rng))
     if roll < 0.145:
         return longer.remembered(rng, lambda: any_skill(rng), draw)
+    if roll < 0.145 + DRILLS:
+        return drills.drill(rng)[0]
     document: Document = []
     if rng.random() < 0.15:
         document.append(("system", talk.user_system(rng)))
@@ -120,7 +123,15 @@ def rendered(document: Document) -> str:
     return "<|bos|>" + "".join(f"<|{role}|>{text.strip()}<|end|>" for role, text in document)
 
 
-TASKS: dict[str, Callable[[Random], Document]] = {"base": conversation}
+def spelling(rng: Random) -> Document:
+    """Half conversations, half words spelt, turned round and written in capitals."""
+    if rng.random() < 0.5:
+        return conversation(rng)
+    turns = [t for _ in range(rng.randrange(1, 4)) for t in draw(rng, lists.letters)]
+    return [pair for t in turns for pair in (("user", t.user), ("assistant", t.answer))]
+
+
+TASKS: dict[str, Callable[[Random], Document]] = {"base": conversation, "spelling": spelling}
 for _task in adapters.TASKS:
     TASKS[_task] = adapters.documents(_task, draw, any_skill)
 
@@ -133,18 +144,18 @@ def texts(task: str, seed: int) -> Iterator[str]:
         yield rendered(make(rng))
 
 
-def shard(task: str, seed: int, tokenizer: Tokenizer, rows: int) -> np.ndarray:
-    """Token ids [rows, 2048]: whole documents one after another, padded with 0 at a row's end."""
+def shard(task: str, seed: int, tokenizer: Tokenizer, rows: int, length: int = ROW) -> np.ndarray:
+    """Token ids [rows, length]: whole documents one after another, padded with 0 at a row's end."""
     import numpy as np
 
-    out = np.zeros((rows, ROW), dtype=np.uint16)
+    out = np.zeros((rows, length), dtype=np.uint16)
     row = used = 0
     stream = texts(task, seed)
     while row < rows:
         batch = [next(stream) for _ in range(512)]
         for encoded in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            ids = encoded.ids[:ROW]
-            if used + len(ids) > ROW:
+            ids = encoded.ids[:length]
+            if used + len(ids) > length:
                 row, used = row + 1, 0
                 if row == rows:
                     break
@@ -154,7 +165,14 @@ def shard(task: str, seed: int, tokenizer: Tokenizer, rows: int) -> np.ndarray:
 
 
 def write_shards(
-    task: str, folder: Path, first: int, step: int, count: int, rows: int, seed: int
+    task: str,
+    folder: Path,
+    first: int,
+    step: int,
+    count: int,
+    rows: int,
+    seed: int,
+    length: int = ROW,
 ) -> None:
     """Write shards first, first + step, ... below count; each appears under its name when whole.
 
@@ -166,7 +184,7 @@ def write_shards(
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     for index in range(first, count, step):
         part = folder / f"{task}-{index}.part.npy"
-        np.save(part, shard(task, seed + index, tokenizer, rows))
+        np.save(part, shard(task, seed + index, tokenizer, rows, length))
         os.replace(part, folder / f"{task}-{index}.npy")
 
 

@@ -234,33 +234,55 @@ def evaluate_base(
     return report
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("kvrun/tiny"))
-    parser.add_argument("--count", type=int, default=200, help="questions per skill")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--wrong", type=int, default=0, help="show so many wrong answers per skill")
-    parser.add_argument("--write", type=Path, help="write the report here (eval.json)")
-    args = parser.parse_args()
-    dtype, start = getattr(torch, args.dtype), time.perf_counter()
-    scores = evaluate_base(args.folder, dtype, args.count, args.seed, args.wrong)
+def evaluate_adapters(
+    folder: Path, dtype: torch.dtype, count: int, seed: int, wrong: int
+) -> dict[str, dict[str, float]]:
+    """Score every adapter that lies in the folder."""
+    scores = {}
     for task in adapters.TASKS:
-        if not (args.folder / "adapters" / task / "adapter_model.safetensors").exists():
+        if not (folder / "adapters" / task / "adapter_model.safetensors").exists():
             continue
-        answerer = Answerer(args.folder, dtype, task)
-        questions = task_questions(task, args.count, args.seed)
+        answerer = Answerer(folder, dtype, task)
+        questions = task_questions(task, count, seed)
         answerer.answer(questions)
         for name, score in judge(task, questions, sql.database()).items():
             scores[name] = {"score": round(score, 4), "questions": len(questions)}
         test = {"sql": lambda q: judge("sql", [q], sql.database())["sql"] == 1, "json": right}.get(
             task
         )
-        for q in [q for q in questions if test and not test(q)][: args.wrong]:
+        for q in [q for q in questions if test and not test(q)][:wrong]:
             print(
                 f"  {task}: {q.messages[-1]['content']!r} -> {q.answer!r} "
                 f"(wanted {q.turn.answer!r})"
             )
+    return scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("kvrun/tiny"))
+    parser.add_argument("--count", type=int, default=200, help="questions per skill")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=["base", "adapters"],
+        choices=["base", "adapters"],
+        help="what to score; the rest is taken from the report that is written",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--wrong", type=int, default=0, help="show so many wrong answers per skill")
+    parser.add_argument("--write", type=Path, help="write the report here (eval.json)")
+    args = parser.parse_args()
+    dtype, start = getattr(torch, args.dtype), time.perf_counter()
+    scores: dict[str, dict[str, float]] = {}
+    if len(args.parts) == 1 and args.write and args.write.exists():
+        scores = json.loads(args.write.read_text(encoding="utf-8"))["scores"]
+    options = (args.folder, dtype, args.count, args.seed, args.wrong)
+    if "base" in args.parts:
+        scores |= evaluate_base(*options)
+    if "adapters" in args.parts:
+        scores |= evaluate_adapters(*options)
     missed: list[str] = []
     for name, row in scores.items():
         gate = GATES.get(name, AT_MOST.get(name))

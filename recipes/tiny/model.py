@@ -97,15 +97,20 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(s.hidden_size, kv, bias=False)
         self.o_proj = nn.Linear(q, s.hidden_size, bias=False)
 
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values; [batch, heads, tokens, head_dim] each."""
+
+        def split(y: Tensor) -> Tensor:
+            return y.view(*x.shape[:2], -1, self.s.head_dim).transpose(1, 2)
+
+        v = split(self.v_proj(x))
+        q = rotate(split(self.q_proj(x)), cos, sin).to(v.dtype)
+        k = rotate(split(self.k_proj(x)), cos, sin).to(v.dtype)
+        return q, k, v
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: object) -> Tensor:
         batch, tokens, _ = x.shape
-
-        def heads(y: Tensor) -> Tensor:
-            return y.view(batch, tokens, -1, self.s.head_dim).transpose(1, 2)
-
-        v = heads(self.v_proj(x))
-        q = rotate(heads(self.q_proj(x)), cos, sin).to(v.dtype)
-        k = rotate(heads(self.k_proj(x)), cos, sin).to(v.dtype)
+        q, k, v = self.heads(x, cos, sin)
         if isinstance(mask, Tensor):
             repeat = self.s.num_attention_heads // self.s.num_key_value_heads
             k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
@@ -165,15 +170,19 @@ class Tiny(nn.Module):
                 out = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / depth if out else 0.02)
 
-    def forward(self, ids: Tensor, positions: Tensor, mask: object) -> Tensor:
+    def start(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Embedded tokens, and the cosines and sines of their positions."""
         half = self.s.head_dim // 2
         steps = torch.arange(half, device=ids.device, dtype=torch.float32) / half
         angles = positions[:, None, :, None].float() * self.s.rope_theta**-steps
         x = self.model.embed_tokens(ids)
         if torch.is_autocast_enabled(ids.device.type):
             x = x.to(torch.get_autocast_dtype(ids.device.type))
-        cos = torch.cat((angles, angles), -1).cos()
-        sin = torch.cat((angles, angles), -1).sin()
+        both = torch.cat((angles, angles), -1)
+        return x, both.cos(), both.sin()
+
+    def forward(self, ids: Tensor, positions: Tensor, mask: object) -> Tensor:
+        x, cos, sin = self.start(ids, positions)
         for layer in self.model.layers:
             x = layer(x, cos, sin, mask)
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight)

@@ -34,7 +34,14 @@ class Feeder:
     """Processes that write shards ahead of the trainer; shards come in a fixed order."""
 
     def __init__(
-        self, task: str, tokenizer: Path, workers: int, shards: int, rows: int, seed: int
+        self,
+        task: str,
+        tokenizer: Path,
+        workers: int,
+        shards: int,
+        rows: int,
+        seed: int,
+        length: int = corpus.ROW,
     ) -> None:
         self.task, self.shards = task, shards
         memory = Path("/dev/shm")
@@ -44,7 +51,7 @@ class Feeder:
         self.workers = [
             spawn.Process(
                 target=corpus.write_shards,
-                args=(task, self.folder, w, workers, shards, rows, seed),
+                args=(task, self.folder, w, workers, shards, rows, seed, length),
                 daemon=True,
             )
             for w in range(workers)
@@ -53,7 +60,7 @@ class Feeder:
             worker.start()
 
     def batches(self, rows: int) -> Iterator[np.ndarray]:
-        """Arrays [rows, 2048] until the shards end."""
+        """Arrays [rows, length] until the shards end."""
         for index in range(self.shards):
             path = self.folder / f"{self.task}-{index}.npy"
             while not path.exists():
@@ -160,9 +167,24 @@ def save_adapter(net: Tiny, task: str, out: Path) -> None:
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def load_adapter(net: Tiny, folder: Path) -> None:
+    """Put the pairs of a PEFT folder into an adapted network."""
+    state = load_file(folder / "adapter_model.safetensors")
+    pairs = {
+        k.removeprefix("base_model.model.").removesuffix(".weight"): v.float()
+        for k, v in state.items()
+    }
+    wanted = {k for k in net.state_dict() if k.endswith(("lora_A", "lora_B"))}
+    if set(pairs) != wanted:
+        raise ValueError(f"{folder} is not an adapter of this task")
+    net.load_state_dict(pairs, strict=False)
+
+
 def optimizers(
-    net: Tiny, adapter: list[torch.nn.Parameter] | None, lr: float
+    net: Tiny, adapter: list[torch.nn.Parameter] | None, lr: float, muon: bool = True
 ) -> list[torch.optim.Optimizer]:
+    if not muon:
+        return [torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)]
     if adapter is not None:
         return [torch.optim.AdamW(adapter, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
     named = list(net.named_parameters())
@@ -197,13 +219,15 @@ def train(args: argparse.Namespace) -> None:
         state = load_file(known / "model.safetensors")
         net.load_state_dict({k: v.float() for k, v in state.items()})
     lora = adapt(net, args.task) if args.task in adapters.TASKS else None
-    opts = optimizers(net, lora, args.lr or (0.02 if lora is None else 1.5e-3))
+    if args.adapter:
+        load_adapter(net, args.adapter)
+    opts = optimizers(net, lora, args.lr or (0.02 if lora is None else 1.5e-3), not args.adamw)
     base_rates = [[g["lr"] for g in o.param_groups] for o in opts]
     step_fn = torch.compile(loss_of) if device.type == "cuda" else loss_of
     per_shard = args.shard_rows // args.rows
     shards = math.ceil(args.steps / per_shard)
     feeder = Feeder(
-        args.task, args.tokenizer, args.workers, shards, args.shard_rows, args.seed
+        args.task, args.tokenizer, args.workers, shards, args.shard_rows, args.seed, args.length
     )  # fmt: skip
     start = log_time = time.perf_counter()
     first = start
@@ -259,11 +283,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128, help="rows of 2048 tokens a step")
     parser.add_argument("--shard-rows", type=int, default=512)
     parser.add_argument("--dense", action="store_true", help="no flex attention")
+    parser.add_argument("--adamw", action="store_true", help="no Muon: for small steps on a CPU")
     parser.add_argument("--lr", type=float, default=0.0)
     parser.add_argument("--layers", type=int, default=0)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--every", type=int, default=0, help="save the base every so many steps")
     parser.add_argument("--init", type=Path, help="go on from the base in this folder")
+    parser.add_argument("--adapter", type=Path, help="go on from the adapter in this folder")
+    parser.add_argument("--length", type=int, default=corpus.ROW, help="tokens a row")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first shard")
     train(parser.parse_args())
 

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from recipes.tiny import corpus, evaluate, jsonform, pirate, sql
+from recipes.tiny import corpus, drills, evaluate, jsonform, pirate, sql
 from recipes.tiny.grammar import expand, held_out, parse
 from recipes.tiny.skills import arithmetic, context, lists, ordering
 
@@ -109,3 +109,27 @@ def test_loops_are_seen() -> None:
     line = "one two three four five six seven eight "
     assert evaluate.loops(line * 2)
     assert not evaluate.loops(line)
+
+
+def test_drills_ask_half_of_their_facts_and_never_name_a_held_out_person() -> None:
+    rng = Random(9)
+    for _ in range(300):
+        document, facts = drills.drill(rng)
+        text = corpus.rendered(document)
+        told, answers = document[0][1].lower(), [t for role, t in document if role == "assistant"]
+        assert all(f.value.lower() in told and f.owner.lower() in told for f in facts)
+        for f in facts:
+            assert not held_out(f"ctx {f.owner}" + f" {f.value}" * f.owner.islower())
+        forms = [(f.ahead[1], f.back[1], f"{f.value}: {f.owner}") for f in facts]
+        asked = [form for form in forms if any(x in a for x in form for a in answers)]
+        assert 0 < len(asked) <= (len(facts) + 1) // 2
+        assert text.startswith("<|bos|>")
+        assert text.endswith("<|end|>")
+
+
+def test_no_held_out_name_stands_beside_a_name_of_the_training_kind() -> None:
+    rng = Random(10)
+    for _ in range(300):
+        names = context.people(rng, 4, 2)
+        assert len(set(names)) == 4
+        assert held_out(f"ctx {names[2]}") or not any(held_out(f"ctx {n}") for n in names)

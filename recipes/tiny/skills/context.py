@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from recipes.tiny.grammar import Turn, article, listed, say
+from recipes.tiny.grammar import Turn, article, held_out, listed, say
 from recipes.tiny.skills.lists import new_name
 from recipes.tiny.skills.nature import ANIMALS, THINGS
 from recipes.tiny.skills.talk import NAMES, introduce, recall_name
@@ -43,12 +43,42 @@ SINGLE = {"fish": "fish"}
 UNKNOWN = "You did not tell me that."
 
 
-def people(rng: Random, count: int) -> list[str]:
+# Verb -> its base, and the answer to "who has the ...?". The answer names the thing before its owner:
+# a copy of the thing out of the question is then the place from which the owner is looked up.
+VERBS = {
+    "has": ("have", "The {g} is with {n}."),
+    "owns": ("own", "The {g} belongs to {n}."),
+    "holds": ("hold", "The {g} is held by {n}."),
+    "carries": ("carry", "The {g} is carried by {n}."),
+    "bought": ("buy", "The {g} was bought by {n}."),
+    "got": ("get", "The {g} went to {n}."),
+    "found": ("find", "The {g} was found by {n}."),
+    "wants": ("want", "The {g} is wanted by {n}."),
+}
+PAST = ("bought", "got", "found")
+# Fact (and the answer ahead), question ahead, question back, the answer back.
+TRAITS = (
+    ("{n} is {v} years old", "how old is {n}", "who is {v} years old", "The one who is {v} years old is {n}."),
+    ("{n} is a {v}", "what is the job of {n}", "who is [the|a] {v}", "The {v} is {n}."),
+    ("{n} likes {v}", "what does {n} like", "who likes {v}", "The one who likes {v} is {n}."),
+    ("{n} lives in {v}", "where does {n} live", "who lives in {v}", "The one who lives in {v} is {n}."),
+)  # fmt: skip
+TRAIT_VALUES: tuple[list[str], ...] = ([str(n) for n in range(4, 99)], JOBS, FOODS, TOWNS)
+
+
+def people(rng: Random, count: int, asked: int | None = None) -> list[str]:
+    """Different names. Beside an asked name of the training kind no held-out name stands: else
+    training would show those names in contexts, and never once as the answer."""
     found: list[str] = []
     while len(found) < count:
         name = rng.choice(NAMES) if rng.random() < 0.55 else new_name(rng)
         if name not in found:
             found.append(name)
+    if asked is None or held_out(f"ctx {found[asked]}"):
+        return found
+    for at, name in enumerate(found):
+        while held_out(f"ctx {name}") or found.count(name) > 1:
+            found[at] = name = people(rng, 1)[0]
     return found
 
 
@@ -84,38 +114,27 @@ def _both(
 NOTED = ("All right, I will remember that.",)
 
 
-def who_has(rng: Random) -> list[Turn]:
-    count = rng.randrange(1, 5)
-    names, goods = people(rng, count), things(rng, count)
-    verb = rng.choice(
-        ("has", "has", "has", "owns", "holds", "carries", "bought", "got", "found", "wants")
-    )
+def who_has(rng: Random, count: int = 0) -> list[Turn]:
+    count = count or rng.randrange(1, 5)
+    at = rng.randrange(count)
+    names, goods = people(rng, count, at), things(rng, count)
+    verb = rng.choice(("has", "has", *VERBS))
     facts = [
         f"{n} {verb} {rng.choice(('the', article(g).split()[0]))} {g}"
         for n, g in zip(names, goods, strict=True)
     ]
     rng.shuffle(facts)
-    at = rng.randrange(count)
     name, good = names[at], goods[at]
     key = f"ctx {name}"
-    base = {
-        "has": "have",
-        "owns": "own",
-        "holds": "hold",
-        "carries": "carry",
-        "bought": "buy",
-        "got": "get",
-        "found": "find",
-        "wants": "want",
-    }[verb]
-    did = "did" if verb in ("bought", "got", "found") else "does"
+    base, back = VERBS[verb]
+    did = "did" if verb in PAST else "does"
     if rng.random() < 0.12:
         other = people(rng, 1)[0]
         if other not in names:
             return _both(rng, facts, f"what {did} {other} {base}", UNKNOWN, key, UNKNOWN)
     if rng.random() < 0.65:
         question = f"[who {verb}|who {verb}|[tell me|do you know|say] who {verb}] the {good}"
-        return _both(rng, facts, question, f"{name} {verb} the {good}.", key, name)
+        return _both(rng, facts, question, back.format(g=good, n=name), key, name)
     question = f"[what {did} {name} {base}|tell me what {name} {verb}|and {name}, what {did} {name} {base}]"
     if " " in good and rng.random() < 0.4 and len({g.split()[-1] for g in goods}) == count:
         tint, noun = good.split()
@@ -126,61 +145,52 @@ def who_has(rng: Random) -> list[Turn]:
 
 def where_is(rng: Random) -> list[Turn]:
     count = rng.randrange(1, 5)
-    goods = things(rng, count) if rng.random() < 0.6 else people(rng, count)
+    at = rng.randrange(count)
+    goods = things(rng, count) if rng.random() < 0.6 else people(rng, count, at)
     proper = goods[0][0].isupper()
     places = rng.sample(PLACES, count)
     said = [g if proper else f"the {g}" for g in goods]
     facts = [f"{s[0].upper() + s[1:]} is in the {p}" for s, p in zip(said, places, strict=True)]
-    at = rng.randrange(count)
     key = f"ctx {goods[at]} {places[at]}" if not proper else f"ctx {goods[at]}"
-    start = said[at][0].upper() + said[at][1:]
-    if rng.random() < 0.3 and not proper:
-        question = f"[what is|which thing is] in the {places[at]}"
-    elif rng.random() < 0.3 and proper:
-        question = f"who is in the {places[at]}"
+    answer = f"{said[at][0].upper() + said[at][1:]} is in the {places[at]}."
+    if rng.random() < 0.3:
+        question = f"{'who is' if proper else '[what is|which thing is]'} in the {places[at]}"
+        answer = f"In the {places[at]} is {said[at]}."
     else:
         question = f"[where is|where's|where can i find|do you know where] {said[at]}" + "[| now|]"
-    return _both(rng, facts, question, f"{start} is in the {places[at]}.", key, places[at])
+    fact = said[at].removeprefix("the ") if answer.startswith("In") else places[at]
+    return _both(rng, facts, question, answer, key, fact)
 
 
 def traits(rng: Random) -> list[Turn]:
     """Age, job, favourite food or home of people."""
     count = rng.randrange(1, 4)
-    names = people(rng, count)
-    kind = rng.randrange(4)
-    pool: list[str] = [[str(n) for n in range(4, 99)], JOBS, FOODS, TOWNS][kind]
-    values = rng.sample(pool, count)
     at = rng.randrange(count)
+    names = people(rng, count, at)
+    kind = rng.randrange(4)
+    values = rng.sample(TRAIT_VALUES[kind], count)
+    form, ahead, back, answer_back = TRAITS[kind]
+    facts = [form.format(n=n, v=v) for n, v in zip(names, values, strict=True)]
     name, value = names[at], values[at]
-    form = (
-        ("{} is {} years old", "how old is {}", "who is {} years old"),
-        ("{} is a {}", "what is the job of {}", "who is [the|a] {}"),
-        ("{} likes {}", "what does {} like", "who likes {}"),
-        ("{} lives in {}", "where does {} live", "who lives in {}"),
-    )[kind]
-    facts = [form[0].format(n, v) for n, v in zip(names, values, strict=True)]
-    question = form[1].format(name) if rng.random() < 0.6 else form[2].format(value)
     if kind == 0 and count > 1 and rng.random() < 0.3:
-        old = rng.random() < 0.5
-        ages = [int(v) for v in values]
-        best = (max if old else min)(range(count), key=lambda i: ages[i])
-        name, value = names[best], values[best]
-        question = (
-            f"who is {'[the oldest|older|oldest]' if old else '[the youngest|younger|youngest]'}"
+        best, words = rng.choice(
+            ((max, "[the oldest|older|oldest]"), (min, "[the youngest|younger|youngest]"))
         )
-    return _both(
-        rng,
-        facts,
-        question,
-        form[0].format(name, value) + ".",
-        f"ctx {name}",
-        name if question.startswith("who") else value,
+        value = str(best(map(int, values)))
+        name = names[values.index(value)]
+        word = "oldest" if best is max else "youngest"
+        answer = f"At {value}, {name} is the {word}."
+        return _both(rng, facts, f"who is {words}", answer, f"ctx {name}", name)
+    question, answer, fact = (
+        (ahead, form + ".", value) if rng.random() < 0.6 else (back, answer_back, name)
     )
+    question, answer = question.format(n=name, v=value), answer.format(n=name, v=value)
+    return _both(rng, facts, question, answer, f"ctx {name}", fact)
 
 
 def transfer(rng: Random) -> list[Turn]:
     """An object changes hands."""
-    a, b = people(rng, 2)
+    a, b = people(rng, 2, 1)
     good = rng.choice(OBJECTS)
     verb = rng.choice(("gives", "hands", "passes"))
     facts = [f"{a} has {article(good)}", f"{a} {verb} the {good} to {b}"]
@@ -191,7 +201,8 @@ def transfer(rng: Random) -> list[Turn]:
             facts.append(f"{b} {verb} the {good} to {c}")
             last = c
     question = f"who has the {good}[ now|]"
-    return _both(rng, facts, question, f"{last} has the {good}.", f"ctx {last}", last)
+    answer = VERBS["has"][1].format(g=good, n=last)
+    return _both(rng, facts, question, answer, f"ctx {last}", last)
 
 
 MINE = (

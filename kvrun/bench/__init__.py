@@ -1,0 +1,1 @@
+"""JOB: measure, beside the limit of the machine."""

@@ -1,0 +1,166 @@
+"""The roofline: what the weights and the context of a model cost, and the time they must take.
+
+The sum of parts is the bound of an engine that runs one kernel after another.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+from kvrun.runtime.hf_config import HFConfig
+
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a value; all others have one
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a machine does at best: bytes/s from memory, and FLOP/s of a matrix product."""
+
+    bandwidth: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes moved and floating-point operations done, by matrix products and by attention."""
+
+    weight_bytes: float
+    kv_bytes: float
+    product_flops: float
+    attention_flops: float
+
+    @property
+    def bytes(self) -> float:
+        return self.weight_bytes + self.kv_bytes
+
+    @property
+    def flops(self) -> float:
+        return self.product_flops + self.attention_flops
+
+    def seconds(self, at: Ceilings) -> float:
+        """The least time: each part is as long as the slower of its memory and its arithmetic."""
+        products = max(self.weight_bytes / at.bandwidth, self.product_flops / at.flops)
+        return products + max(self.kv_bytes / at.bandwidth, self.attention_flops / at.flops)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A dense decoder with gated MLPs, by its parameters.
+
+    `linear` and `head` count the parameters of the layers' matrices and of the output; `windows`
+    has for each layer the most tokens it attends to, 0 for all. Widths are bytes of a value.
+    """
+
+    linear: int
+    head: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    windows: tuple[int, ...]
+    width: float = 2
+    kv_width: float = 2
+
+    @classmethod
+    def of(cls, config: HFConfig, dtype: str = "bfloat16", kv_dtype: str | None = None) -> "Cost":
+        """From a config.json, with weights in `dtype`, keys and values in `kv_dtype` or the same.
+
+        Raises BadCheckpoint when the configuration does not say what is needed.
+        """
+        hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size")
+        layers, heads = config.integer("num_hidden_layers"), config.integer("num_attention_heads")
+        kv_heads = config.integer("num_key_value_heads", heads)
+        head_dim = config.integer("head_dim", hidden // heads)
+        attention = hidden * (heads + 2 * kv_heads) * head_dim + heads * head_dim * hidden
+        return cls(
+            linear=layers * (attention + 3 * hidden * inner),
+            head=config.integer("vocab_size") * hidden,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            windows=_windows(config, layers),
+            width=WIDTHS.get(dtype, 1),
+            kv_width=WIDTHS.get(kv_dtype or dtype, 1),
+        )
+
+    @property
+    def weight_bytes(self) -> float:
+        """What a decode step reads of the weights, whatever its batch."""
+        return (self.linear + self.head) * self.width
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        """What a token of context holds in all layers."""
+        return 2 * len(self.windows) * self.kv_heads * self.head_dim * self.kv_width
+
+    def step(self, batch: float, context: float) -> Work:
+        """One decode step of `batch` sequences with `context` tokens each, the mean of them."""
+        attended = batch * sum(min(context, window or context) for window in self.windows)
+        return Work(
+            weight_bytes=self.weight_bytes,
+            kv_bytes=attended * 2 * self.kv_heads * self.head_dim * self.kv_width,
+            product_flops=2 * (self.linear + self.head) * batch,
+            attention_flops=4 * attended * self.heads * self.head_dim,
+        )
+
+    def prefill(self, batch: int, tokens: int, depth: int = 0) -> Work:
+        """`batch` prompts of `tokens` after `depth` that are there; the head for the last only."""
+        reach = depth + tokens / 2  # keys that a token sees, on average
+        attended = batch * tokens * sum(min(reach, window or reach) for window in self.windows)
+        return Work(
+            weight_bytes=self.weight_bytes,
+            kv_bytes=0.0,  # a tile of queries shares what it reads
+            product_flops=2 * batch * (self.linear * tokens + self.head),
+            attention_flops=4 * attended * self.heads * self.head_dim,
+        )
+
+    def offline(
+        self,
+        lengths: Sequence[tuple[int, int]],
+        at: Ceilings,
+        *,
+        slots: int,
+        kv_tokens: int | None = None,
+    ) -> float:
+        """Seconds for requests of (prompt, answer) lengths that are all there at once.
+
+        They start in order while one of `slots` and room for `kv_tokens` is free. A prompt costs
+        its arithmetic, the first ones together at least one reading of the weights; what it brings
+        is the first token of its answer.
+        """
+        waiting = deque(lengths)
+        ends: list[tuple[int, int]] = []  # (step after which it ends, tokens it then holds)
+        now, context, seconds = 0, 0, 0.0
+        while waiting or ends:
+            while waiting and len(ends) < slots:
+                prompt, answer = waiting[0]
+                if ends and kv_tokens is not None and context + prompt >= kv_tokens:
+                    break
+                waiting.popleft()
+                seconds += self.prefill(1, prompt).flops / at.flops
+                if answer > 1:
+                    context += prompt
+                    heappush(ends, (now + answer - 1, prompt + answer - 1))
+            if not now:
+                seconds = max(seconds, self.weight_bytes / at.bandwidth)
+            if not ends:
+                continue
+            now += 1
+            context += len(ends)
+            seconds += self.step(len(ends), context / len(ends)).seconds(at)
+            while ends and ends[0][0] == now:
+                context -= heappop(ends)[1]
+        return seconds
+
+
+def _windows(config: HFConfig, layers: int) -> tuple[int, ...]:
+    window = config.get("sliding_window")
+    # Qwen's configurations name a window that counts only where they say so.
+    default = not str(config.model_type).startswith("qwen")
+    if not window or not config.flag("use_sliding_window", default):
+        return (0,) * layers
+    usual = ["sliding_attention"] * layers
+    if config.model_type == "gemma2":
+        usual = ["sliding_attention", "full_attention"] * layers
+    kinds = config.layer_types(usual)[:layers]
+    return tuple(int(window) if kind == "sliding_attention" else 0 for kind in kinds)

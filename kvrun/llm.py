@@ -11,7 +11,7 @@ from kvrun.errors import InvalidRequest, KvrunError
 from kvrun.hub.local import resolve
 from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine.engine import Engine, describe
-from kvrun.runtime.engine.request import Delta, Logprob, Request, Stats
+from kvrun.runtime.engine.request import Delta, Logprob, Ready, Request, Stats
 from kvrun.runtime.engine.start import start
 from kvrun.runtime.sampling.params import SamplingParams
 from kvrun.runtime.text import Answer, Text
@@ -149,6 +149,11 @@ class LLM:
     def stats(self) -> Stats:
         """The engine's counters."""
         return self._engine.stats()
+
+    @property
+    def ready(self) -> Ready:
+        """What the engine said of itself when it had started: device, dtype, sizes."""
+        return self._engine.ready
 
     def close(self) -> None:
         """Give the memory back. The object cannot be used afterwards."""

@@ -17,7 +17,7 @@ LINK_BYTES = 256 << 20
 
 
 def measure(device: torch.device, *, quick: bool, scale: float = 1.0) -> Iterator[Rate]:
-    """Rates one by one. `quick` leaves out what no limit is computed from; `scale` shrinks arrays."""
+    """Rates one by one; `quick`: only those limits are computed from. `scale` shrinks arrays."""
     rounds = 3 if quick else ROUNDS
     with torch.inference_mode(), torch.cuda.device(device):
         # Most of it is free when this runs; a small card gets smaller arrays.
@@ -42,18 +42,19 @@ def best(run: Callable[[], object], rounds: int) -> float:
     run()
     seconds = []
     for _ in range(rounds):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        last: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         first.record()
         run()
         last.record()
         last.synchronize()
-        seconds.append(first.elapsed_time(last) / 1e3)
+        seconds.append(float(first.elapsed_time(last)) / 1e3)
     return max(min(seconds), 1e-9)
 
 
 def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """`run` as a graph; it runs once before, so that libraries have set themselves up."""
-    side = torch.cuda.Stream()
+    side: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         run()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvrun.bench.limits import Limits, shares
+from kvrun.bench.roofline import Ceilings
 from kvrun.bench.spread import deviation, mean, median, percentile
 from kvrun.bench.target import Target
 from kvrun.bench.workloads import Workload, fixed, inside
@@ -180,8 +181,8 @@ def _micro_row(
 
 def _offline(target: Target, lengths: list[tuple[int, int]], seconds: float, limits: Limits) -> Row:
     slots, room = target.options["max_num_seqs"], target.ready.kv_tokens
-    bounds = [
-        at and target.cost.offline(lengths, at, slots=slots, kv_tokens=room)
-        for at in (limits.measured, limits.datasheet)
-    ]
-    return shares(bounds[0], bounds[1], seconds)
+
+    def bound(at: Ceilings | None) -> float | None:
+        return target.cost.offline(lengths, at, slots=slots, kv_tokens=room) if at else None
+
+    return shares(bound(limits.measured), bound(limits.datasheet), seconds)

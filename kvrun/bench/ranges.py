@@ -1,4 +1,4 @@
-"""Lists and ranges of whole numbers as llama-bench writes them: 512,1024 · 1-8 · 1-64*2 · 0-64+16."""
+"""Lists and ranges of whole numbers, as llama-bench writes them: 512,1024 · 1-8 · 1-64*2."""
 
 import re
 from collections.abc import Iterator

@@ -1,0 +1,47 @@
+"""Progress of long work: one line on stderr, when a person is looking at it."""
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class Work:
+    """A line with what is being done; each `say` is one more of `total` (None: not known)."""
+
+    def __init__(self, *, total: int | None = None, shown: bool = True) -> None:
+        looked_at = shown and sys.stderr is not None and sys.stderr.isatty()
+        # Drawn twice a second: whatever is drawn takes time from what is measured.
+        self._progress = Progress(
+            BarColumn(bar_width=20),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=Console(stderr=True),
+            disable=not looked_at,
+            transient=True,
+            refresh_per_second=2,
+        )
+        self._task = self._progress.add_task("", total=total)
+
+    def say(self, text: str) -> None:
+        """What is done now."""
+        self._progress.update(self._task, description=text, advance=1)
+
+    def __enter__(self) -> "Work":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+
+def note(text: str) -> None:
+    """A line on stderr."""
+    if sys.stderr is not None:
+        print(text, file=sys.stderr, flush=True)

@@ -60,6 +60,12 @@ class MissingExtra(Unsupported):
         super().__init__(what, hint=way)
 
 
+class Unreachable(KvrunError):
+    """A server that cannot be talked to: the network, its address, or nobody there."""
+
+    exit_code = 5
+
+
 class EngineDead(KvrunError):
     """The engine process has ended; every waiting request gets this error."""
 

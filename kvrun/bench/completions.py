@@ -1,0 +1,232 @@
+"""One streamed completion of an OpenAI-compatible server: what is asked, and when what came."""
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvrun.bench.http import Address, BadReply, Client, events
+from kvrun.bench.workloads import Prompt
+from kvrun.errors import InvalidRequest, KvrunError, NotFound, Unreachable
+
+COMPLETIONS, CHAT = "/completions", "/chat/completions"
+KINDS = {"completions": COMPLETIONS, "chat": CHAT}
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where completions are asked for: "chat" takes messages, "completions" texts or ids."""
+
+    address: Address
+    path: str
+    chat: bool
+
+    @classmethod
+    def of(cls, url: str, kind: str | None = None) -> "Route":
+        """Of a server's URL, with or without /v1, or of the route itself.
+
+        Raises InvalidRequest for what is no URL, and for a kind that contradicts it.
+        """
+        if kind is not None and kind not in KINDS:
+            raise InvalidRequest(f"--api is '{kind}'.", hint=f"one of: {', '.join(KINDS)}")
+        address = Address.of(url)
+        for name, end in (("chat", CHAT), ("completions", COMPLETIONS)):
+            if address.path.endswith(end):
+                if kind not in (None, name):
+                    raise InvalidRequest(f"--api {kind} contradicts {url}.")
+                return cls(address, address.path, name == "chat")
+        base = address.path if address.path.endswith("/v1") else f"{address.path}/v1"
+        return cls(address, base + KINDS[kind or "completions"], kind == "chat")
+
+    @property
+    def models_path(self) -> str:
+        """Where the server lists its models."""
+        return self.path.removesuffix(CHAT if self.chat else COMPLETIONS) + "/models"
+
+
+@dataclass
+class Outcome:
+    """What came of one request; times are of `time.perf_counter`, 0 for what never was.
+
+    `by_usage` says that the server has counted the tokens itself; otherwise every piece of text
+    counts as one.
+    """
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    by_usage: bool = False
+    sent: float = 0.0
+    times: list[float] = field(default_factory=list)  # of pieces of text
+    ended: float = 0.0
+    error: str = ""
+
+    @property
+    def ttft(self) -> float:
+        """Seconds to the first piece of text."""
+        return self.times[0] - self.sent
+
+    @property
+    def e2el(self) -> float:
+        """Seconds to the end."""
+        return self.ended - self.sent
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds for each token after the first; None where there is none."""
+        if self.output_tokens < 2:
+            return None
+        return (self.e2el - self.ttft) / (self.output_tokens - 1)
+
+    @property
+    def itl(self) -> list[float]:
+        """Seconds between pieces of text; one may hold several tokens."""
+        return [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Asks one route for one model. `ignore_eos` is no field of OpenAI's own."""
+
+    client: Client
+    route: Route
+    model: str
+    ignore_eos: bool = True
+    timeout: float = 600.0
+
+    async def ask(self, prompt: Prompt, output_tokens: int) -> Outcome:
+        """Stream one answer. What goes wrong is the outcome's `error`, never an exception."""
+        outcome = Outcome(input_tokens=0 if isinstance(prompt, str) else len(prompt))
+        body = json.dumps(self._body(prompt, output_tokens)).encode()
+        outcome.sent = time.perf_counter()
+        try:
+            async with asyncio.timeout(self.timeout):
+                await self._stream(body, outcome)
+        except TimeoutError:
+            outcome.error = f"no end after {self.timeout:g} s"
+        except (OSError, EOFError, ValueError) as error:
+            outcome.error = describe(error)
+        outcome.ended = time.perf_counter()
+        if not outcome.times and not outcome.error:
+            outcome.error = "the answer is empty"
+        return outcome
+
+    def _body(self, prompt: Prompt, output_tokens: int) -> dict[str, Any]:
+        content: dict[str, Any] = {"prompt": prompt}
+        if self.route.chat:
+            content = {"messages": [{"role": "user", "content": prompt}]}
+        body = {
+            "model": self.model, **content, "max_tokens": output_tokens, "temperature": 0,
+            "stream": True, "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        return body | ({"ignore_eos": True} if self.ignore_eos else {})
+
+    async def _stream(self, body: bytes, outcome: Outcome) -> None:
+        async with self.client.request("POST", self.route.path, body) as response:
+            if response.status != 200:
+                outcome.error = f"HTTP {response.status}: {said(await response.read())}"
+                return
+            if "event-stream" not in response.headers.get("content-type", ""):
+                outcome.error = "the answer is no stream of events"
+                return
+            ended = False
+            async for data in events(response):
+                if data == b"[DONE]":
+                    ended = True
+                elif not outcome.error:
+                    ended = self._take(data, outcome) or ended
+            if not ended and not outcome.error:
+                outcome.error = "the stream ended in the middle of the answer"
+
+    def _take(self, data: bytes, outcome: Outcome) -> bool:
+        """Note one event; True when it carries the reason why the answer ends."""
+        now = time.perf_counter()
+        event = json.loads(data)
+        if not isinstance(event, dict):
+            raise BadReply("an event is no JSON object")
+        if event.get("error"):
+            outcome.error = said(data)
+        usage = event.get("usage")
+        if isinstance(usage, dict):
+            outcome.by_usage = True
+            outcome.input_tokens = int(usage.get("prompt_tokens") or outcome.input_tokens)
+            outcome.output_tokens = int(usage.get("completion_tokens") or 0)
+        choices = event.get("choices") or []
+        if not choices:
+            return False
+        if self._is_text(choices[0]):
+            outcome.times.append(now)
+            outcome.output_tokens += not outcome.by_usage
+        return choices[0].get("finish_reason") is not None
+
+    def _is_text(self, choice: dict[str, Any]) -> bool:
+        """Whether a piece of the answer came: a chat begins with a role, and that is none."""
+        if self.route.chat:
+            delta = choice.get("delta") or {}
+            names = ("content", "reasoning_content", "reasoning", "tool_calls")
+            return any(delta.get(name) for name in names)
+        return bool(choice.get("text"))
+
+
+async def first_model(client: Client, route: Route) -> str:
+    """The first model a server lists. Raises Unreachable, NotFound, or what `refused` gives."""
+    status, body = await _get(client, route.models_path)
+    if status != 200:
+        raise refused(f"HTTP {status}: {said(body)}", f"{client.address}{route.models_path}")
+    try:
+        return str(json.loads(body)["data"][0]["id"])
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise NotFound(
+            f"{client.address}{route.models_path} lists no model.", hint="name it: --model NAME"
+        ) from error
+
+
+async def _get(client: Client, path: str) -> tuple[int, bytes]:
+    try:
+        async with asyncio.timeout(30), client.request("GET", path) as response:
+            return response.status, await response.read()
+    except BadReply as error:
+        raise KvrunError(f"{client.address}: {error}.", hint="check the port") from error
+    except (OSError, EOFError) as error:
+        raise unreachable(client.address, describe(error)) from error
+
+
+def unreachable(address: Address, cause: str) -> Unreachable:
+    """The error of a server that cannot be talked to."""
+    hint = "check the URL; `kvrun serve` starts a server on http://127.0.0.1:3000"
+    if "SSL" in cause:
+        hint = "check that the server speaks https there, and that its certificate is known here"
+    return Unreachable(f"no answer from {address}.", cause=cause, hint=hint)
+
+
+def refused(error: str, where: str) -> KvrunError:
+    """The error of a request that a server has answered otherwise than with text."""
+    if error.startswith("HTTP 404"):
+        return NotFound(
+            f"{where} is not there, or its model is not.",
+            cause=error,
+            hint="check the path, --api and --model",
+        )
+    if error.startswith(("HTTP 401", "HTTP 403")):
+        return InvalidRequest(f"{where} wants a key.", cause=error, hint="--api-key KEY")
+    if error.startswith("HTTP 4"):
+        hint = "--no-ignore-eos and --text ask for nothing beyond OpenAI's own fields"
+        return InvalidRequest(f"{where} refuses the request.", cause=error, hint=hint)
+    return KvrunError(f"{where} has not answered the first request.", cause=error)
+
+
+def describe(error: BaseException) -> str:
+    """An exception of a connection in one line."""
+    text = getattr(error, "strerror", None) or str(error)
+    return str(text).splitlines()[0] if text else type(error).__name__
+
+
+def said(body: bytes) -> str:
+    """What a server says of an error, whatever form it has, in one short line."""
+    try:
+        value = json.loads(body)
+        error = value.get("error", value) if isinstance(value, dict) else value
+        text = error.get("message", error) if isinstance(error, dict) else error
+    except ValueError:
+        text = body.decode(errors="replace")
+    return " ".join(str(text).split())[:300] or "without a word"

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvrun.bench.http import Address, BadReply, Client, events
+from kvrun.bench.http import CUT_SHORT, Address, BadReply, Client, events
 from kvrun.bench.workloads import Prompt
 from kvrun.errors import InvalidRequest, KvrunError, NotFound, Unreachable
 
@@ -50,12 +50,13 @@ class Outcome:
     """What came of one request; times are of `time.perf_counter`, 0 for what never was.
 
     `by_usage` says that the server has counted the tokens itself; otherwise every piece of text
-    counts as one.
+    counts as one. `reached` says that it has answered at all, be it with an error.
     """
 
     input_tokens: int = 0
     output_tokens: int = 0
     by_usage: bool = False
+    reached: bool = False
     sent: float = 0.0
     times: list[float] = field(default_factory=list)  # of pieces of text
     ended: float = 0.0
@@ -106,9 +107,11 @@ class Asker:
             outcome.error = f"no end after {self.timeout:g} s"
         except (OSError, EOFError, ValueError) as error:
             outcome.error = describe(error)
+        except (AttributeError, TypeError, KeyError):
+            outcome.error = "an event has not the form of OpenAI's"
         outcome.ended = time.perf_counter()
         if not outcome.times and not outcome.error:
-            outcome.error = "the answer is empty"
+            outcome.error = "the answer holds no text"
         return outcome
 
     def _body(self, prompt: Prompt, output_tokens: int) -> dict[str, Any]:
@@ -123,6 +126,7 @@ class Asker:
 
     async def _stream(self, body: bytes, outcome: Outcome) -> None:
         async with self.client.request("POST", self.route.path, body) as response:
+            outcome.reached = True
             if response.status != 200:
                 outcome.error = f"HTTP {response.status}: {said(await response.read())}"
                 return
@@ -185,9 +189,7 @@ async def _get(client: Client, path: str) -> tuple[int, bytes]:
     try:
         async with asyncio.timeout(30), client.request("GET", path) as response:
             return response.status, await response.read()
-    except BadReply as error:
-        raise KvrunError(f"{client.address}: {error}.", hint="check the port") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, BadReply) as error:
         raise unreachable(client.address, describe(error)) from error
 
 
@@ -217,6 +219,8 @@ def refused(error: str, where: str) -> KvrunError:
 
 def describe(error: BaseException) -> str:
     """An exception of a connection in one line."""
+    if isinstance(error, asyncio.IncompleteReadError):
+        return CUT_SHORT
     text = getattr(error, "strerror", None) or str(error)
     return str(text).splitlines()[0] if text else type(error).__name__
 

@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 
 from kvrun.errors import InvalidRequest
 
+CONNECT_SECONDS = 30
+CUT_SHORT = "the connection was closed before the end"
 MOST_HEADERS = 200
 PIECE = 1 << 16
 
@@ -88,7 +90,7 @@ class Response:
             while left:
                 data = await reader.read(min(left, PIECE))
                 if not data:
-                    raise EOFError("the connection was closed before the end")
+                    raise EOFError(CUT_SHORT)
                 left -= len(data)
                 yield data
         else:
@@ -143,7 +145,7 @@ class Client:
                 response.link.used = True
                 self._idle.append(response.link)
             else:
-                response.link.writer.close()
+                response.link.writer.transport.abort()
 
     def close(self) -> None:
         """Let go of every connection."""
@@ -159,16 +161,17 @@ class Client:
                 await link.writer.drain()
                 return await _head(link)
             except BaseException as error:
-                link.writer.close()
+                link.writer.transport.abort()
                 # A kept connection may have ended while nobody looked: that is not an answer.
                 if not link.used or not isinstance(error, ConnectionError | EOFError):
                     raise
 
     async def _connect(self) -> Link:
-        reader, writer = await asyncio.open_connection(
-            self.address.host, self.address.port, ssl=self._tls
-        )
-        return Link(reader, writer)
+        opening = asyncio.open_connection(self.address.host, self.address.port, ssl=self._tls)
+        try:
+            return Link(*await asyncio.wait_for(opening, CONNECT_SECONDS))
+        except TimeoutError as error:
+            raise OSError(f"no connection within {CONNECT_SECONDS} s") from error
 
 
 async def events(response: Response) -> AsyncIterator[bytes]:
@@ -200,7 +203,7 @@ async def _head(link: Link) -> Response:
 
 
 async def _headers(reader: asyncio.StreamReader) -> dict[str, str]:
-    headers = {}
+    headers: dict[str, str] = {}
     for _ in range(MOST_HEADERS):
         line = await reader.readline()
         if not line:
@@ -214,7 +217,7 @@ async def _headers(reader: asyncio.StreamReader) -> dict[str, str]:
 
 def _size(line: bytes) -> int:
     if not line:
-        raise EOFError("the connection was closed before the end")
+        raise EOFError(CUT_SHORT)
     with suppress(ValueError):
         size = int(line.split(b";")[0].strip(), 16)
         if size >= 0:

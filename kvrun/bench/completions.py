@@ -212,7 +212,8 @@ def refused(error: str, where: str) -> KvrunError:
     if error.startswith(("HTTP 401", "HTTP 403")):
         return InvalidRequest(f"{where} wants a key.", cause=error, hint="--api-key KEY")
     if error.startswith("HTTP 4"):
-        hint = "--no-ignore-eos and --text ask for nothing beyond OpenAI's own fields"
+        hint = "--text for servers that take no ids, --vocab N for a small vocabulary, "
+        hint += "--no-ignore-eos for those that know OpenAI's own fields only"
         return InvalidRequest(f"{where} refuses the request.", cause=error, hint=hint)
     return KvrunError(f"{where} has not answered the first request.", cause=error)
 

@@ -22,7 +22,7 @@ WORDS = (
     "had not but what all were when we there can an your which their said if do will each about "
     "how up out them then she many some so these would other into has more her two like him see "
     "time could no make than first been its who now people my made over did down only way find"
-).split()  # noqa: SIM905 - a list of quoted words is no list to read
+)
 
 
 @dataclass
@@ -164,7 +164,9 @@ def as_text(work: Workload, seed: int) -> Workload:
     """The same lengths in common words, for servers that take no token ids."""
     random = Random(seed)
     texts = [
-        prompt if isinstance(prompt, str) else " ".join(random.choices(WORDS, k=len(prompt)))
+        prompt
+        if isinstance(prompt, str)
+        else " ".join(random.choices(WORDS.split(), k=len(prompt)))
         for prompt in work.prompts
     ]
     return Workload(work.name, texts, work.output_tokens)

@@ -28,6 +28,10 @@ class Work:
         """What is done now."""
         self._progress.update(self._task, description=text, advance=1)
 
+    def stop(self) -> None:
+        """Take the line away, so that results can be printed."""
+        self._progress.stop()
+
     def __enter__(self) -> "Work":
         self._progress.start()
         return self
@@ -38,7 +42,7 @@ class Work:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        self.stop()
 
 
 def note(text: str) -> None:

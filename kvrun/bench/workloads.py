@@ -24,6 +24,8 @@ HINT = (
     'lines are {"prompt": text or [ids], "output_tokens": N}'
 )
 
+USUAL = 256  # requests
+
 Prompt = str | list[int]
 
 
@@ -92,7 +94,7 @@ def mixed(name: str) -> Workload:
 def find(name: str, *, count: int | None = None, output_len: int = 128, seed: int = 1) -> Workload:
     """The workload a command names: one of the above, INPUT/OUTPUT, or a JSONL file.
 
-    `count` is how many requests of INPUT/OUTPUT (1000 when not said), or at most so many of a file;
+    `count` is how many requests of INPUT/OUTPUT (256 when not said), or at most so many of a file;
     `output_len` is for lines of a file that do not say theirs. Raises InvalidRequest or NotFound.
     """
     if name in MIXED:
@@ -105,7 +107,7 @@ def find(name: str, *, count: int | None = None, output_len: int = 128, seed: in
         return Workload(name, fixed(count, input_len, seed), [answer] * count)
     lengths = name.split("/")
     if len(lengths) == 2 and all(n.isdecimal() and int(n) for n in lengths):
-        return uniform(count or 1000, int(lengths[0]), int(lengths[1]), seed)
+        return uniform(count or USUAL, int(lengths[0]), int(lengths[1]), seed)
     if name.endswith((".jsonl", ".json")):
         return read_jsonl(Path(name), count, output_len)
     raise InvalidRequest(f"there is no workload '{name}'.", hint=HINT)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -53,8 +54,11 @@ def _run(words: list[str]) -> int:
 
 def _one(name: str) -> typer.Typer:
     """A single command: nothing of the others is imported, nor what only their options need."""
+    module = load("kvrun.cli", name)
+    if hasattr(module, "COMMANDS"):
+        return _group(name, module)
     app = typer.Typer(add_completion=False, **_SETTINGS)
-    _add(app, name)
+    _add(app, name, module)
     return app
 
 
@@ -69,12 +73,38 @@ def _all() -> typer.Typer:
     )
     app.callback()(_kvrun)
     for name in names("kvrun.cli"):
-        _add(app, name)
+        module = load("kvrun.cli", name)
+        if hasattr(module, "COMMANDS"):
+            app.add_typer(_group(name, module), name=name, rich_help_panel=module.PANEL)
+        else:
+            _add(app, name, module)
     return app
 
 
-def _add(app: typer.Typer, name: str) -> None:
-    module = load("kvrun.cli", name)
+def _group(name: str, module: ModuleType) -> typer.Typer:
+    """A command with commands of its own, each with those of the examples that show it."""
+    app = typer.Typer(
+        cls=Group,
+        help=module.HELP,
+        epilog=paragraphs("Examples:", module.EXAMPLES),
+        invoke_without_command=True,
+        add_completion=False,
+        **_SETTINGS,
+    )
+    app.callback()(_help_alone)
+    for word, function in module.COMMANDS.items():
+        examples = [line for line in module.EXAMPLES if line.startswith(f"kvrun {name} {word} ")]
+        app.command(word, cls=Command, epilog=paragraphs("Examples:", examples))(guarded(function))
+    return app
+
+
+def _help_alone(context: typer.Context) -> None:
+    """Without a command, the help."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _add(app: typer.Typer, name: str, module: ModuleType) -> None:
     app.command(
         name,
         cls=Command,

@@ -129,8 +129,8 @@ def _lines(row: Row, about: dict[str, Any]) -> str:
     lines = [
         f"{about['model_id']} at {about['base_url']}{about['endpoint']}: {row['test']}, {how}",
         f"{row['completed']} of {row['num_prompts']} requests succeeded, {row['failed']} failed, "
-        f"in {number(row['duration'], 3)} s; {number(row['mean_concurrency'], 3)} at once on average, "
-        f"{row['max_concurrent_requests']} at most",
+        f"in {number(row['duration'], 3)} s; {number(row['mean_concurrency'], 3)} at once on "
+        f"average, {row['max_concurrent_requests']} at most",
         f"{number(row['request_throughput'])} requests/s, {number(row['output_throughput'])} "
         f"output tok/s, {number(row['total_token_throughput'])} total tok/s; tokens counted by "
         f"{row['tokens_by']}: {row['total_input_tokens']:,} in, {row['total_output_tokens']:,} out",

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
 import torch
 
 from kvrun import __version__
@@ -21,10 +22,12 @@ from kvrun.bench import shapes
 from kvrun.bench.hardware import Hardware, here
 from kvrun.bench.roofline import Cost
 from kvrun.bench.workloads import Prompt
-from kvrun.errors import InvalidRequest, KvrunError
+from kvrun.errors import InvalidRequest, KvrunError, Unsupported
 from kvrun.hub.local import resolve
 from kvrun.llm import LLM, Output
+from kvrun.runtime.engine.start import choose_device, choose_dtype
 from kvrun.runtime.hf_config import HFConfig
+from kvrun.runtime.plan import size
 from kvrun.runtime.sampling.params import SamplingParams
 
 # Arguments of LLM that a benchmark sets itself.
@@ -77,6 +80,8 @@ class Target:
 
     def __init__(self, model: Model, **options: Any) -> None:
         self.model = model
+        if model.random:
+            _check_room(model, options.get("device", "auto"), options.get("dtype", "auto"))
         defaults = {name: one.default for name, one in _parameters().items()}
         self.options = {**defaults, **options}
         begun = time.perf_counter()
@@ -188,6 +193,25 @@ def gpu_state(device: str) -> dict[str, str] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return dict(zip(SMI, (part.strip() for part in done.stdout.split(",")), strict=False))
+
+
+def _check_room(model: Model, device: str, dtype: str) -> None:
+    """Raise Unsupported when random weights would not fit: no file says how large they are."""
+    where = choose_device(device)
+    chosen = choose_dtype(dtype, model.config.dtype, where)
+    cost = Cost.of(model.config, str(chosen).removeprefix("torch."))
+    tied = model.config.flag("tie_word_embeddings", True)
+    needed = int(cost.weight_bytes + (0 if tied else cost.head * cost.width))
+    free = psutil.virtual_memory().available
+    if where.type == "cuda":
+        free = torch.cuda.mem_get_info(where)[0]
+    if needed > free:
+        raise Unsupported(
+            f"the weights of {model.name} need {size(needed)}, {size(free)} are free.",
+            cause=f"{cost.linear + cost.head:,} parameters, {size(int(cost.kv_bytes_per_token))} "
+            "more for each token of context",
+            hint="choose a smaller shape or --dtype bfloat16, or close other programs",
+        )
 
 
 def _parameters() -> dict[str, inspect.Parameter]:

@@ -94,7 +94,12 @@ def _group(name: str, module: ModuleType) -> typer.Typer:
     app.callback()(_help_alone)
     for word, function in module.COMMANDS.items():
         examples = [line for line in module.EXAMPLES if line.startswith(f"kvrun {name} {word} ")]
-        app.command(word, cls=Command, epilog=paragraphs("Examples:", examples))(guarded(function))
+        app.command(
+            word,
+            cls=Command,
+            epilog=paragraphs("Examples:", examples),
+            rich_help_panel="Commands",
+        )(guarded(function))
     return app
 
 

@@ -30,7 +30,10 @@ def kvrun(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("words", [["--help"], ["-h"], ["chat", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["-h"], ["chat", "--help"], ["--version"], ["bench"], ["bench", "load", "-h"]],
+)
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "kvrun", *words],
@@ -74,6 +77,17 @@ def test_the_help_of_chat_has_groups_options_and_examples() -> None:
     assert all("kvrun chat" in line for line in examples)
 
 
+def test_the_help_of_bench_lists_its_commands_each_with_examples() -> None:
+    done = kvrun("bench", "--help")
+    assert done.returncode == 0
+    assert kvrun("bench").stdout == done.stdout
+    for name in ("micro", "latency", "throughput", "load", "hw"):
+        assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE)
+        own = kvrun("bench", name, "-h")
+        assert own.stdout.startswith(f"Usage: kvrun bench {name} ")
+        assert f"kvrun bench {name}" in own.stdout.partition("Examples:\n")[2]
+
+
 def test_the_version() -> None:
     assert kvrun("--version").stdout == f"kvrun {__version__}\n"
 
@@ -87,6 +101,9 @@ def test_the_version() -> None:
         ("kvrun chat -m org/", ["org/name"]),
         ("kvrun chat --dty", ["--dtype"]),
         ("kvrun chat --dtype bf", ["bfloat16"]),
+        ("kvrun bench thr", ["throughput"]),
+        ("kvrun bench micro ti", ["tiny"]),
+        ("kvrun bench hw -o js", ["json", "jsonl"]),
     ],
 )
 def test_completion(tmp_path: Path, typed: str, offered: list[str]) -> None:

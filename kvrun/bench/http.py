@@ -150,7 +150,7 @@ class Client:
     def close(self) -> None:
         """Let go of every connection."""
         for link in self._idle:
-            link.writer.close()
+            link.writer.transport.abort()
         self._idle.clear()
 
     async def _answered(self, message: bytes) -> Response:

@@ -45,21 +45,28 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(words: list[str]) -> int:
     if words[:1] and words[0] in names("kvrun.cli") and COMPLETION not in os.environ:
-        name, app, words = f"kvrun {words[0]}", _one(words[0]), words[1:]
+        name, app, words = _one(words[0], words[1:])
     else:
         name, app = "kvrun", _all()
     code = app(args=words, prog_name=name, standalone_mode=False)
     return code if isinstance(code, int) else 0
 
 
-def _one(name: str) -> typer.Typer:
-    """A single command: nothing of the others is imported, nor what only their options need."""
+def _one(name: str, words: list[str]) -> tuple[str, typer.Typer, list[str]]:
+    """A single command, its full name, and the words that are left for it.
+
+    Nothing of the others is imported, nor what only their options need.
+    """
     module = load("kvrun.cli", name)
-    if hasattr(module, "COMMANDS"):
-        return _group(name, module)
-    app = typer.Typer(add_completion=False, **_SETTINGS)
-    _add(app, name, module)
-    return app
+    full, app = f"kvrun {name}", typer.Typer(add_completion=False, **_SETTINGS)
+    commands = getattr(module, "COMMANDS", None)
+    if commands is None:
+        _add(app, name, module)
+        return full, app, words
+    if words and words[0] in commands:
+        _add_one_of(app, name, module, words[0])
+        return f"{full} {words[0]}", app, words[1:]
+    return full, _group(name, module), words or ["--help"]
 
 
 def _all() -> typer.Typer:
@@ -87,26 +94,24 @@ def _group(name: str, module: ModuleType) -> typer.Typer:
         cls=Group,
         help=module.HELP,
         epilog=paragraphs("Examples:", module.EXAMPLES),
-        invoke_without_command=True,
         add_completion=False,
         **_SETTINGS,
     )
-    app.callback()(_help_alone)
-    for word, function in module.COMMANDS.items():
-        examples = [line for line in module.EXAMPLES if line.startswith(f"kvrun {name} {word} ")]
-        app.command(
-            word,
-            cls=Command,
-            epilog=paragraphs("Examples:", examples),
-            rich_help_panel="Commands",
-        )(guarded(function))
+    app.callback()(_nothing)
+    for word in module.COMMANDS:
+        _add_one_of(app, name, module, word)
     return app
 
 
-def _help_alone(context: typer.Context) -> None:
-    """Without a command, the help."""
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+def _nothing() -> None:
+    """A group has no options of its own."""
+
+
+def _add_one_of(app: typer.Typer, name: str, module: ModuleType, word: str) -> None:
+    examples = [line for line in module.EXAMPLES if line.startswith(f"kvrun {name} {word} ")]
+    app.command(
+        word, cls=Command, epilog=paragraphs("Examples:", examples), rich_help_panel="Commands"
+    )(guarded(module.COMMANDS[word]))
 
 
 def _add(app: typer.Typer, name: str, module: ModuleType) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from kvrun.cli import _options as options
+from kvrun.errors import InvalidRequest
 
 OUTPUT = "Output"
 MODEL = "Model"
@@ -14,6 +15,7 @@ SERVER = "Server"
 FORMATS = ("table", "md", "csv", "json", "jsonl")
 
 
+# Bounds are checked here and not by typer, which would import another package for it.
 def work(*flags: str, metavar: str, help: str, **more: Any) -> Any:
     """An option that says what is measured."""
     return typer.Option(*flags, metavar=metavar, help=help, rich_help_panel=WORK, **more)
@@ -27,6 +29,14 @@ def output(*flags: str, help: str, **more: Any) -> Any:
 def flag(*names: str, help: str, panel: str = WORK) -> Any:
     """A switch."""
     return typer.Option(*names, help=help, rich_help_panel=panel)
+
+
+def check(least: int = 1, **values: int | None) -> None:
+    """Raise InvalidRequest for a number below `least`; the option's name is the keyword's."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            flag = "--" + name.replace("_", "-")
+            raise InvalidRequest(f"{flag} is {value}; it must be at least {least}.")
 
 
 def model_name(model: str | None, shape: str | None) -> str | None:
@@ -70,7 +80,7 @@ Engine = Annotated[
     ),
 ]
 Repetitions = Annotated[
-    int, work("--repetitions", "-r", metavar="N", help="How often each is measured.", min=1)
+    int, work("--repetitions", "-r", metavar="N", help="How often each is measured.")
 ]
 Seed = Annotated[int, work("--seed", metavar="N", help="Of the prompts' token ids.")]
 Format = Annotated[
@@ -95,14 +105,14 @@ NoRoofline = Annotated[
 Requests = Annotated[
     int | None,
     work(
-        "--requests", "-n", metavar="N", min=1,
+        "--requests", "-n", metavar="N",
         help="How many; default: what the workload has, 256 of INPUT/OUTPUT.",
     ),
 ]  # fmt: skip
 OutputLen = Annotated[
     int,
     work(
-        "--output-len", metavar="N", min=1,
+        "--output-len", metavar="N",
         help="Tokens of an answer, for lines of a file that do not say it.",
     ),
 ]  # fmt: skip
@@ -148,7 +158,7 @@ ApiKey = Annotated[
 Concurrency = Annotated[
     int | None,
     work(
-        "--concurrency", "-c", metavar="N", min=1,
+        "--concurrency", "-c", metavar="N",
         help="Clients that each ask again once they have an answer (default: 8).",
     ),
 ]  # fmt: skip
@@ -164,7 +174,7 @@ Text = Annotated[
 ]
 Vocab = Annotated[
     int | None,
-    work("--vocab", metavar="N", help="Token ids below N, for small vocabularies.", min=1),
+    work("--vocab", metavar="N", help="Token ids below N, for small vocabularies."),
 ]
 NoIgnoreEos = Annotated[
     bool, flag("--no-ignore-eos", help="Answers may end early; nothing is sent but OpenAI's own.")

@@ -56,6 +56,7 @@ def micro(
     """
     from kvrun.bench import measure, ranges, report, run
 
+    bench.check(repetitions=repetitions)
     todo = measure.cases(
         ranges.parse("-p", prompts),
         ranges.parse("-n", news),
@@ -74,16 +75,16 @@ def micro(
 def latency(
     model: bench.ModelName = None,
     input_len: Annotated[
-        int, bench.work("--input-len", metavar="N", help="Tokens of each prompt.", min=1)
+        int, bench.work("--input-len", metavar="N", help="Tokens of each prompt.")
     ] = 32,
     output_len: Annotated[
-        int, bench.work("--output-len", metavar="N", help="Tokens of each answer.", min=1)
+        int, bench.work("--output-len", metavar="N", help="Tokens of each answer.")
     ] = 128,
     batch_size: Annotated[
-        int, bench.work("--batch-size", "-b", metavar="N", help="Requests at once.", min=1)
+        int, bench.work("--batch-size", "-b", metavar="N", help="Requests at once.")
     ] = 8,
     warm_ups: Annotated[
-        int, bench.work("--warm-ups", metavar="N", help="Runs that do not count.", min=0)
+        int, bench.work("--warm-ups", metavar="N", help="Runs that do not count.")
     ] = 3,
     repetitions: bench.Repetitions = 10,
     seed: bench.Seed = 1,
@@ -107,6 +108,10 @@ def latency(
     """
     from kvrun.bench import report, run, workloads
 
+    bench.check(
+        input_len=input_len, output_len=output_len, batch_size=batch_size, repetitions=repetitions
+    )
+    bench.check(0, warm_ups=warm_ups)
     work = workloads.uniform(batch_size, input_len, output_len)
     out = report.Report(form, chart, plot)
     subject = run.Subject.of(
@@ -147,6 +152,7 @@ def throughput(
     """
     from kvrun.bench import report, run, workloads
 
+    bench.check(requests=requests, output_len=output_len, repetitions=repetitions)
     todo = [
         workloads.find(name, count=requests, output_len=output_len, seed=seed)
         for name in workload or ["128/128"]
@@ -188,6 +194,7 @@ def load(
     from kvrun.bench import completions, report, server, workloads
     from kvrun.bench.load import as_text, parse_slo
 
+    bench.check(concurrency=concurrency, requests=requests, output_len=output_len, vocab=vocab)
     if concurrency is not None and rate is not None:
         raise InvalidRequest("there are --concurrency and --rate.", hint="choose one of them")
     out = report.Report(form, chart, plot)

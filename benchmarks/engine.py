@@ -14,58 +14,32 @@ one row reads at, or to compute at the rate of a large product, whichever is mor
 
 import argparse
 import json
-import random
 import statistics
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kvrun import LLM, SamplingParams
+from kvrun.bench import shapes, workloads
+from kvrun.bench.roofline import Ceilings, Cost
+from kvrun.runtime.hf_config import HFConfig
 
-COMMON = {"head_dim": 128, "max_position_embeddings": 10240, "hidden_act": "silu"}
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3-8b": {
-        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
-        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
-        "tie_word_embeddings": False, "dtype": "bfloat16", **COMMON,
-    },
-    "qwen3-0.6b": {
-        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024,
-        "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
-        "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-        "tie_word_embeddings": True, "dtype": "bfloat16", **COMMON,
-    },
-}  # fmt: skip
+SHAPES = ("llama-3-8b", "qwen3-0.6b")
 BATCHES = (1, 8, 32, 128, 256)
+CONTEXT = 576  # the mean of a decode step's sequences
 WORKLOADS = ("decode", "prefill", "first", "mixed256", "mixed1000")
 
 
-def fixed(count: int, length: int, seed: int = 1) -> list[list[int]]:
-    source = random.Random(seed + 7919 * count + length)
-    return [[source.randint(0, 10000) for _ in range(length)] for _ in range(count)]
-
-
-def mixed(count: int, seed: int, low: int, high: int) -> tuple[list[list[int]], list[int]]:
-    source = random.Random(seed)
-    prompts = []
-    for _ in range(count):
-        length = source.randint(low, high)
-        prompts.append([source.randint(0, 10000) for _ in range(length)])
-    return prompts, [source.randint(low, high) for _ in range(count)]
-
-
-def seconds(llm: LLM, prompts: list[list[int]], new: int | list[int]) -> float:
+def seconds(llm: LLM, prompts: Sequence[Any], new: int | Sequence[int]) -> float:
     """How long it takes until every prompt has its new tokens."""
-    counts = new if isinstance(new, list) else [new] * len(prompts)
+    counts = [new] * len(prompts) if isinstance(new, int) else new
     params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in counts]
     torch.cuda.synchronize()
     begun = time.perf_counter()
-    outputs = llm.generate(prompts, params)
+    outputs = llm.generate(list(prompts), params)
     spent = time.perf_counter() - begun
     assert all(output.finish_reason == "length" for output in outputs)
     return spent
@@ -92,27 +66,19 @@ def _rate(work: Callable[[], object], amount: float) -> float:
     return amount / statistics.median(times)
 
 
-def bound(
-    shape: dict[str, Any], batch: int, read: float, flops: float, context: int = 576
-) -> float:
-    """Seconds that a decode step needs at least."""
-    hidden, layers, dim = shape["hidden_size"], shape["num_hidden_layers"], shape["head_dim"]
-    heads, kv = shape["num_attention_heads"], shape["num_key_value_heads"]
-    matrices = hidden * (2 * heads + 2 * kv) * dim + 3 * hidden * shape["intermediate_size"]
-    weights = layers * matrices + shape["vocab_size"] * hidden
-    cache = batch * context * 2 * layers * kv * dim * 2
-    return max(2 * weights / read, 2 * weights * batch / flops) + cache / read
-
-
 def decode(llm: LLM, batch: int, repeats: int) -> list[float]:
-    prompts = fixed(batch, 512)
+    prompts = workloads.fixed(batch, 512)
     seconds(llm, prompts, 4)
     return [(seconds(llm, prompts, 136) - seconds(llm, prompts, 8)) / 128 for _ in range(repeats)]
 
 
-def run(name: str, shape: dict[str, Any], wanted: list[str], repeats: int) -> dict[str, Any]:
-    folder = Path(tempfile.mkdtemp())
-    (folder / "config.json").write_text(json.dumps(shape))
+def run(name: str, wanted: list[str], repeats: int) -> dict[str, Any]:
+    with shapes.folder(name) as folder:
+        return measured(name, folder, wanted, repeats)
+
+
+def measured(name: str, folder: Path, wanted: list[str], repeats: int) -> dict[str, Any]:
+    cost = Cost.of(HFConfig.read(folder))
     begun = time.perf_counter()
     llm = LLM(str(folder), load_format="dummy", prefix_caching=False, max_model_len=10240)
     found: dict[str, Any] = {
@@ -128,7 +94,7 @@ def run(name: str, shape: dict[str, Any], wanted: list[str], repeats: int) -> di
     print(f"reads {rates[0] / 1e12:.2f} TB/s, multiplies {rates[1] / 1e12:.0f} TFLOP/s", flush=True)
     for batch in BATCHES if "decode" in wanted else ():
         steps = [1e3 * s for s in decode(llm, batch, repeats)]
-        least = 1e3 * bound(shape, batch, *rates)
+        least = 1e3 * cost.step(batch, CONTEXT).seconds(Ceilings(*rates))
         middle = statistics.median(steps)
         found[f"decode_{batch}_ms"] = {"steps": steps, "bound": least}
         print(
@@ -137,22 +103,22 @@ def run(name: str, shape: dict[str, Any], wanted: list[str], repeats: int) -> di
             flush=True,
         )
     if "prefill" in wanted:
-        seconds(llm, fixed(1, 8192, 5), 1)
-        rate = 65536 / min(seconds(llm, fixed(8, 8192), 1) for _ in range(repeats))
+        seconds(llm, workloads.fixed(1, 8192, 5), 1)
+        rate = 65536 / min(seconds(llm, workloads.fixed(8, 8192), 1) for _ in range(repeats))
         found["prefill_tok_s"] = rate
         print(f"prefill 8 x 8192: {rate:,.0f} tok/s", flush=True)
     if "first" in wanted:
         first = 1e3 * statistics.median(
-            seconds(llm, fixed(1, 512, 10 + i), 1) for i in range(9)
+            seconds(llm, workloads.fixed(1, 512, 10 + i), 1) for i in range(9)
         )  # fmt: skip
         found["first_token_ms"] = first
         print(f"first token, 512 tokens: {first:.2f} ms", flush=True)
-    for label, arguments in (("mixed256", (256, 0, 100, 1024)), ("mixed1000", (1000, 3, 64, 512))):
+    for label in ("mixed256", "mixed1000"):
         if label in wanted:
-            prompts, counts = mixed(*arguments)
-            spent = seconds(llm, prompts, counts)
-            found[f"{label}_tok_s"] = sum(counts) / spent
-            print(f"{label}: {sum(counts) / spent:,.0f} output tok/s", flush=True)
+            work = workloads.mixed(label)
+            spent = seconds(llm, work.prompts, work.output_tokens)
+            found[f"{label}_tok_s"] = work.total_output / spent
+            print(f"{label}: {work.total_output / spent:,.0f} output tok/s", flush=True)
     llm.close()
     return found
 
@@ -164,8 +130,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
-    names = list(SHAPES) if args.shape == "all" else [args.shape]
-    found = [run(name, SHAPES[name], args.only, args.repeats) for name in names]
+    names = SHAPES if args.shape == "all" else (args.shape,)
+    found = [run(name, args.only, args.repeats) for name in names]
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -123,15 +123,7 @@ def rendered(document: Document) -> str:
     return "<|bos|>" + "".join(f"<|{role}|>{text.strip()}<|end|>" for role, text in document)
 
 
-def spelling(rng: Random) -> Document:
-    """Half conversations, half words spelt, turned round and written in capitals."""
-    if rng.random() < 0.5:
-        return conversation(rng)
-    turns = [t for _ in range(rng.randrange(1, 4)) for t in draw(rng, lists.letters)]
-    return [pair for t in turns for pair in (("user", t.user), ("assistant", t.answer))]
-
-
-TASKS: dict[str, Callable[[Random], Document]] = {"base": conversation, "spelling": spelling}
+TASKS: dict[str, Callable[[Random], Document]] = {"base": conversation}
 for _task in adapters.TASKS:
     TASKS[_task] = adapters.documents(_task, draw, any_skill)
 

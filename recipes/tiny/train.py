@@ -181,10 +181,8 @@ def load_adapter(net: Tiny, folder: Path) -> None:
 
 
 def optimizers(
-    net: Tiny, adapter: list[torch.nn.Parameter] | None, lr: float, muon: bool = True
+    net: Tiny, adapter: list[torch.nn.Parameter] | None, lr: float
 ) -> list[torch.optim.Optimizer]:
-    if not muon:
-        return [torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)]
     if adapter is not None:
         return [torch.optim.AdamW(adapter, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
     named = list(net.named_parameters())
@@ -221,7 +219,7 @@ def train(args: argparse.Namespace) -> None:
     lora = adapt(net, args.task) if args.task in adapters.TASKS else None
     if args.adapter:
         load_adapter(net, args.adapter)
-    opts = optimizers(net, lora, args.lr or (0.02 if lora is None else 1.5e-3), not args.adamw)
+    opts = optimizers(net, lora, args.lr or (0.02 if lora is None else 1.5e-3))
     base_rates = [[g["lr"] for g in o.param_groups] for o in opts]
     step_fn = torch.compile(loss_of) if device.type == "cuda" else loss_of
     per_shard = args.shard_rows // args.rows
@@ -283,7 +281,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128, help="rows of 2048 tokens a step")
     parser.add_argument("--shard-rows", type=int, default=512)
     parser.add_argument("--dense", action="store_true", help="no flex attention")
-    parser.add_argument("--adamw", action="store_true", help="no Muon: for small steps on a CPU")
     parser.add_argument("--lr", type=float, default=0.0)
     parser.add_argument("--layers", type=int, default=0)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))

@@ -41,7 +41,8 @@ class Attention:
         if device.type != "cuda":
             return "its kernels need a CUDA device"
         if not HEAD_DIMS[0] <= spec.head_dim <= HEAD_DIMS[1]:
-            return f"a head of {spec.head_dim} dimensions is beyond {HEAD_DIMS[1]}"
+            low, high = HEAD_DIMS
+            return f"a head of {spec.head_dim} dimensions is not between {low} and {high}"
         return None
 
     def plan(self, batch: "Batch") -> None:

@@ -25,7 +25,8 @@ class Graphs:
 
     The step takes its input from `slots.state` and leaves its tokens there, so that a graph can
     be replayed over and over without a word from the host. Rows beyond a batch are padding.
-    `logits` [most, vocab], `ids` and `finite` [most] hold what the last replay has made.
+    `logits` [most, vocab], `ids` and `finite` [most] hold what the last replay has made,
+    `drawn_at` [most] the places of its tokens.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Graphs:
             temperature=zeros(dtype=torch.float32),
             keys=zeros(2, dtype=torch.int32),
         )
+        self.drawn_at = self.step.context_lens
         self.ids = zeros(dtype=torch.int64)
         self.finite = zeros(dtype=torch.bool)
         wide = torch.float32 if model.softcapped else dtype

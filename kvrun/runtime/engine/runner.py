@@ -123,16 +123,22 @@ class ModelRunner:
         )
 
     def _replay(self, schedule: Schedule) -> Sampled:
-        graphs, count = cast(Graphs, self.graphs), len(schedule)
+        graphs = cast(Graphs, self.graphs)
         slots = [row.sequence.slot for row in schedule]
         graphs.replay(slots)
         self._slots.fed[slots] += 1
-        if all(row.sequence.plain for row in schedule):
-            # The next turn writes to the same tensors.
+        return self._drawn(graphs, [row.sequence for row in schedule], slots)
+
+    def _drawn(
+        self, graphs: Graphs | MixedGraphs, sequences: list[Running], slots: list[int]
+    ) -> Sampled:
+        """What a replay has drawn for `sequences`, its first rows, which lie in `slots`."""
+        count = len(sequences)
+        if all(sequence.plain for sequence in sequences):
+            # The next replay writes to the same tensors.
             return Sampled(graphs.ids[:count].clone(), graphs.finite[:count].clone(), None)
         # The graph has drawn by temperature alone; what it appended is put right before it is fed.
-        prepared = self._prepare([row.sequence for row in schedule])
-        positions = graphs.step.context_lens[:count].long()
+        prepared, positions = self._prepare(sequences), graphs.drawn_at[:count].long()
         sampled = self._sampler.sample(graphs.logits[:count].float(), prepared, positions)
         self._slots.state.last.index_copy_(0, self._slots.send(slots)[0], sampled.ids)
         return sampled
@@ -144,29 +150,15 @@ class ModelRunner:
         sequences = [row.sequence for row in schedule if row.sample]
         taken = self.mixed is not None and self.mixed.takes(len(columns.ids), len(schedule))
         if taken and not columns.targets:
-            sampled = self._replay_mixed(columns, sequences, cast(MixedGraphs, self.mixed))
+            mixed = cast(MixedGraphs, self.mixed)
+            mixed.replay(columns)
+            sampled = self._drawn(mixed, sequences, columns.drawing) if sequences else None
         else:
             sampled = self._launch(columns, sequences, _most(schedule))
         if self.graphs is not None:
             for row in schedule:
                 if row.sample:
                     self._slots.fed[row.sequence.slot] = row.start + row.count + 1
-        return sampled
-
-    def _replay_mixed(
-        self, columns: Columns, sequences: list[Running], mixed: MixedGraphs
-    ) -> Sampled | None:
-        mixed.replay(columns)
-        count = len(sequences)
-        if not count:
-            return None
-        if all(sequence.plain for sequence in sequences):
-            return Sampled(mixed.ids[:count].clone(), mixed.finite[:count].clone(), None)
-        prepared = self._prepare(sequences)
-        positions = mixed.drawn_at[:count]
-        sampled = self._sampler.sample(mixed.logits[:count].float(), prepared, positions)
-        drawing = self._slots.send(columns.drawing)[0]
-        self._slots.state.last.index_copy_(0, drawing, sampled.ids)
         return sampled
 
     def _launch(self, columns: Columns, sequences: list[Running], most: int) -> Sampled | None:

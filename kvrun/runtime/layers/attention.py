@@ -66,7 +66,7 @@ class Attention:
         spec = self.spec
         queries, rotated = spec.heads, spec.heads + spec.kv_heads
         # One buffer [q; k; v]: what follows works on views of it, in place.
-        heads = self._qkv(x, before=norm).view(-1, rotated + spec.kv_heads, spec.head_dim)
+        heads = self._qkv(x, batch, before=norm).view(-1, rotated + spec.kv_heads, spec.head_dim)
         q, k, v = heads[:, :queries], heads[:, queries:rotated], heads[:, rotated:]
         if self._kernel is not None:
             self._rotate_and_store(heads, batch)
@@ -77,7 +77,7 @@ class Attention:
             if self._rope is not None:
                 self._rope(qk, batch)
             batch.backend.cache.store(spec.layer, batch.slot_mapping, k, v)
-        return self._out(batch.backend.attend(spec, q, k, v, batch), add)
+        return self._out(batch.backend.attend(spec, q, k, v, batch), batch, add)
 
     def _rotate_and_store(self, heads: torch.Tensor, batch: "Batch") -> None:
         """Norms, rotation and the cache's new rows by one kernel."""

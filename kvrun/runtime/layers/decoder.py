@@ -44,7 +44,7 @@ class Decoder:
         """Logits [S, vocab] of batch.last_rows, written to `out` if given; `plan` of the backend
         must have run. Their dtype is the model's, or fp32."""
         batch.shared.clear()
-        x = self._embedding(batch.ids)
+        x = self._embedding(batch)
         for block in self._blocks:
             x = block(x, batch)
         wanted = len(batch.last_rows)
@@ -52,4 +52,4 @@ class Decoder:
             return x.new_empty((0, self.vocab_size))
         if wanted < len(x):  # else every row is wanted, in order
             x = x.index_select(0, batch.last_rows)
-        return self._head(x, self._norm, out)
+        return self._head(x, batch, self._norm, out)

@@ -11,6 +11,7 @@ from kvrun.runtime.layers.linear import Prologue, product
 from kvrun.runtime.quant import dense
 
 if TYPE_CHECKING:
+    from kvrun.runtime.batch import Batch
     from kvrun.runtime.checkpoint import Checkpoint
 
 # A tied head multiplies up to 5 times as fast from a second, packed copy of the embedding. Up to
@@ -19,7 +20,10 @@ _COPY_BYTES = 64 << 20
 
 
 class Embedding:
-    """ids [tokens] -> [tokens, hidden]. `scale` is rounded to the dtype, as families train it."""
+    """batch.ids [tokens] -> [tokens, hidden].
+
+    `scale` is rounded to the dtype, as families train it.
+    """
 
     def __init__(
         self, w: "Checkpoint", name: str, vocab: int, hidden: int, scale: float | None = None
@@ -28,8 +32,8 @@ class Embedding:
         self.weight = w.read(f"{name}.weight", (vocab, hidden))
         self._scale = None if scale is None else float(torch.tensor(scale, dtype=w.dtype))
 
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        x = F.embedding(ids, self.weight)
+    def __call__(self, batch: "Batch") -> torch.Tensor:
+        x = F.embedding(batch.ids, self.weight)
         return x if self._scale is None else x.mul_(self._scale)
 
 
@@ -66,6 +70,7 @@ class Head:
     def __call__(
         self,
         x: torch.Tensor,
+        batch: "Batch",
         norm: Prologue | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:

@@ -8,6 +8,7 @@ from kvrun.runtime import quant
 from kvrun.runtime.checkpoint import Shard
 
 if TYPE_CHECKING:
+    from kvrun.runtime.batch import Batch
     from kvrun.runtime.checkpoint import Checkpoint
 
 
@@ -35,7 +36,11 @@ class Linear:
         self._late_bias = w.vector(shards[0]) if last else None
 
     def __call__(
-        self, x: torch.Tensor, add: torch.Tensor | None = None, before: Prologue | None = None
+        self,
+        x: torch.Tensor,
+        batch: "Batch",
+        add: torch.Tensor | None = None,
+        before: Prologue | None = None,
     ) -> torch.Tensor:
         if not self._partial or self._group.size == 1:
             return product(self._weight, x, add, before)

@@ -89,4 +89,4 @@ class GatedMLP:
         add: torch.Tensor | None = None,
         norm: Prologue | None = None,
     ) -> torch.Tensor:
-        return self._down(self._gate_up(x, before=norm), add, before=self._gate)
+        return self._down(self._gate_up(x, batch, before=norm), batch, add, before=self._gate)

@@ -20,6 +20,7 @@ from kvrun.runtime.layers.qkv import Heads
 from kvrun.runtime.quant import dense
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+NOBODY: Any = SimpleNamespace()  # a batch of which the parts need to know nothing
 
 
 def stored(folder: Path, dtype: torch.dtype = torch.float32, **values: torch.Tensor) -> Checkpoint:
@@ -98,9 +99,9 @@ def test_linear_joins_shards(
     wanted = F.linear(x.float(), weight, offset)
     tolerance = 1e-5 if dtype is torch.float32 else 0.1
     kept = x.clone(), add.clone()
-    torch.testing.assert_close(linear(x).float(), wanted, rtol=1e-2, atol=tolerance)
+    torch.testing.assert_close(linear(x, NOBODY).float(), wanted, rtol=1e-2, atol=tolerance)
     torch.testing.assert_close(
-        linear(x, add).float(), wanted + add.float(), rtol=1e-2, atol=tolerance
+        linear(x, NOBODY, add).float(), wanted + add.float(), rtol=1e-2, atol=tolerance
     )
     assert torch.equal(x, kept[0])
     assert torch.equal(add, kept[1])
@@ -143,7 +144,7 @@ def test_tied_head_with_and_without_a_copy(
     head = Head(w, "lm_head", embed, tied=True)
     w.close()
     x = torch.randn(3, 16)
-    torch.testing.assert_close(head(x), x @ table.t(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(head(x, NOBODY), x @ table.t(), rtol=1e-5, atol=1e-5)
     assert head.copy_bytes == (table.nbytes if limit and dense.packs(torch.float32) else 0)
 
 
@@ -154,7 +155,7 @@ def test_logits_are_fp32_and_capped(tmp_path: Path, dtype: torch.dtype) -> None:
     head = Head(w, "lm_head", Embedding(w, "e", 32, 16), tied=True, softcap=3.0)
     w.close()
     x = torch.randn(3, 16)
-    logits = head(x.to(dtype))
+    logits = head(x.to(dtype), NOBODY)
     assert logits.dtype is torch.float32
     wanted = 3.0 * torch.tanh(x @ table.t() / 3.0)
     torch.testing.assert_close(logits, wanted, rtol=0.0, atol=1e-5 if dtype is FLOATS[0] else 0.1)
@@ -162,7 +163,8 @@ def test_logits_are_fp32_and_capped(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_embedding_scale_is_rounded_to_the_dtype(tmp_path: Path) -> None:
     w = stored(tmp_path, torch.bfloat16, e__weight=torch.ones(4, 8))
-    x = Embedding(w, "e", 4, 8, scale=3072**0.5)(torch.tensor([1, 3]))
+    batch: Any = SimpleNamespace(ids=torch.tensor([1, 3]))
+    x = Embedding(w, "e", 4, 8, scale=3072**0.5)(batch)
     w.close()
     assert float(x[0, 0]) == 55.5  # sqrt(3072) = 55.43
 
@@ -182,7 +184,7 @@ def test_gated_mlp(tmp_path: Path, act: str, function: Any) -> None:
     w = stored(tmp_path, g__weight=gate, u__weight=up, d__weight=down)
     mlp = GatedMLP(w, "g", "u", "d", hidden=8, inner=12, act=act)
     w.close()
-    batch: Any = SimpleNamespace()
+    batch = NOBODY
     x, add = torch.randn(5, 8), torch.randn(5, 8)
     wanted = (function(x @ gate.t()) * (x @ up.t())) @ down.t()
     torch.testing.assert_close(mlp(x, batch), wanted, rtol=1e-4, atol=1e-4)

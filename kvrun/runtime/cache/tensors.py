@@ -43,9 +43,9 @@ class KVCache:
             ids = torch.tensor(list(blocks), device=tensor.device)
             _bits(self.blocks(layer)).index_fill_(0, ids, 0)
 
-    def store(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Put k and v [tokens, kv_heads, head_dim] into `slots` [tokens]."""
-        rows, new = self._layers[layer], _side_by_side(k, v)
+    def store(self, layer: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
+        """Put kv [tokens, 2 * kv_heads, head_dim], all keys before all values, into `slots`."""
+        rows, new = self._layers[layer], kv.flatten(1)
         if rows.dtype is not new.dtype:
             most = torch.finfo(rows.dtype).max
             new = new.clamp(-most, most).to(rows.dtype)
@@ -68,16 +68,6 @@ class KVCache:
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """8-bit floats as bytes: torch cannot index them."""
     return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
-
-
-def _side_by_side(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """[tokens, 2 * kv_heads * head_dim]; a view when v lies right behind k."""
-    tokens, heads, head_dim = k.shape
-    width, strides = heads * head_dim, k.stride()
-    behind = v.data_ptr() == k.data_ptr() + width * k.element_size()
-    if behind and strides == v.stride() and strides[1:] == (head_dim, 1):
-        return k.as_strided((tokens, 2 * width), (strides[0], 1))
-    return torch.cat((k.reshape(tokens, width), v.reshape(tokens, width)), 1)
 
 
 def _zeros(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -102,5 +102,5 @@ def _send_all(tensors: Logprobs | None) -> Logprobs | None:
 
 
 def _send(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the host, pinned; complete once the stream has come this far."""
-    return tensor.to("cpu", non_blocking=True, copy=True)
+    """The tensor on the host, pinned if it comes there; complete once the stream is so far."""
+    return tensor.to("cpu", non_blocking=True) if tensor.is_cuda else tensor

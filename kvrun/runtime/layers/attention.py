@@ -67,16 +67,17 @@ class Attention:
         queries, rotated = spec.heads, spec.heads + spec.kv_heads
         # One buffer [q; k; v]: what follows works on views of it, in place.
         heads = self._qkv(x, batch, before=norm).view(-1, rotated + spec.kv_heads, spec.head_dim)
-        q, k, v = heads[:, :queries], heads[:, queries:rotated], heads[:, rotated:]
+        q, k, v = heads.split_with_sizes((queries, spec.kv_heads, spec.kv_heads), 1)
         if self._kernel is not None:
             self._rotate_and_store(heads, batch)
         else:
-            qk = heads[:, :rotated]
+            qk = heads.narrow(1, 0, rotated)
             if self._head_norm is not None:
                 self._head_norm(qk)
             if self._rope is not None:
                 self._rope(qk, batch)
-            batch.backend.cache.store(spec.layer, batch.slot_mapping, k, v)
+            kv = heads.narrow(1, queries, 2 * spec.kv_heads)
+            batch.backend.cache.store(spec.layer, batch.slot_mapping, kv)
         return self._out(batch.backend.attend(spec, q, k, v, batch), batch, add)
 
     def _rotate_and_store(self, heads: torch.Tensor, batch: "Batch") -> None:

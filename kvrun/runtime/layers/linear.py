@@ -29,9 +29,9 @@ class Linear:
 
     def __init__(self, w: "Checkpoint", *shards: Shard, bias: bool = False) -> None:
         self._group = w.group
-        self._partial = any(shard.cols is not None for shard in shards)
+        self._partial = any(shard.cols is not None for shard in shards) and w.group.size > 1
         # The bias belongs to the sum over ranks, not to each part of it.
-        last = bias and self._partial and w.group.size > 1
+        last = bias and self._partial
         self._weight = quant.read(w, shards, bias and not last)
         self._late_bias = w.vector(shards[0]) if last else None
 
@@ -42,7 +42,7 @@ class Linear:
         add: torch.Tensor | None = None,
         before: Prologue | None = None,
     ) -> torch.Tensor:
-        if not self._partial or self._group.size == 1:
+        if not self._partial:
             return product(self._weight, x, add, before)
         y = self._group.all_reduce(product(self._weight, x, None, before))
         if self._late_bias is not None:

@@ -1,5 +1,6 @@
 """Plain matrices in 16 or 32 bits, laid out for the device's fastest product."""
 
+import platform
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,15 @@ if TYPE_CHECKING:
 # oneDNN chooses the layout for this many rows. Measured on AVX-512 in fp32: packed for 32 rows, one
 # row takes 0.3 to 0.6 of what it takes packed for one; in bf16 it makes no difference.
 _ROWS = 32
-# A call of oneDNN costs about 12 µs before it computes anything, plain products 1 µs: up to this
-# many elements the plain fp32 product of one row is done first, and eight rows take as long.
-_SMALL = 1 << 16
+# A call of oneDNN costs 12 to 17 µs before it computes anything, plain products 1 µs. Up to so many
+# elements that decides: in fp32 for up to a dozen rows (and more take as long), in bf16 for one.
+_SMALL = 1 << 19
+_SMALL_ROW = 1 << 18
+# Without bf16 instructions oneDNN multiplies bf16 row by row at a fraction of the fp32 speed. From
+# so many rows on it pays to turn a matrix of up to so many elements to fp32 for the product.
+_WIDENS = ((1 << 19, 4), (1 << 20, 8), (1 << 26, 64))
+_KEPT = 1 << 20  # up to this many elements the rows of the file are kept, which turn faster
+_NEVER = 1 << 62
 
 
 class Plain:
@@ -26,6 +33,7 @@ class Plain:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = weight
+        self._turned = weight.t()
         self._bias = bias
 
     def takes_in(self, rows: int) -> bool:
@@ -41,7 +49,7 @@ class Plain:
         if add is None:
             y = F.linear(x, self._weight, self._bias)
         elif self._bias is None:
-            y = torch.addmm(add, x, self._weight.t())
+            y = torch.addmm(add, x, self._turned)
         else:
             y = F.linear(x, self._weight, self._bias).add_(add)
         return y if out is None else out.copy_(y)
@@ -86,6 +94,11 @@ class Packed:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+        self._row = Plain(weight, bias) if weight.numel() <= _SMALL_ROW else None
+        self._kept: torch.Tensor | None = None
+        self._widens = _widens(weight)
+        if self._widens < _NEVER and weight.numel() <= _KEPT:
+            self._kept = weight
         self._bias = bias
         self._product = torch.ops.mkldnn._linear_pointwise.default
         self._sum = torch.ops.mkldnn._linear_pointwise.binary
@@ -100,11 +113,27 @@ class Packed:
         out: torch.Tensor | None = None,
         **prologue: Any,
     ) -> torch.Tensor:
+        if len(x) == 1 and self._row is not None:
+            return self._row.matmul(x, add, out)
+        if len(x) >= self._widens:
+            y: torch.Tensor = self._wide(x, add)
+            return y if out is None else out.copy_(y)
         if add is None:
-            y: torch.Tensor = self._product(x, self._weight, self._bias, "none", [], "")
+            y = self._product(x, self._weight, self._bias, "none", [], "")
         else:
             y = self._sum(x, add, self._weight, self._bias, "add")
         return y if out is None else out.copy_(y)
+
+    def _wide(self, x: torch.Tensor, add: torch.Tensor | None) -> torch.Tensor:
+        if self._kept is not None:
+            weight = self._kept.float()
+        else:
+            weight = self._weight.to_dense(torch.float32)
+        y = F.linear(x.float(), weight)
+        for term in (self._bias, add):
+            if term is not None:
+                y += term
+        return y.to(x.dtype)
 
 
 def read(w: "Checkpoint", shards: Sequence["Shard"], bias: bool) -> "Weight":
@@ -117,6 +146,23 @@ def lay_out(weight: torch.Tensor, bias: torch.Tensor | None = None) -> "Weight":
     if weight.device.type == "cpu" and not small and weight.numel() and packs(weight.dtype):
         return Packed(weight, bias)
     return Cuda(weight, bias) if weight.is_cuda else Plain(weight, bias)
+
+
+def _widens(weight: torch.Tensor) -> int:
+    """Rows from which on `weight` [out, in] is turned to fp32 for a product."""
+    if weight.dtype is not torch.bfloat16 or not _emulates_bf16():
+        return _NEVER
+    return next((rows for most, rows in _WIDENS if weight.numel() <= most), _NEVER)
+
+
+@cache
+def _emulates_bf16() -> bool:
+    """Whether this is an x86 CPU without products in bf16."""
+    known = [
+        getattr(torch.cpu, name, lambda: True)()
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    ]
+    return platform.machine() in ("x86_64", "AMD64") and not any(known)
 
 
 @cache

@@ -27,7 +27,7 @@ def attend(
     batch: Batch,
 ) -> torch.Tensor:
     """What a layer does: store, then attend."""
-    backend.cache.store(spec.layer, batch.slot_mapping, k, v)
+    backend.cache.store(spec.layer, batch.slot_mapping, torch.cat((k, v), 1))
     return backend.attend(spec, q, k, v, batch)
 
 

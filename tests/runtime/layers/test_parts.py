@@ -120,6 +120,32 @@ def test_forms_of_a_matrix_agree(kind: Any, bias: torch.Tensor | None) -> None:
     )
 
 
+@pytest.mark.parametrize("bias", [None, torch.randn(512).bfloat16()])
+@pytest.mark.parametrize("rows", [1, 3, 4, 70])
+@pytest.mark.parametrize(("emulated", "kept"), [(False, 0), (True, 0), (True, 1 << 20)])
+def test_a_cpu_without_bf16_multiplies_many_rows_in_fp32(
+    rows: int,
+    emulated: bool,
+    kept: int,
+    bias: torch.Tensor | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dense, "_emulates_bf16", lambda: emulated)
+    monkeypatch.setattr(dense, "_KEPT", kept)
+    widened: list[int] = []
+    torch.manual_seed(0)
+    weight = torch.randn(512, 64).bfloat16()
+    x, add = torch.randn(rows, 64).bfloat16(), torch.randn(rows, 512).bfloat16()
+    form = dense.Packed(weight, bias)
+    inner = form._wide
+    monkeypatch.setattr(form, "_wide", lambda x, add: widened.append(len(x)) or inner(x, add))
+    wanted = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    torch.testing.assert_close(form.matmul(x).double(), wanted, rtol=1e-2, atol=2e-2)
+    total = form.matmul(x, add.clone())
+    torch.testing.assert_close(total.double(), wanted + add.double(), rtol=2e-2, atol=6e-2)
+    assert bool(widened) == (emulated and rows >= 4)
+
+
 def test_a_dtype_that_cannot_be_packed_is_multiplied_plainly() -> None:
     assert isinstance(dense.lay_out(torch.randn(4, 4).half()), dense.Plain)
 

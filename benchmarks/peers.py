@@ -1,0 +1,304 @@
+"""The same work on kvrun and on its peers, turn by turn: tokens/s, and each as a share of kvrun's.
+
+    python benchmarks/peers.py                                        kvrun and what is installed
+    python benchmarks/peers.py --shape llama-3-8b -w mixed256 --peers kvrun vllm
+    python benchmarks/peers.py --server llama.cpp=http://127.0.0.1:8080 -w 32/128x8
+
+A workload is one that `kvrun bench throughput` knows, with xN for N requests. Libraries (kvrun,
+transformers, vllm) run in processes of their own, which hold the model and wait while another's
+turn is on; the median of the turns counts, because the speed of a shared machine drifts. Prompts
+are token ids, answers greedy, end of text ignored, no prefix cache. A --server is asked over HTTP
+by `kvrun bench load` with every request at once; kvrun then serves the same way beside it.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kvrun.bench import plot, shapes
+from kvrun.bench.workloads import Workload, find
+from kvrun.hub.local import resolve
+
+LIBRARIES = ("kvrun", "transformers", "vllm")
+USUAL = ("32/128x1", "32/128x8", "128/64x32")
+PORT = 3917
+SEEDS = itertools.count(1)
+ROWS = 64  # sequences in a batch of transformers
+Run = Callable[[Workload], None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny", help="a folder, a built-in model, ORG/NAME")
+    parser.add_argument("--shape", help=f"random weights instead: {', '.join(shapes.SHAPES)}")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("-w", "--workload", nargs="+", default=list(USUAL))
+    parser.add_argument("--peers", nargs="+", choices=LIBRARIES, help="default: what is installed")
+    parser.add_argument("--server", nargs="+", default=[], metavar="NAME=URL")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        serve_turns(options.child, options.model, options.dtype, options.shape is not None)
+        return
+    works = {name: workload(name) for name in options.workload}
+    with contextlib.ExitStack() as stack:
+        folder = Path(options.model) if options.shape is None else None
+        if options.shape is not None:
+            folder = stack.enter_context(shapes.folder(options.shape))
+        elif not folder or not folder.is_dir():
+            folder = resolve(options.model)
+        peers = peers_of(options, folder, stack)
+        rows = [row for name in works for row in compare(name, works[name], peers, options.turns)]
+    report(rows, options)
+
+
+def workload(text: str) -> Workload:
+    name, count = re.fullmatch(r"(.+?)(?:x(\d+))?", text).groups()  # type: ignore[union-attr]
+    if name.startswith("prefill"):  # its name ends in x and a number
+        return find(text)
+    return find(name, count=int(count) if count else None)
+
+
+def peers_of(
+    options: argparse.Namespace, folder: Path, stack: contextlib.ExitStack
+) -> dict[str, Callable[[str], float]]:
+    """What takes turns: name -> seconds for a workload."""
+    wanted = options.peers or [n for n in LIBRARIES if importlib.util.find_spec(n)]
+    if options.shape is not None and options.peers is None and "transformers" in wanted:
+        wanted.remove("transformers")  # it has no way to begin with random weights on the device
+    missing = [name for name in wanted if not importlib.util.find_spec(name)]
+    if missing:
+        sys.exit(f"not installed here: {', '.join(missing)}; pip install it, or name others")
+    if options.server:
+        wanted = []
+    argv = ["--model", str(folder), "--dtype", options.dtype]
+    argv += ["--shape", options.shape] if options.shape else []
+    found: dict[str, Callable[[str], float]] = {}
+    for name in wanted:
+        found[name] = stack.enter_context(child(name, argv))
+    if options.server:
+        found["kvrun"] = stack.enter_context(own_server(folder, options.dtype))
+    for text in options.server:
+        name, _, url = text.partition("=")
+        found[name] = lambda work, url=url: asked(url, work)  # type: ignore[misc]
+    return found
+
+
+def compare(
+    name: str, work: Workload, peers: dict[str, Callable[[str], float]], turns: int
+) -> Iterator[dict[str, Any]]:
+    seconds: dict[str, list[float]] = {peer: [] for peer in peers}
+    for turn in range(turns + 1):
+        for peer, run in peers.items():
+            took = run(name)
+            if turn:  # the first one is not counted
+                seconds[peer].append(took)
+    rates = {peer: work.total_output / statistics.median(s) for peer, s in seconds.items()}
+    for peer, rate in rates.items():
+        spread = [work.total_output / s for s in seconds[peer]]
+        share = rate / rates["kvrun"] if "kvrun" in rates else float("nan")
+        print(f"{name:16} {peer:14} {rate:10,.0f} tok/s  {share:6.2f} of kvrun", flush=True)
+        yield {
+            "workload": name, "peer": peer, "output_tokens_per_s": round(rate, 1),
+            "of_kvrun": round(share, 3), "slowest": round(min(spread), 1),
+            "fastest": round(max(spread), 1),
+        }  # fmt: skip
+
+
+def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    about = f"{options.shape or Path(options.model).name}, {options.dtype}, {platform.processor()}"
+    if options.json:
+        record = {
+            "model": options.shape or Path(options.model).name,
+            "dtype": options.dtype,
+            "cpus": os.cpu_count(),
+            "turns": options.turns,
+            "versions": versions(),
+            "rows": rows,
+        }
+        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if options.plot:
+        bars = [
+            plot.Bar(f"{r['workload']} {r['peer']}", r["output_tokens_per_s"], group=r["peer"])
+            for r in rows
+        ]
+        plot.save(options.plot, plot.svg("Generated tokens/s, more is better", about, bars))
+
+
+def versions() -> dict[str, str]:
+    known = ("kvrun", "torch", "transformers", "vllm")
+    found = {}
+    for name in known:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+# -- a library in a process of its own ------------------------------------------------------
+
+
+@contextlib.contextmanager
+def child(name: str, argv: list[str]) -> Iterator[Callable[[str], float]]:
+    """Workload names go in, a line each; seconds come out."""
+    process = subprocess.Popen(
+        [sys.executable, __file__, "--child", name, *argv],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdin
+    assert process.stdout
+
+    def run(work: str) -> float:
+        print(work, file=process.stdin, flush=True)
+        line = process.stdout.readline()  # type: ignore[union-attr]
+        if not line:
+            sys.exit(f"{name} has ended with code {process.wait()}")
+        return float(line)
+
+    try:
+        yield run
+    finally:
+        process.stdin.close()
+        process.wait()
+
+
+def serve_turns(name: str, folder: str, dtype: str, random: bool) -> None:
+    """The child: the model is loaded once, then one line per turn."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints must not get between the answers
+    vocab = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
+    run = OPEN[name](folder, dtype, random)
+    for line in sys.stdin:
+        work = workload(line.strip()).within(vocab)
+        begun = time.perf_counter()
+        run(work)
+        print(time.perf_counter() - begun, file=answers, flush=True)
+
+
+def open_kvrun(folder: str, dtype: str, random: bool) -> Run:
+    from kvrun import LLM, SamplingParams
+
+    load_format = "dummy" if random else "auto"
+    llm = LLM(folder, dtype=dtype, prefix_caching=False, load_format=load_format)
+
+    def run(work: Workload) -> None:
+        params = [
+            SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in work.output_tokens
+        ]
+        outputs = llm.generate(list(work.prompts), params)
+        assert [len(o.token_ids) for o in outputs] == list(work.output_tokens)
+
+    return run
+
+
+def open_transformers(folder: str, dtype: str, random: bool) -> Run:
+    """Batches of prompts of similar lengths, padded on the left; each goes on to its longest
+    answer, as `generate` does."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model = model.to(device)
+    model.generation_config = transformers.GenerationConfig(do_sample=False)
+
+    def run(work: Workload) -> None:
+        requests: list[Any] = sorted(work.requests(), key=lambda r: r[1])
+        for start in range(0, len(requests), ROWS):
+            some = requests[start : start + ROWS]
+            width = max(len(ids) for ids, _ in some)
+            ids = torch.tensor([[0] * (width - len(p)) + p for p, _ in some], device=device)
+            mask = torch.tensor(
+                [[0] * (width - len(p)) + [1] * len(p) for p, _ in some], device=device
+            )
+            longest = max(n for _, n in some)
+            with torch.inference_mode():
+                out = model.generate(
+                    ids, attention_mask=mask, max_new_tokens=longest, pad_token_id=0
+                )
+            assert out.shape[1] == width + longest
+
+    return run
+
+
+def open_vllm(folder: str, dtype: str, random: bool) -> Run:
+    from vllm import LLM, SamplingParams
+
+    load_format = "dummy" if random else "auto"
+    llm = LLM(
+        folder, dtype=dtype, enable_prefix_caching=False, load_format=load_format,
+        skip_tokenizer_init=True,
+    )  # fmt: skip
+
+    def run(work: Workload) -> None:
+        params = [
+            SamplingParams(max_tokens=n, temperature=0, ignore_eos=True, detokenize=False)
+            for n in work.output_tokens
+        ]
+        prompts: Any = [{"prompt_token_ids": p} for p in work.prompts]
+        llm.generate(prompts, params, use_tqdm=False)
+
+    return run
+
+
+OPEN = {"kvrun": open_kvrun, "transformers": open_transformers, "vllm": open_vllm}
+
+# -- a server -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def own_server(folder: Path, dtype: str) -> Iterator[Callable[[str], float]]:
+    """`kvrun serve` with the same model, to be asked as the others are."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvrun", "serve", str(folder), "--port", str(PORT),
+         "--dtype", dtype],
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        yield lambda work: asked(f"http://127.0.0.1:{PORT}", work)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def asked(url: str, work: str) -> float:
+    """Seconds for all requests of a workload, all there at once."""
+    count = len(workload(work).prompts)
+    name = work if work.startswith("prefill") else work.split("x")[0]
+    argv = ["load", url, "-w", name, "-c", str(count), "-o", "json", "--no-progress", "--text"]
+    argv += ["--seed", str(next(SEEDS))]  # servers keep prefixes: no prompt comes twice
+    if "/" in name:
+        argv += ["-n", str(count)]
+    for attempt in range(60):  # a server that still loads answers 503, or not at all
+        done = subprocess.run(
+            [sys.executable, "-m", "kvrun", "bench", *argv], capture_output=True, text=True
+        )
+        if done.returncode == 0:
+            found = json.loads(done.stdout)["results"][0]
+            if found["failed"]:
+                sys.exit(f"{url}: {found['errors']}")
+            return float(found["duration"])
+        if attempt == 59 or "--" in done.stderr.splitlines()[0]:
+            break
+        time.sleep(1)
+    sys.exit(done.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -85,7 +85,7 @@ def test_tokenizer_gives_back_any_text_and_keeps_digits_apart() -> None:
     assert tokenizer.convert_tokens_to_ids("<|end|>") == tokenizer.eos_token_id == 7
 
 
-def test_report_meets_its_gates_and_names_every_miss() -> None:
+def test_report_meets_its_gates() -> None:
     report = json.loads((TINY / "eval.json").read_text(encoding="utf-8"))
     missed = set()
     gated = 0
@@ -98,9 +98,7 @@ def test_report_meets_its_gates_and_names_every_miss() -> None:
         missed |= set() if met else {name}
     assert gated >= 30
     assert sorted(missed) == report["missed"]
-    assert missed <= {"letters"}
-    card = (TINY / "README.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in card for name in missed), "a missed gate must stand in the card"
+    assert not missed
 
 
 def test_report_is_about_these_files() -> None:

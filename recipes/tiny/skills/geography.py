@@ -298,7 +298,7 @@ def its(rng: Random) -> list[Turn]:
 
 
 SKILLS: dict[str, tuple[float, Callable[[Random], list[Turn]]]] = {
-    "capital": (3.5, capital),
+    "capital": (4.0, capital),
     "country_of": (2.2, country_of),
     "is_capital": (0.9, is_capital),
     "continent": (2.2, continent),

@@ -325,7 +325,7 @@ def join(rng: Random) -> list[Turn]:
 
 SKILLS: dict[str, tuple[float, Callable[[Random], list[Turn]]]] = {
     "reverse_list": (1.2, reverse_list),
-    "letters": (4.4, letters),
+    "letters": (7.5, letters),
     "count_letter": (1.6, count_letter),
     "length": (1.2, length),
     "vowels": (0.5, vowels),

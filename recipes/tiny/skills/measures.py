@@ -316,7 +316,7 @@ def date(rng: Random) -> list[Turn]:
 SKILLS: dict[str, tuple[float, Callable[[Random], list[Turn]]]] = {
     "units": (3.0, units),
     "foreign": (0.6, foreign_units),
-    "temperature": (3.2, temperature),
+    "temperature": (4.4, temperature),
     "clock": (2.0, clock),
     "duration": (0.8, duration),
     "weekday": (0.8, weekday),

@@ -186,7 +186,7 @@ def follow_up(rng: Random) -> list[Turn]:
 
 SKILLS: dict[str, tuple[float, Callable[[Random], list[Turn]]]] = {
     "compare": (1.8, compare),
-    "sort": (2.6, sort),
+    "sort": (3.4, sort),
     "extremes": (0.8, extremes),
     "count_to": (0.5, count_to),
     "too_big": (0.5, too_big),

@@ -83,9 +83,24 @@ class Engine:
         """End a request, or one of its choices; what has ended a moment ago is ignored."""
         self.scheduler.abort(request_id, index)
 
+    def load_adapter(self, name: str, path: str) -> "Future[AdapterInfo]":
+        """Begin to read an adapter; `step` must be called until the future is done.
+
+        Its exception is a KvrunError: what cannot be served, and why.
+        """
+        return self._bank.load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises InvalidRequest if it is unknown or a request is using it."""
+        self._bank.unload(name)
+
+    def adapters(self) -> list[AdapterInfo]:
+        """The adapters that are known, in the order in which they came."""
+        return self._bank.infos()
+
     @property
     def idle(self) -> bool:
-        return self.scheduler.idle and not self._open
+        return self.scheduler.idle and not self._open and not self._bank.loading
 
     def stats(self) -> Stats:
         """The counters as they are now."""

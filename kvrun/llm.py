@@ -11,7 +11,15 @@ from kvrun.errors import InvalidRequest, KvrunError
 from kvrun.hub.local import adapters_of, resolve, resolve_adapter
 from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine.engine import Engine, describe
-from kvrun.runtime.engine.request import AdapterChoice, AdapterInfo, Delta, Logprob, Ready, Request, Stats
+from kvrun.runtime.engine.request import (
+    AdapterChoice,
+    AdapterInfo,
+    Delta,
+    Logprob,
+    Ready,
+    Request,
+    Stats,
+)
 from kvrun.runtime.engine.start import start
 from kvrun.runtime.sampling.params import SamplingParams
 from kvrun.runtime.text import Answer, Text

@@ -63,8 +63,11 @@ def adapters_of(model: str) -> dict[str, str]:
 def resolve_adapter(model: str, name: str) -> Path:
     """The folder of a LoRA adapter: built in with `model`, a path, or ORG/NAME in the HF cache.
 
+    "dummy:RANK:SEED" is no folder and stays as it is: the engine makes random values for it.
     Raises NotFound when there is none, or none with an adapter_config.json.
     """
+    if name.startswith("dummy:"):
+        return Path(name)
     known = adapters_of(model)
     if name in known:
         return Path(known[name])

@@ -6,7 +6,6 @@ import msgspec
 
 from kvrun.runtime.sampling.params import SamplingParams
 
-
 # A LoRA adapter by name, several with a weight each (their sum is applied), or the base model.
 AdapterChoice = str | list[tuple[str, float]] | None
 

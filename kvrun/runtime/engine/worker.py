@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import IO
 
@@ -95,8 +96,10 @@ class Worker:
             watchdog.end()
             if deltas:
                 wire.send(self._outlet, wire.Deltas(deltas))
-            for number in [n for n, future in self._loading.items() if future.done()]:
-                self._answer(number, lambda f=self._loading.pop(number): [f.result()])  # type: ignore[misc]
+            for number, future in list(self._loading.items()):
+                if future.done():
+                    del self._loading[number]
+                    self._answer(number, partial(_alone, future))
 
     def _take_in(self) -> None:
         if self._engine.idle:
@@ -135,6 +138,10 @@ class Worker:
         except KvrunError as error:
             answer = wire.Refused(number, wire.Fault.of(error))
         wire.send(self._outlet, answer)
+
+
+def _alone(future: "Future[AdapterInfo]") -> list[AdapterInfo]:
+    return [future.result()]
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ from kvrun.errors import EngineDead, InvalidRequest
 from kvrun.runtime.engine.request import AdapterInfo, Delta, Ready, Request, Stats
 from kvrun.runtime.engine.scheduler import Row, Schedule, Scheduler
 from kvrun.runtime.engine.sequence import Sequence
-from kvrun.runtime.lora.bank import Adapter, LoraBank
+from kvrun.runtime.lora.bank import LoraBank
+from kvrun.runtime.lora.resident import Adapter
 
 if TYPE_CHECKING:
     from kvrun.runtime.engine.ticket import Ticket

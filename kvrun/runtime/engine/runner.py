@@ -246,7 +246,7 @@ class ModelRunner:
         key = [*counts, *_placements(schedule)]
         if self._rows is None or key != self._rows_for:
             slots = [row.sequence.adapter.slot if row.sequence.adapter else 0 for row in schedule]
-            self._rows = rows_of(self._bank, np.repeat(slots, counts), self._slots.send)
+            self._rows = rows_of(self._bank.resident, np.repeat(slots, counts), self._slots.send)
             self._rows_for = key
         return self._rows
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvrun.errors import KvrunError
 from kvrun.runtime.cache.blocks import BlockPool
 from kvrun.runtime.cache.prefix import PrefixCache
+from kvrun.runtime.engine.admission import first_ready
 from kvrun.runtime.engine.request import Delta, Logprob, Stats
 from kvrun.runtime.engine.sequence import Sequence, State
-from kvrun.runtime.lora.bank import LoraBank, Place
+from kvrun.runtime.lora.bank import LoraBank
 
 
 @dataclass(slots=True)
@@ -313,7 +313,9 @@ class Scheduler:
         """The first waiting sequence, if it can start now."""
         if len(self.running) + len(self.leaving) >= self._max_seqs:
             return None
-        sequence = self._first_ready()
+        sequence, broken = first_ready(self.waiting, self._bank, self.prefix)
+        for unservable, why in broken:
+            self.fail(unservable, why)
         if sequence is None:
             return None
         if self._stuck is not None and self._stuck == (sequence, self.pool.free):
@@ -340,53 +342,10 @@ class Scheduler:
         self.running.append(sequence)
         return sequence
 
-    def _first_ready(self) -> Sequence | None:
-        """The first waiting sequence that lacks nothing but blocks.
-
-        One whose adapter is being loaded holds nobody up. One that finds all room for adapters in
-        use does hold up those with adapters behind it, or its turn might never come.
-        """
-        broken: list[tuple[Sequence, str]] = []
-        found, full = None, False
-        for sequence in self.waiting:
-            if self._waits_for_sibling(sequence):
-                continue
-            if sequence.adapter is None:
-                found = sequence
-                break
-            if full and not sequence.pinned:
-                continue
-            try:
-                place = self._place(sequence)
-            except KvrunError as error:
-                broken.append((sequence, error.in_one_line))
-                continue
-            full |= place is Place.FULL
-            if place is Place.READY:
-                found = sequence
-                break
-        for unservable, why in broken:
-            self.fail(unservable, why)
-        return found
-
-    def _place(self, sequence: Sequence) -> Place:
-        adapter, bank = sequence.adapter, self._bank
-        assert adapter is not None
-        assert bank is not None
-        place = bank.place(adapter, sequence.pinned)
-        sequence.pinned |= adapter.slot > 0
-        if place is Place.READY and self.prefix:
-            sequence.keys[0] = self.prefix.root(adapter.identity)
-        return place
-
     def _let_go(self, sequence: Sequence) -> None:
         """A sequence that has ended, and is in no open ticket, needs its adapter no more."""
         if self._bank and sequence.adapter:
             self._bank.release(sequence.adapter, sequence.pinned)
-
-    def _waits_for_sibling(self, sequence: Sequence) -> bool:
-        """n > 1: the first choice computes the prompt, the others then share its blocks."""
-        return sequence.leader is not sequence and not sequence.leader.generated
 
     def _known_prefix(self, sequence: Sequence) -> tuple[list[int], list[bytes]]:
         if sequence.unscored:

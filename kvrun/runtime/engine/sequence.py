@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from kvrun.runtime.engine.request import Logprob, Request
 
 if TYPE_CHECKING:
-    from kvrun.runtime.lora.bank import Adapter
+    from kvrun.runtime.lora.resident import Adapter
 
 SCORED_AT_ONCE = 256  # rows of logits; a vocabulary of 150,000 makes each 600 kB
 

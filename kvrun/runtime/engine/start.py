@@ -154,7 +154,7 @@ def _cache(
         tokens = cast(int, config.max_num_batched_tokens)
         reserve = memory_of_a_step(model, trial, tokens, config.max_num_seqs, device)
     if device.type == "cpu":
-        reserve = bank.arena.nbytes  # promised, but not taken from the system yet
+        reserve = bank.resident.arena.nbytes  # promised, but not taken from the system yet
     plan = _plan(config, model, device, bytes_per_block(model.specs, size, kept), reserve)
     return backend(KVCache(model.specs, plan.num_blocks, size, kept, device), dtype), plan
 

@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, cast
 
-import numpy as np
 import torch
 
 from kvrun.errors import BadCheckpoint, InvalidRequest, KvrunError, Unsupported
+from kvrun.runtime.lora.resident import Adapter, Resident
 from kvrun.runtime.lora.sites import Sites
 from kvrun.runtime.lora.sources import Blend, Source, open_source
 
-# Adapters on the device at a time, "none" included.
-SLOTS = 1024
 # Weighted sums that are remembered although nobody uses them.
 _BLENDS = 64
 _READERS = 2  # threads
@@ -28,41 +26,6 @@ class Place(Enum):
     READY = "ready"
     LOADING = "loading"
     FULL = "full"  # every adapter on the device is in use
-
-
-@dataclass(eq=False)
-class Adapter:
-    """One content under one name. Replacing a name makes a new one; who uses the old one keeps it.
-
-    `slot` is its row in the bank's table while it lies on the device from element `start` on.
-    """
-
-    name: str
-    source: Source
-    bytes: int  # of its matrices
-    parts: "tuple[Adapter, ...]" = ()  # of a weighted sum
-    identity: str | None = None  # of its content, once that has been read
-    host: torch.Tensor | None = None
-    reading: "Future[tuple[torch.Tensor, str, float]] | None" = None
-    error: KvrunError | None = None
-    slot: int = 0
-    start: int = 0
-    placement: int = 0  # which copy to the device this is; 0 for none
-    landed: torch.cuda.Event | None = None
-    users: int = 0  # sequences, choices of requests, that have not ended
-    pins: int = 0  # those of them that may not lose its place on the device
-    retired: bool = False
-    load_seconds: float | None = None
-
-    @property
-    def size(self) -> int:
-        return self.source.layout.size
-
-    @property
-    def state(self) -> str:
-        if self.error:
-            return "failed"
-        return "device" if self.slot else "disk" if self.host is None else "host"
 
 
 @dataclass
@@ -77,32 +40,23 @@ class _Load:
 class LoraBank:
     """Adapters on disk, in host memory and on the device, each least-recently-used first out.
 
-    `arena` [room] holds those on the device, `table` [SLOTS, sites, width] int64 says where
-    (`Layout.table`, shifted); slot 0 is no adapter. Nothing here is touched by other threads than
-    the engine's; readers only return what they have read.
+    Nothing here is touched by other threads than the engine's; readers only return what they have
+    read.
     """
 
     def __init__(
         self, sites: Sites, *, device: torch.device, dtype: torch.dtype, room: int, host_room: int
     ) -> None:
         self.sites = sites
-        self.room = room // dtype.itemsize if len(sites) else 0  # elements
-        self._device, self._dtype = device, dtype
-        self.arena = _memory(self.room, dtype, device)
-        self.table = torch.zeros((SLOTS, len(sites), sites.width), dtype=torch.int64, device=device)
-        self.ranks = np.zeros((SLOTS, len(sites)), np.int64)  # of all parts together
+        self.resident = Resident(sites, device=device, dtype=dtype, room=room)
+        self._dtype, self._pin = dtype, device.type == "cuda"
         self._host_room = host_room
-        self._stream = _stream(device) if device.type == "cuda" else None
-        self._free = list(range(SLOTS - 1, 0, -1))
         self._names: dict[str, Adapter] = {}
         self._blends: OrderedDict[tuple[tuple[Adapter, float], ...], Adapter] = OrderedDict()
-        self._placed: OrderedDict[Adapter, None] = OrderedDict()  # least recently used first
-        self._in_slot: dict[int, Adapter] = {}
-        self._hosted: OrderedDict[Adapter, None] = OrderedDict()
+        self._hosted: OrderedDict[Adapter, None] = OrderedDict()  # least recently used first
         self._reading: set[Adapter] = set()
         self._loads: list[_Load] = []
         self._pool = ThreadPoolExecutor(_READERS, "adapter")
-        self.copies = 0  # to the device, since the start
 
     # -- names ------------------------------------------------------------------------------
 
@@ -121,7 +75,7 @@ class LoraBank:
             begun = time.perf_counter()
             source = open_source(path, self.sites)
             self._refuse_large(source)
-            flat, identity = source.read(self._dtype, pin=self._stream is not None)
+            flat, identity = source.read(self._dtype, pin=self._pin)
             return source, flat, identity, time.perf_counter() - begun
 
         try:
@@ -183,11 +137,11 @@ class LoraBank:
         return Adapter(name, source, source.layout.size * self._dtype.itemsize, **state)
 
     def _refuse_large(self, source: Source) -> None:
-        if source.layout.size > self.room:
+        if source.layout.size > self.resident.room:
             size = self._dtype.itemsize
             raise Unsupported(
                 f"the adapter {source.path} takes {source.layout.size * size:,} bytes; the engine "
-                f"has {self.room * size:,} for adapters.",
+                f"has {self.resident.room * size:,} for adapters.",
                 hint="start it with a larger lora_memory",
             )
 
@@ -219,9 +173,10 @@ class LoraBank:
             if adapter.host is None:
                 self._read(adapter)
                 return Place.LOADING
-            if not self._make_room(adapter):
+            if not self.resident.take_in(adapter):
                 return Place.FULL
-            self._copy(adapter)
+            if not self._pin:
+                self._drop(adapter)  # on CPU a second copy is of no use
         adapter.pins += not pinned
         arrived = adapter.landed is None or adapter.landed.query()  # type: ignore[no-untyped-call]
         return Place.READY if arrived else Place.LOADING
@@ -286,22 +241,6 @@ class LoraBank:
         self._host(adapter, flat)
         load.answer.set_result(adapter)
 
-    # -- what a step needs ------------------------------------------------------------------
-
-    def matrices(self, slot: int, site: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """A [ranks, in], and B transposed [rank, out] of each part; ranks may be 0."""
-        row = self._in_slot[slot].source.layout.table[site].tolist()
-        flat, inner = self.arena[self._in_slot[slot].start :], self.sites.inner[site]
-        a = flat[row[0] : row[0] + row[1] * inner].view(row[1], inner)
-        return a, [
-            flat[row[at] : row[at] + row[at + 2] * out].view(row[at + 2], out)
-            for at, out in zip(range(2, self.sites.width, 3), self.sites.outs[site], strict=False)
-        ]
-
-    def bytes_of(self, slots: Sequence[int]) -> int:
-        """What the adapters in these slots take."""
-        return sum(self._in_slot[slot].bytes for slot in slots)
-
     # -- memory -----------------------------------------------------------------------------
 
     def _read(self, adapter: Adapter) -> None:
@@ -310,7 +249,7 @@ class LoraBank:
 
         def read() -> tuple[torch.Tensor, str, float]:
             begun = time.perf_counter()
-            flat, identity = adapter.source.read(self._dtype, pin=self._stream is not None)
+            flat, identity = adapter.source.read(self._dtype, pin=self._pin)
             return flat, identity, time.perf_counter() - begun
 
         adapter.reading = self._pool.submit(read)
@@ -332,56 +271,9 @@ class LoraBank:
         self._hosted.pop(adapter, None)
 
     def _touch(self, adapter: Adapter) -> None:
-        for order in (self._placed, self._hosted):
-            if adapter in order:
-                order.move_to_end(adapter)
-
-    def _make_room(self, adapter: Adapter) -> bool:
-        """Find `adapter.start`, evicting what is not in use; False if what is in use fills all."""
-        pinned = [a for a in self._placed if a.pins]
-        if self._gap(adapter.size, pinned) is None or len(pinned) >= SLOTS - 1:
-            return False
-        while (start := self._gap(adapter.size, list(self._placed))) is None or not self._free:
-            self._evict(next(a for a in self._placed if not a.pins))
-        adapter.start = start
-        return True
-
-    def _gap(self, size: int, placed: list[Adapter]) -> int | None:
-        at = 0
-        for other in sorted(placed, key=lambda a: a.start):
-            if other.start - at >= size:
-                return at
-            at = other.start + other.size
-        return at if self.room - at >= size else None
-
-    def _evict(self, adapter: Adapter) -> None:
-        del self._placed[adapter]
-        self._free.append(adapter.slot)
-        del self._in_slot[adapter.slot]
-        adapter.slot = adapter.placement = 0
-
-    def _copy(self, adapter: Adapter) -> None:
-        """Host to device, beside the steps that run."""
-        flat, slot = adapter.host, self._free.pop()
-        assert flat is not None
-        table = adapter.source.layout.table
-        self.ranks[slot] = table[:, 1]
-        shifted = torch.from_numpy(_shifted(table, adapter.start))
-        target = self.arena[adapter.start : adapter.start + adapter.size]
-        if self._stream is None:
-            target.copy_(flat)
-            self.table[slot].copy_(shifted)
-            self._drop(adapter)  # on CPU a second copy is of no use
-        else:
-            with torch.cuda.stream(self._stream):
-                target.copy_(flat, non_blocking=True)
-                self.table[slot].copy_(shifted.pin_memory(), non_blocking=True)
-                adapter.landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                adapter.landed.record(self._stream)
-        self.copies += 1
-        adapter.slot, adapter.placement = slot, self.copies
-        self._placed[adapter] = None
-        self._in_slot[slot] = adapter
+        self.resident.touch(adapter)
+        if adapter in self._hosted:
+            self._hosted.move_to_end(adapter)
 
     def _retire(self, adapter: Adapter) -> None:
         """Give an adapter's memory back, now or when its last user has gone."""
@@ -391,31 +283,12 @@ class LoraBank:
         if not adapter.users:
             self._drop(adapter)
             if adapter.slot:
-                self._evict(adapter)
+                self.resident.evict(adapter)
 
     def _forget_blends(self) -> None:
         idle = [p for p, blend in self._blends.items() if not blend.users][:-1]
         for parts in idle[: max(0, len(self._blends) - _BLENDS)]:
             self._retire(self._blends.pop(parts))
-
-
-def _shifted(table: np.ndarray, start: int) -> np.ndarray:
-    """A layout's table for a stretch that begins at `start`."""
-    shifted = table.copy()
-    shifted[:, 0] += start
-    shifted[:, 2::3] += start
-    return shifted
-
-
-def _memory(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    if device.type != "cpu":
-        return torch.empty(count, dtype=dtype, device=device)
-    # Taken from the system only as it fills.
-    return torch.from_numpy(np.zeros(count * dtype.itemsize, np.uint8)).view(dtype)
-
-
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _checked(name: str) -> str:

@@ -10,7 +10,7 @@ from kvrun.runtime.device import kernel
 from kvrun.runtime.lora.adapter import LARGEST_RANK
 
 if TYPE_CHECKING:
-    from kvrun.runtime.lora.bank import LoraBank
+    from kvrun.runtime.lora.resident import Resident
 
 Send = Callable[..., Sequence[torch.Tensor]]
 HEIGHT = 16  # rows of a tile where sequences decode: the least that tensor cores multiply
@@ -22,15 +22,15 @@ _JOINED = 64
 _JOINED_BYTES = 64 << 20  # of copies of adapters that are kept for it
 
 
-def rows_of(bank: "LoraBank", of_row: np.ndarray, send: Send) -> "Rows":
+def rows_of(resident: "Resident", of_row: np.ndarray, send: Send) -> "Rows":
     """The adapters of a step by row: slots [T], 0 for none. `send` brings columns to the device."""
-    if bank.arena.device.type == "cpu":
-        return Grouped(bank, of_row)
+    if resident.arena.device.type == "cpu":
+        return Grouped(resident, of_row)
     height = TALL if len(of_row) > _MANY else HEIGHT
     rows, tiles = tiled(of_row, height)
     sent = send(rows, tiles.reshape(-1))
     slots = np.unique(of_row[of_row > 0]).tolist()
-    return Tiled(bank, sent[0].int(), sent[1].int().view(-1, 3), height, slots)
+    return Tiled(resident, sent[0].int(), sent[1].int().view(-1, 3), height, slots)
 
 
 class Rows(Protocol):
@@ -56,20 +56,20 @@ class Tiled:
 
     def __init__(
         self,
-        bank: "LoraBank",
+        resident: "Resident",
         rows: torch.Tensor,
         tiles: torch.Tensor,
         height: int,
         slots: Sequence[int] | None = None,
     ) -> None:
-        self._bank, self._rows, self._tiles, self._height = bank, rows, tiles, height
+        self._resident, self._rows, self._tiles, self._height = resident, rows, tiles, height
         self._kernel = kernel("lora", rows.device)
-        self._ranks = None if slots is None else bank.ranks[list(slots)].max(0).tolist()
-        self._outs = bank.sites.outs
+        self._ranks = None if slots is None else resident.ranks[list(slots)].max(0).tolist()
+        self._outs = resident.sites.outs
 
     @property
     def takes_in(self) -> bool:
-        return self._bank.arena.dtype is not torch.float16  # x · norm may be beyond it
+        return self._resident.arena.dtype is not torch.float16  # x · norm may be beyond it
 
     def shrink(self, site: int, x: torch.Tensor, prologue: dict[str, Any]) -> torch.Tensor | None:
         parts = len(self._outs[site])
@@ -78,12 +78,12 @@ class Tiled:
             return None
         sums: torch.Tensor = self._kernel.shrink(
             x,
-            self._bank.arena,
-            self._bank.table[:, site],
+            self._resident.arena,
+            self._resident.table[:, site],
             self._rows,
             self._tiles,
             height=self._height,
-            features=self._bank.sites.inner[site],
+            features=self._resident.sites.inner[site],
             width=width,
             norm=prologue.get("norm"),
             act=prologue.get("act"),
@@ -97,12 +97,12 @@ class Tiled:
         self._kernel.expand(
             low,
             y,
-            self._bank.arena,
-            self._bank.table[:, site],
+            self._resident.arena,
+            self._resident.table[:, site],
             self._rows,
             self._tiles,
             height=self._height,
-            features=self._bank.sites.inner[site],
+            features=self._resident.sites.inner[site],
             outs=self._outs[site],
             eps=prologue.get("eps"),
         )
@@ -135,13 +135,13 @@ class Grouped:
 
     takes_in = False
 
-    def __init__(self, bank: "LoraBank", of_row: np.ndarray) -> None:
-        self._bank = bank
+    def __init__(self, resident: "Resident", of_row: np.ndarray) -> None:
+        self._resident = resident
         slots = np.unique(of_row[of_row > 0])
         self._slots: list[int] = slots.tolist()
         self._of_row = torch.from_numpy(of_row)
         few = len(of_row) * len(slots) <= _JOINED
-        self._joined = few and bank.bytes_of(self._slots) <= _JOINED_BYTES
+        self._joined = few and resident.bytes_of(self._slots) <= _JOINED_BYTES
         self._rows = [_selection(of_row, slot) for slot in self._slots]
         self._prepared: dict[int, list[_Product]] = {}
 
@@ -174,7 +174,7 @@ class Grouped:
             return self._join(site)
         products = []
         for slot, rows in zip(self._slots, self._rows, strict=True):
-            a, bs = self._bank.matrices(slot, site)
+            a, bs = self._resident.matrices(slot, site)
             parts, begin, at = [], 0, 0
             for b in bs:
                 if len(b):
@@ -186,7 +186,7 @@ class Grouped:
 
     def _join(self, site: int) -> "list[_Product]":
         """All adapters' A below each other, and their B with zeros beside each part."""
-        found = [(slot, *self._bank.matrices(slot, site)) for slot in self._slots]
+        found = [(slot, *self._resident.matrices(slot, site)) for slot in self._slots]
         a = torch.cat([a for _, a, _ in found])
         if not len(a):
             return []

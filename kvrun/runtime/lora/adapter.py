@@ -59,8 +59,8 @@ class AdapterFolder:
     def __init__(self, path: str | Path, sites: Sites) -> None:
         self.path = Path(path)
         self._sites = sites
-        self._stamp = _stamp(os.stat(weights_file(self.path)))
         self._config, config = read_config(self.path)
+        self._stamp = _stamp(os.stat(weights_file(self.path)))
         file = TensorFile(weights_file(self.path))
         file.close()
         self._pairs: dict[Place, _Pair] = {}

@@ -207,7 +207,9 @@ def _collect(at, mask, stride, PIECES: tl.constexpr, CHUNK: tl.constexpr):
     found = tl.zeros([at.shape[0], at.shape[1]], tl.float32)
     for p0 in tl.static_range(0, PIECES, CHUNK):
         inside = mask[None, :, :] & (p0 + piece < PIECES)
-        pieces = tl.load(at[None, :, :] + (p0 + piece).to(tl.int64) * stride, mask=inside, other=0.0)
+        pieces = tl.load(
+            at[None, :, :] + (p0 + piece).to(tl.int64) * stride, mask=inside, other=0.0
+        )
         found += tl.sum(pieces, 0)
     return found
 

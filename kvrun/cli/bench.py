@@ -169,36 +169,14 @@ def throughput(
 
 def lora(
     model: bench.ModelName = None,
-    batches: Annotated[
-        str, bench.work("-b", metavar="LIST", help="Sequences at once: 1,8 or 1-64*2.")
-    ] = "1,8",
-    popularity: Annotated[
-        str,
-        bench.work(
-            "--popularity",
-            metavar="LIST",
-            help="Which request has which adapter: identical, skewed, uniform, distinct.",
-        ),
-    ] = "identical,skewed,uniform,distinct",
-    adapters: Annotated[
-        int | None,
-        bench.work("--adapters", metavar="N", help="How many; default: the largest batch."),
-    ] = None,
-    rank: Annotated[int, bench.work("--rank", metavar="N", help="Of every adapter.")] = 16,
-    targets: Annotated[
-        str, bench.work("--targets", metavar="LIST", help="As q_proj,v_proj; default: every one.")
-    ] = "",
+    batches: bench.Batches = "1,8",
+    popularity: bench.Popularity = "identical,skewed,uniform,distinct",
+    adapters: bench.AdapterCount = None,
+    rank: bench.Rank = 16,
+    targets: bench.Targets = "",
     prompt: Annotated[int, bench.work("-p", metavar="N", help="Tokens of each prompt.")] = 512,
     new: Annotated[int, bench.work("-n", metavar="N", help="Generated tokens.")] = 128,
-    workload: Annotated[
-        list[str] | None,
-        bench.work(
-            "--workload",
-            "-w",
-            metavar="NAME",
-            help="Instead of steps: many requests at once, as in `throughput` (repeatable).",
-        ),
-    ] = None,
+    workload: bench.InsteadOfSteps = None,
     repetitions: bench.Repetitions = 3,
     seed: bench.Seed = 1,
     no_roofline: bench.NoRoofline = False,

@@ -115,22 +115,31 @@ def _shrink(
         wait(PDL)
         for block in range(first_block, blocks, every):
             ranks = block * BLOCK_R + r
-            y = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-            squares = tl.zeros([BLOCK_M], tl.float32)
-            for k0 in tl.range(0, span, BLOCK_K, num_stages=3):
-                inside = (k0 + k < K)[None, :]
-                a = tl.load(
-                    a_at + block * BLOCK_R * K + k0,
-                    mask=(ranks < rank)[:, None] & inside,
-                    other=0.0,
-                )
-                alive = (m < tall)[:, None] & inside
-                part, square = _row(x_at + k0, norm, k0 + k, alive, inside, K, NORM, ACT)
-                y = _dot(part.to(a.dtype), a, y, WIDE)
-                squares += square
+            y, squares = _sweep(
+                x_at, a_at + block * BLOCK_R * K, norm, k, (m < tall)[:, None],
+                (ranks < rank)[:, None], span, K, BLOCK_M, BLOCK_K, BLOCK_R, NORM, ACT, WIDE,
+            )  # fmt: skip
             tl.store(sums + ranks[None, :], y, mask=(m < tall)[:, None] & (ranks < rank)[None, :])
             if NORM and block == 0:
                 tl.store(sums + width - 1, squares[:, None], mask=(m < tall)[:, None])
+
+
+@triton.jit
+def _sweep(
+    x_at, a_at, norm, k, alive, there, span, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    NORM: tl.constexpr, ACT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One block of ranks over `span` columns, in several turns; sums of squares of the rows."""
+    y = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    squares = tl.zeros([BLOCK_M], tl.float32)
+    for k0 in tl.range(0, span, BLOCK_K, num_stages=3):
+        inside = (k0 + k < K)[None, :]
+        a = tl.load(a_at + k0, mask=there & inside, other=0.0)
+        part, square = _row(x_at + k0, norm, k0 + k, alive & inside, inside, K, NORM, ACT)
+        y = _dot(part.to(a.dtype), a, y, WIDE)
+        squares += square
+    return y, squares
 
 
 @triton.jit

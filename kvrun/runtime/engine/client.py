@@ -10,14 +10,14 @@ import threading
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 
 from kvrun.errors import EngineDead, InvalidRequest, KvrunError
 from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine import wire
-from kvrun.runtime.engine.request import Delta, Ready, Request, Stats
+from kvrun.runtime.engine.request import AdapterInfo, Delta, Ready, Request, Stats
 
 # Threads of the engine sleep while they wait for each other: spinning, they would take the cores
 # from the very threads they wait for as soon as another program is busy.
@@ -55,6 +55,7 @@ class EngineClient:
         self._names: dict[str, str] = {}  # request id -> its name in the engine
         self._queues: dict[str, asyncio.Queue[_Item]] = {}  # by name
         self._stats: list[asyncio.Future[Stats]] = []
+        self._asked: dict[int, asyncio.Future[list[AdapterInfo]]] = {}  # about adapters
         self._dead: KvrunError | None = None
         self._closing = False
 
@@ -109,6 +110,37 @@ class EngineClient:
         future: asyncio.Future[Stats] = self._loop.create_future()
         self._stats.append(future)
         self._write(wire.encode(wire.AskStats()))
+        return await future
+
+    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        """Read the PEFT folder `path` and serve it as `name`; what streams is not held up.
+
+        A name that is taken goes to the new adapter; requests that run keep the old one. Raises
+        InvalidRequest, NotFound, BadCheckpoint or Unsupported for what cannot be served, and
+        nothing has changed then.
+        """
+        number = next(self._numbers)
+        return (await self._ask(number, wire.LoadAdapter(number, name, path)))[0]
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises InvalidRequest if it is unknown or a request is using it."""
+        number = next(self._numbers)
+        await self._ask(number, wire.UnloadAdapter(number, name))
+
+    async def adapters(self) -> list[AdapterInfo]:
+        """The adapters that the engine knows, in the order in which they came."""
+        number = next(self._numbers)
+        return await self._ask(number, wire.AskAdapters(number))
+
+    async def _ask(
+        self, number: int, message: wire.LoadAdapter | wire.UnloadAdapter | wire.AskAdapters
+    ) -> list[AdapterInfo]:
+        if self._dead:
+            raise self._dead
+        body = _encode(message)
+        future: asyncio.Future[list[AdapterInfo]] = self._loop.create_future()
+        self._asked[number] = future
+        self._write(body)
         return await future
 
     async def ended(self) -> KvrunError:
@@ -181,6 +213,13 @@ class EngineClient:
             future = self._stats.pop(0)
             if not future.done():
                 future.set_result(message.stats)
+        elif isinstance(message, wire.Adapters | wire.Refused):
+            asked = self._asked.pop(message.number)
+            if not asked.done():
+                if isinstance(message, wire.Refused):
+                    asked.set_exception(message.fault.error())
+                else:
+                    asked.set_result(message.adapters)
         elif isinstance(message, wire.Started) and not self._started.done():
             self._started.set_result(message.ready)
 
@@ -188,13 +227,15 @@ class EngineClient:
         self._dead = error
         for queue in self._queues.values():
             queue.put_nowait(error)
-        for future in self._stats:
+        futures: list[asyncio.Future[Any]] = [*self._stats, *self._asked.values()]
+        for future in futures:
             if not future.done():
                 future.set_exception(error)
         if not self._started.done():
             self._started.set_exception(error)
             self._started.exception()  # nobody waits for it any more when `start` was cancelled
         self._stats.clear()
+        self._asked.clear()
         self._ended.set()
 
     def _obituary(self, code: int, fault: wire.Fault | None) -> KvrunError:
@@ -213,8 +254,8 @@ class EngineClient:
         )
 
 
-def _encode(message: wire.Submit) -> bytes:
-    """The request as bytes that the engine can read; raises InvalidRequest for what it cannot."""
+def _encode(message: wire.ToEngine) -> bytes:
+    """The message as bytes that the engine can read; raises InvalidRequest for what it cannot."""
     try:
         body = wire.encode(message)
         wire.to_engine.decode(body)

@@ -19,6 +19,8 @@ from kvrun.runtime.engine.sequence import Sequence as Running
 from kvrun.runtime.engine.slots import Slots
 from kvrun.runtime.engine.ticket import Ticket
 from kvrun.runtime.layers.decoder import Decoder
+from kvrun.runtime.lora.bank import LoraBank
+from kvrun.runtime.lora.rows import Assigned, Rows, assigned, rows_of
 from kvrun.runtime.sampling.params import SamplingParams
 from kvrun.runtime.sampling.sampler import Prepared, Sampled, Sampler, SampleRow
 
@@ -58,6 +60,7 @@ class ModelRunner:
         block_size: int,
         eos_ids: tuple[int, ...],
         threads: Callable[[int], int] | None = None,
+        bank: LoraBank | None = None,
     ) -> None:
         self.graphs: Graphs | None = None
         self.mixed: MixedGraphs | None = None
@@ -70,6 +73,9 @@ class ModelRunner:
         self._eos = eos_ids
         self._threads = threads  # tokens of a step -> CPU threads it is worth; None: leave them
         self._draw = kernel("draw", device) if device.type == "cuda" else None
+        self._bank = bank
+        self._rows: Rows | None = None
+        self._rows_for: list[int] = []
         self._prepared: Prepared | None = None
         self._prepared_for: list[Running] = []
 
@@ -77,7 +83,8 @@ class ModelRunner:
     def capture(self, most: int, dtype: torch.dtype, capture: Capture) -> None:
         """Make steps of up to `most` sequences with one token each replayable, and small others."""
         options: Any = {
-            "block_size": self._size, "dtype": dtype, "device": self._device, "capture": capture
+            "block_size": self._size, "dtype": dtype, "device": self._device, "capture": capture,
+            "resident": cast(LoraBank, self._bank).resident,
         }  # fmt: skip
         self.graphs = Graphs(self._model, self._backend, self._slots, most=most, **options)
         self.mixed = MixedGraphs(self._model, self._backend, self._slots, **options)
@@ -125,7 +132,7 @@ class ModelRunner:
     def _replay(self, schedule: Schedule) -> Sampled:
         graphs = cast(Graphs, self.graphs)
         slots = [row.sequence.slot for row in schedule]
-        graphs.replay(slots)
+        graphs.replay(slots, _assigned(schedule))
         self._slots.fed[slots] += 1
         return self._drawn(graphs, [row.sequence for row in schedule], slots)
 
@@ -151,24 +158,28 @@ class ModelRunner:
         taken = self.mixed is not None and self.mixed.takes(len(columns.ids), len(schedule))
         if taken and not columns.targets:
             mixed = cast(MixedGraphs, self.mixed)
-            mixed.replay(columns)
+            mixed.replay(columns, _assigned(schedule))
             sampled = self._drawn(mixed, sequences, columns.drawing) if sequences else None
         else:
-            sampled = self._launch(columns, sequences, _most(schedule))
+            sampled = self._launch(columns, sequences, schedule)
         if self.graphs is not None:
             for row in schedule:
                 if row.sample:
                     self._slots.fed[row.sequence.slot] = row.start + row.count + 1
         return sampled
 
-    def _launch(self, columns: Columns, sequences: list[Running], most: int) -> Sampled | None:
-        """A step of any size, kernel by kernel; `most` tokens beside each scored one."""
+    def _launch(
+        self, columns: Columns, sequences: list[Running], schedule: Schedule
+    ) -> Sampled | None:
+        """A step of any size, kernel by kernel."""
         batch, drawing, scoring = self._batch(columns, sequences)
+        batch.lora = self._adapters(schedule)
         self._backend.plan(batch)
         logits = self._model(batch)
         prompt = None
         if scoring is not None:
-            prompt = self._sampler.score(logits.index_select(0, scoring.rows), scoring.ids, most)
+            scored = logits.index_select(0, scoring.rows)
+            prompt = self._sampler.score(scored, scoring.ids, _most(schedule))
             logits = logits.index_select(0, scoring.drawn)
         if drawing is None:
             return None if prompt is None else Sampled(_nothing(), _nothing(), None, prompt)
@@ -227,6 +238,19 @@ class ModelRunner:
             [slots[i] for i in drawing], [place for place, _ in unknown],
             [slot for _, slot in unknown], *(scored or ([], [], [])),
         )  # fmt: skip
+
+    def _adapters(self, schedule: Schedule) -> Rows | None:
+        """Which rows of a step use which adapters; the same object while nothing changes."""
+        adapters = _assigned(schedule)
+        if self._bank is None or adapters is None:
+            return None
+        counts = [row.count for row in schedule]
+        key = [*counts, *adapters.placements]
+        if self._rows is None or key != self._rows_for:
+            of_row = np.repeat(adapters.slots, counts)
+            self._rows = rows_of(self._bank.resident, of_row, self._slots.send)
+            self._rows_for = key
+        return self._rows
 
     def _batch(
         self, columns: Columns, sequences: list[Running]
@@ -311,7 +335,12 @@ def _wanted(schedule: Schedule, ends: list[int]) -> list[list[int]]:
     return [wanted, scoring, targets, drawing]
 
 
+def _assigned(schedule: Schedule) -> Assigned | None:
+    return assigned([row.sequence.adapter for row in schedule])
+
+
 def _most(schedule: Schedule) -> int:
+    """How many tokens beside each scored one."""
     return max(row.sequence.request.params.prompt_logprobs or 0 for row in schedule)
 
 

@@ -7,7 +7,7 @@ from typing import IO
 import msgspec
 
 from kvrun import errors
-from kvrun.runtime.engine.request import Delta, Ready, Request, Stats
+from kvrun.runtime.engine.request import AdapterInfo, Delta, Ready, Request, Stats
 
 _LENGTH = struct.Struct("<I")
 
@@ -56,6 +56,21 @@ class AskStats(msgspec.Struct, tag=True):
     pass
 
 
+class LoadAdapter(msgspec.Struct, tag=True):
+    number: int
+    name: str
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, tag=True):
+    number: int
+    name: str
+
+
+class AskAdapters(msgspec.Struct, tag=True):
+    number: int
+
+
 class Started(msgspec.Struct, tag=True):
     ready: Ready
 
@@ -73,14 +88,28 @@ class Statistics(msgspec.Struct, tag=True):
     stats: Stats
 
 
+class Adapters(msgspec.Struct, tag=True):
+    """What came of a LoadAdapter, UnloadAdapter or AskAdapters."""
+
+    number: int
+    adapters: list[AdapterInfo]
+
+
+class Refused(msgspec.Struct, tag=True):
+    """Why nothing came of it."""
+
+    number: int
+    fault: Fault
+
+
 class Died(msgspec.Struct, tag=True):
     """The last message of a worker that cannot go on (or never could start)."""
 
     fault: Fault
 
 
-ToEngine = Submit | Abort | AskStats
-FromEngine = Started | Deltas | Rejected | Statistics | Died
+ToEngine = Submit | Abort | AskStats | LoadAdapter | UnloadAdapter | AskAdapters
+FromEngine = Started | Deltas | Rejected | Statistics | Adapters | Refused | Died
 
 _encoder = msgspec.msgpack.Encoder()
 to_engine = msgspec.msgpack.Decoder(ToEngine)

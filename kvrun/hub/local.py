@@ -14,6 +14,7 @@ BUILTIN = {"tiny": PACKAGE / "tiny"}
 PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 NAME = re.compile(rf"(?P<repo>{PART}(?:/{PART})?)(?:@(?P<revision>{PART}(?:/{PART})*))?")
 COMMIT = re.compile(r"[0-9a-f]{7,64}")
+SHARD = re.compile(r".+-\d+-of-\d+\.safetensors")
 NEAR = 0.78  # of difflib; below, words that are no names begin to resemble some
 
 
@@ -50,6 +51,12 @@ def is_model_name(name: str) -> bool:
         return True
     path = _existing(name)
     return path is not None and path.is_dir()
+
+
+def is_pullable(name: str) -> bool:
+    """Whether `name` can be asked of the Hub: ORG/NAME[@REVISION] that is nothing on this disk."""
+    parts = _parts(name)
+    return parts is not None and "/" in parts[0] and _existing(name) is None
 
 
 def builtin_names() -> list[str]:
@@ -128,7 +135,7 @@ def _cache_folder(repo: str) -> Path:
 
 def _cached(name: str, repo: str, revision: str | None) -> Path:
     folder = _cache_folder(repo)
-    download = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
+    download = f"kvrun pull {repo}" + (f"@{revision}" if revision else "")
     if not folder.is_dir():
         alike = near(name)
         hint = f"did you mean '{alike[0]}'?" if alike else None
@@ -181,12 +188,15 @@ def _missing(snapshot: Path) -> str | None:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadCheckpoint(f"{index} cannot be read.", cause=repr(error)) from error
         return next((shard for shard in shards if not (snapshot / shard).is_file()), None)
-    if any(path.is_file() for path in snapshot.glob("*.safetensors")):
+    there = [path.name for path in snapshot.glob("*.safetensors") if path.is_file()]
+    if any(not SHARD.fullmatch(name) for name in there):
         return None
+    if there:
+        return index.name
     if any(snapshot.glob("*.bin")) or any(snapshot.glob("*.gguf")):
         raise Unsupported(
             "the model's weights are not stored as safetensors.",
             cause=f"{snapshot} holds .bin or .gguf files only",
-            hint="look for a version of the model with .safetensors files",
+            hint="kvrun pull converts .bin files; of .gguf look for the model it was made from",
         )
     return "its weights (*.safetensors)"

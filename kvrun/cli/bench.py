@@ -49,6 +49,7 @@ def micro(
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
     engine: bench.Engine = None,
+    yes: options.Yes = False,
 ) -> None:
     """Prompts (pp) and generated tokens (tg) apart, by batch and depth, as llama-bench does.
 
@@ -65,7 +66,7 @@ def micro(
     )
     out = report.Report(form, chart, plot)
     subject = run.Subject.of(
-        bench.model_name(model, shape), shape, random, engine=engine or (), threads=threads,
+        bench.model_name(model, shape, yes), shape, random, engine=engine or (), threads=threads,
         roofline=not no_roofline, device=device, dtype=dtype, max_model_len=max_model_len,
         kv_memory=options.memory(kv_memory),
     )  # fmt: skip
@@ -101,6 +102,7 @@ def latency(
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
     engine: bench.Engine = None,
+    yes: options.Yes = False,
 ) -> None:
     """Seconds for one batch of equal requests; with --output-len 1 the time to the first token.
 
@@ -115,7 +117,7 @@ def latency(
     work = workloads.uniform(batch_size, input_len, output_len)
     out = report.Report(form, chart, plot)
     subject = run.Subject.of(
-        bench.model_name(model, shape), shape, random, engine=engine or (), threads=threads,
+        bench.model_name(model, shape, yes), shape, random, engine=engine or (), threads=threads,
         roofline=not no_roofline, device=device, dtype=dtype, max_model_len=max_model_len,
         kv_memory=options.memory(kv_memory),
     )  # fmt: skip
@@ -145,6 +147,7 @@ def throughput(
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
     engine: bench.Engine = None,
+    yes: options.Yes = False,
 ) -> None:
     """Many requests that are all there at once: requests and tokens a second.
 
@@ -159,7 +162,7 @@ def throughput(
     ]
     out = report.Report(form, chart, plot)
     subject = run.Subject.of(
-        bench.model_name(model, shape), shape, random, engine=engine or (), threads=threads,
+        bench.model_name(model, shape, yes), shape, random, engine=engine or (), threads=threads,
         roofline=not no_roofline, device=device, dtype=dtype, max_model_len=max_model_len,
         kv_memory=options.memory(kv_memory),
     )  # fmt: skip

@@ -96,6 +96,7 @@ def command(
     as_json: Json = False,
     plain: Plain = False,
     stats: Stats = False,
+    yes: options.Yes = False,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
@@ -131,7 +132,8 @@ def command(
         "threads": threads,
     }
     name, words = _model_and_prompt(model_or_prompt, prompt, model)
-    _chat(name, words, system, sampling, engine, _Style(as_json, plain or _is_dumb(), stats))
+    style = _Style(as_json, plain or _is_dumb(), stats, yes)
+    _chat(name, words, system, sampling, engine, style)
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ class _Style:
     json: bool
     plain: bool
     stats: bool
+    yes: bool  # pull without asking
 
     @property
     def color(self) -> bool:
@@ -160,7 +163,7 @@ def _chat(
 
     from kvrun.chat.session import Session
     from kvrun.chat.settings import Settings
-    from kvrun.hub.local import resolve
+    from kvrun.cli._ask import find_model
     from kvrun.runtime.config import EngineConfig
     from kvrun.runtime.engine.client import EngineClient
 
@@ -171,7 +174,9 @@ def _chat(
     if sys.stdout is None:
         raise KvrunError("standard output is closed.")
     # A conversation without a seed of its own goes another way each time.
-    config = EngineConfig(model=str(resolve(name)), seed=secrets.randbits(63), **engine)
+    config = EngineConfig(
+        model=str(find_model(name, yes=style.yes)), seed=secrets.randbits(63), **engine
+    )
     question = _question(words, style)
 
     async def talk() -> None:

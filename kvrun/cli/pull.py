@@ -161,14 +161,21 @@ def _complete(folder: Path, as_json: bool, quiet: bool) -> None:
     from kvrun.chat.plain import note
     from kvrun.folder import load
 
-    made = load("kvrun.hub", "complete").complete(
-        folder, (lambda text: None) if quiet or as_json else note
-    )
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if not quiet and not as_json:
+            note(text)
+
+    made = load("kvrun.hub", "complete").complete(folder, say)
     if as_json:
         print(json.dumps({"path": str(folder), "made": made}))
         return
-    if not quiet:
-        note(f"made {', '.join(made)}" if made else "nothing is missing")
+    if made:
+        say(f"made {', '.join(made)}")
+    elif not said:
+        say("nothing is missing")
     print(folder)
 
 

@@ -170,6 +170,7 @@ def command(
     dtype: options.Dtype = "auto",
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
+    yes: options.Yes = False,
     waiting_served_ratio: ServedRatio = 0.3,
     max_waiting_tokens: WaitingTokens = 20,
     prometheus_port: PrometheusPort = None,
@@ -199,7 +200,7 @@ def _serve(model: str, given: dict[str, Any]) -> None:
     """Check everything that can be checked, bind, and only then start to load."""
     from dataclasses import fields
 
-    from kvrun.hub.local import resolve
+    from kvrun.cli._ask import find_model
     from kvrun.runtime.config import EngineConfig
     from kvrun.server.settings import Settings
 
@@ -223,7 +224,7 @@ def _serve(model: str, given: dict[str, Any]) -> None:
         "max_num_seqs": given["max_batch_size"],
     }
     config = EngineConfig(
-        model=str(resolve(model)),
+        model=str(find_model(model, yes=given["yes"])),
         device=given["device"],
         dtype=given["dtype"],
         kv_memory=options.memory(given["kv_memory"]),

@@ -20,6 +20,7 @@ from kvrun.hub import choose
 
 STAGING = ".kvrun-"
 TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+PACKAGES = "sentencepiece protobuf tiktoken"
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 Say = Callable[[str], None]
 
@@ -101,10 +102,12 @@ def _tokenizer(folder: Path, manifests: Mapping[str, Path], say: Say) -> list[st
         say("making a tokenizer.json")
         answer = _run("kvrun.hub.tokenizer", source, out, say)
         shutil.rmtree(source)
-        if package := answer.get("package"):
-            raise MissingExtra(f"the tokenizer in {folder} needs '{package}' to be read.", package)
+        if answer.get("package"):
+            raise MissingExtra(f"the tokenizer in {folder} needs packages to be read.", PACKAGES)
         if answer:
-            reason = answer.get("refused") or answer.get("died")
+            reason = str(answer.get("refused") or answer.get("died"))
+            if "trust_remote_code" in reason:
+                reason = "it is code of the model's own, which is never run"
             say(f"no tokenizer.json could be made, prompts must be token ids: {reason}")
             return []
         return _move(out, folder)

@@ -6,6 +6,7 @@ in case that fails. Tensors are written one by one, so memory holds little more 
 
 import json
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -86,7 +87,11 @@ def read(path: Path) -> Tensors:
     except Exception as error:  # torch raises many kinds for damaged and for forbidden files
         if "memory" in str(error).lower():
             raise MemoryError(str(error)) from error
-        raise Refused(f"{path.name}: {str(error).strip().splitlines()[0][:200]}") from error
+        forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = "is damaged, or holds more than tensors"
+        if forbidden:
+            why = f"asks for {forbidden[1][:80]}, which may run code"
+        raise Refused(f"{path.name} {why}") from error
     if not isinstance(values, dict) or not values:
         raise Refused(f"{path.name} holds no tensors by name")
     found: Tensors = {}

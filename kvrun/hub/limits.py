@@ -5,7 +5,6 @@ It opens no sockets of its own accord, and the token of the Hub is not in its en
 
 import json
 import os
-import sys
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -46,5 +45,6 @@ def _lower(kind: int, wanted: int) -> None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()  # ends when the parent does, killed or not
+    while os.read(0, 1 << 10):  # ends when the parent does, killed or not
+        pass
     os._exit(1)

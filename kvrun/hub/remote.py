@@ -115,8 +115,8 @@ def _finish(offer: Offer, blobs: dict[str, Path], watch: Watch) -> None:
     place = offer.place
     manifests = {n: blobs[n] for n in choose.MANIFESTS if n in blobs}
     complete.finish(place.snapshot, manifests, watch.say)
-    if offer.weights and offer.weights.pickled:
-        _drop_pickles(place, offer.weights, blobs)
+    if offer.weights and offer.weights.pickled and manifests:
+        _drop_pickles(place, offer.weights)
     for name, blob in manifests.items():
         transfer.link(blob, place.entry(name))
     _refer(place, offer.revision)
@@ -178,7 +178,7 @@ def _look(asked: Asked, include: list[str], exclude: list[str]) -> Offer:
 
 
 def _first(api: HfApi, repo: str, revision: str | None) -> str | None:
-    return api.model_info(repo, revision=revision, timeout=30).sha
+    return api.model_info(repo, revision=revision, timeout=10).sha
 
 
 def _sha256(file: RepoFile) -> str | None:
@@ -246,13 +246,22 @@ def _at_once(files: Sequence[File], work: Callable[[File, Event], None]) -> None
         raise failed
 
 
-def _drop_pickles(place: Place, weights: choose.Weights, blobs: dict[str, Path]) -> None:
-    """Remove the pickles that this pull has fetched, now that they are safetensors."""
+def _drop_pickles(place: Place, weights: choose.Weights) -> None:
+    """Remove the pickles, now that they are safetensors, and their blobs if nothing else has them.
+
+    Only where kvrun has put them: config.json, which it places last, was not there before.
+    """
     for name in (*weights.files, weights.index or ""):
-        if name in blobs:
-            place.entry(name).unlink(missing_ok=True)
-            if not any(link.resolve() == blobs[name] for link in place.root.glob(f"*/*/{name}")):
-                blobs[name].unlink(missing_ok=True)
+        entry = place.entry(name)
+        if not name or not entry.exists():
+            continue
+        blob = entry.resolve()
+        entry.unlink()
+        others = (place.root / "snapshots").glob(f"*/{name}")
+        if blob.parent == (place.root / "blobs").resolve() and all(
+            other.resolve() != blob for other in others
+        ):
+            blob.unlink()
 
 
 def _refer(place: Place, revision: str) -> None:

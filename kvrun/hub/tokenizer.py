@@ -31,9 +31,8 @@ if __name__ == "__main__":
         main(Path(sys.argv[1]), Path(sys.argv[2]))
     except Exception as error:  # transformers raises many kinds
         text = str(error)
-        missing = [name for name in PACKAGES if name in text.lower()]
-        if isinstance(error, ImportError) or missing:
-            tell(package=(missing or ["sentencepiece"])[0])
+        if isinstance(error, ImportError) or any(name in text.lower() for name in PACKAGES):
+            tell(package=True)
         else:
             tell(refused=f"{type(error).__name__}: {(text.strip().splitlines() or [''])[0][:200]}")
         sys.exit(1)

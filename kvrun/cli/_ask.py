@@ -45,4 +45,4 @@ def _wanted(name: str, error: KvrunError) -> bool:
         return False
     alike = suggest(name)
     doubt = f" (did you mean '{alike}'?)" if alike else ""
-    return ask(f"{error.what}{doubt} Pull it?")
+    return ask(f"{error.what.removesuffix('.')}{doubt}. Pull it?")

@@ -66,8 +66,8 @@ def command(
 ) -> None:
     """Fetch a model or an adapter from the Hugging Face Hub.
 
-    It goes on where it stopped. HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and HF_HUB_CACHE mean what they mean to
-    Hugging Face's own tools. The folder is printed to stdout.
+    It goes on where it stopped, and prints the folder to stdout. HF_TOKEN, HF_ENDPOINT,
+    HF_HUB_OFFLINE, HF_HOME and HF_HUB_CACHE mean what they mean to Hugging Face's own tools.
     """
     if show_list:
         _list(as_json, quiet)

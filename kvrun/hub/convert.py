@@ -149,3 +149,6 @@ if __name__ == "__main__":
     except MemoryError:
         tell(memory=True)
         sys.exit(1)
+    except RuntimeError as error:  # torch says so in this way
+        tell(**({"memory": True} if "memory" in str(error) else {"refused": str(error)[:200]}))
+        sys.exit(1)

@@ -141,7 +141,8 @@ def _cached(name: str, repo: str, revision: str | None) -> Path:
         hint = f"did you mean '{alike[0]}'?" if alike else None
         if "/" in repo:
             what = f"'{repo}' is not on this machine."
-            raise NotFound(what, cause=f"it is not in {cache_root()}", hint=hint or download)
+            hint = f"{hint} If not: {download}" if hint else download
+            raise NotFound(what, cause=f"it is not in {cache_root()}", hint=hint)
         known = ", ".join([*BUILTIN, "ORG/NAME", "a folder"])
         raise NotFound(f"there is no model '{name}'.", hint=hint or f"a model is one of: {known}")
     snapshot = _snapshot(folder, revision)

@@ -242,7 +242,7 @@ def _at_once(files: Sequence[File], work: Callable[[File, Event], None]) -> None
         stop.set()
     if failed is not None:
         for thread in threads:
-            thread.join(timeout=1.0)
+            thread.join(timeout=0.1)
         raise failed
 
 

@@ -31,7 +31,8 @@ if __name__ == "__main__":
         main(Path(sys.argv[1]), Path(sys.argv[2]))
     except Exception as error:  # transformers raises many kinds
         text = str(error)
-        if isinstance(error, ImportError) or any(name in text.lower() for name in PACKAGES):
+        binary = [*Path(sys.argv[1]).glob("*.model"), *Path(sys.argv[1]).glob("*.tiktoken")]
+        if binary and any(name in text.lower() for name in PACKAGES):
             tell(package=True)
         else:
             tell(refused=f"{type(error).__name__}: {(text.strip().splitlines() or [''])[0][:200]}")

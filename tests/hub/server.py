@@ -232,7 +232,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _repo(self, name: str) -> Repo | None:
         repo = self.hub.repos.get(name)
         if self._token() and self._token() not in self.hub.tokens:
-            self._refuse(401, "", {"X-Error-Message": "Invalid credentials in Authorization header"})
+            self._refuse(
+                401, "", {"X-Error-Message": "Invalid credentials in Authorization header"}
+            )
             return None
         if repo is None or (repo.private and not self._token()):
             self._refuse(401 if not self._token() else 404, "RepoNotFound")

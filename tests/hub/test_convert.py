@@ -175,9 +175,7 @@ def test_a_tokenizer_is_completed(tmp_path: Path) -> None:
     assert Tokenizer.from_file(str(folder / "tokenizer.json")).encode("abb").ids == [2, 1]
 
 
-def test_a_tokenizer_that_needs_a_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_that_needs_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_with(tmp_path, tokenizer__model="", pytorch_model__bin={"w": SHARED})
     (folder / choose.SAFE).touch()
     monkeypatch.setattr(complete, "_run", lambda *args: {"package": True})

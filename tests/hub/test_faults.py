@@ -35,9 +35,7 @@ def end(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def test_d1_killed_in_the_middle_it_goes_on_from_there(
-    hub: Hub, cache: Path, kvrun: Start
-) -> None:
+def test_d1_killed_in_the_middle_it_goes_on_from_there(hub: Hub, cache: Path, kvrun: Start) -> None:
     data = WEIGHTS * 10  # more than is read at once
     hub.add("org/m", MODEL | {"model.safetensors": data})
     hub.faults.append(Fault("model.safetensors", hold=threading.Event()))

@@ -220,7 +220,9 @@ def test_the_token_goes_to_the_hub_and_not_to_its_storage(
 def test_nothing_but_the_model_is_asked_for(hub: Hub) -> None:
     pull()
     assert {path.split("/")[1] for _, path, _ in hub.asked} == {"api", "org", "body"}
-    assert not [path for _, path, _ in hub.asked if path.startswith("/api/") and "org/m" not in path]
+    assert not [
+        path for _, path, _ in hub.asked if path.startswith("/api/") and "org/m" not in path
+    ]
     assert all("torch" not in h.get("user-agent", "") for _, _, h in hub.asked)
 
 
@@ -249,9 +251,7 @@ def test_nobody_answers(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "HF_ENDPOINT" in error.hint
 
 
-def test_large_files_are_left_to_huggingface_hub(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_files_are_left_to_huggingface_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "LARGEST", len(WEIGHTS) - 1)
     watch = Witness()
     folder = remote.pull(remote.look("org/m"), watch)

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from kvrun.errors import KvrunError
+from kvrun.errors import BadCheckpoint, KvrunError, NotFound
 
 
 def ask(question: str) -> bool:
@@ -26,7 +26,7 @@ def find_model(name: str, *, yes: bool, may_ask: bool = True) -> Path:
 
     try:
         return resolve(name)
-    except KvrunError as error:
+    except (NotFound, BadCheckpoint) as error:
         if not is_pullable(name) or not (yes or (may_ask and _wanted(name, error))):
             raise
     from kvrun.cli._transfer import pull

@@ -8,7 +8,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from kvrun.chat.plain import is_terminal, note
-from kvrun.folder import load
+from kvrun.folder import load, names
 from kvrun.runtime.plan import size
 
 if TYPE_CHECKING:
@@ -156,6 +156,8 @@ def pull(name: str, offer: "Offer", *, quiet: bool = False, plain: bool = False)
     """Fetch what a repository offers, and say what came of it. Raises what hub.remote raises."""
     begun = time.monotonic()
     count = len(offer.missing)
+    if count and not quiet:
+        _warn(load("kvrun.hub", "remote").config(offer))
     if not quiet and count:
         already = f", {size(offer.here)} of it here" if offer.here else ""
         files = "1 file" if count == 1 else f"{count} files"
@@ -175,6 +177,16 @@ def pull(name: str, offer: "Offer", *, quiet: bool = False, plain: bool = False)
     elif not quiet:
         note(f"{name} is complete and up to date")
     return folder
+
+
+def _warn(config: dict[str, Any]) -> None:
+    """Say before a long transfer when kvrun could not run what comes."""
+    kind, stored = config.get("model_type"), config.get("quantization_config")
+    if kind is not None and kind not in names("kvrun.runtime.models"):
+        note(f"note: kvrun does not know the architecture '{str(kind)[:40]}'")
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    if method is not None and str(method).replace("-", "_") not in names("kvrun.runtime.quant"):
+        note(f"note: kvrun does not read weights stored as '{str(method)[:40]}'")
 
 
 def _clock(seconds: float) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from kvrun.cli import _options as options
-from kvrun.errors import KvrunError
+from kvrun.errors import BadCheckpoint, KvrunError
 
 PANEL = "Models"
 EXAMPLES = (
@@ -27,17 +27,57 @@ Name = Annotated[
 
 
 def command(model: Name = "tiny", as_json: options.AsJson = False) -> None:
-    """Show what a model is, and whether it fits on this machine."""
+    """Show what a model or adapter is, and whether it fits on this machine."""
     from kvrun.hub.local import resolve
 
-    folder = resolve(model)
-    facts = _facts(model, folder)
+    if adapter := _adapter(model):
+        facts = _adapter_facts(model, adapter)
+        rows = [(name.replace("_", " "), str(value)) for name, value in facts.items()]
+    else:
+        facts = _facts(model, resolve(model))
+        rows = _rows(facts)
     if as_json:
         print(json.dumps(facts))
         return
-    rows = _rows(facts)
     width = max(len(title) for title, _ in rows)
     print("\n".join(f"{title:<{width}}  {text}" for title, text in rows))
+
+
+def _adapter(name: str) -> Path | None:
+    """The folder of an adapter; None for what may be a model."""
+    from kvrun.hub.cache import entries
+
+    for entry in entries():
+        if entry.kind == "adapter" and name in (entry.name, entry.repo):
+            return entry.folder
+    try:
+        folder = Path(name).expanduser()
+        alone = (folder / "adapter_config.json").is_file()
+        return folder if alone and not (folder / "config.json").is_file() else None
+    except (OSError, ValueError, RuntimeError):
+        return None
+
+
+def _adapter_facts(name: str, folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "adapter_config.json").read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        raise BadCheckpoint(f"{folder / 'adapter_config.json'} cannot be read.",
+                            cause=str(error)) from error  # fmt: skip
+    weights = folder / "adapter_model.safetensors"
+    targets = config.get("target_modules")
+    return {
+        "adapter": name,
+        "folder": str(folder),
+        "method": config.get("peft_type"),
+        "model": config.get("base_model_name_or_path"),
+        "rank": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "modules": ", ".join(sorted(targets)) if isinstance(targets, list) else targets,
+        "bytes": weights.stat().st_size if weights.is_file() else None,
+    }
 
 
 def _facts(model: str, folder: Path) -> dict[str, Any]:

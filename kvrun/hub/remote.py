@@ -4,6 +4,7 @@ A snapshot's config.json, and the branch that names the snapshot, come last: a p
 interrupted leaves nothing that looks whole, and what was there before still serves.
 """
 
+import json
 import os
 import queue
 import re
@@ -13,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.hf_api import RepoFile
@@ -126,6 +128,25 @@ def _explained(error: Exception, asked: Asked) -> Exception:
     """What the network or the Hub says in kvrun's words; errors of this machine stay."""
     theirs = isinstance(error, TRANSPORT) or type(error).__module__.startswith("huggingface_hub")
     return explain(error, asked) if theirs else error
+
+
+def config(offer: Offer) -> dict[str, Any]:
+    """The values of a repository's config.json, which is fetched for it; {} without one."""
+    file = next((file for file in offer.files if file.name == choose.CONFIG), None)
+    if file is None:
+        return {}
+    entry = offer.place.entry(file.name)
+    if not entry.is_file():
+        asked = Asked(offer.place.repo, offer.revision, offer.place.endpoint)
+        try:
+            entry = transfer.fetch(offer.place, file, Nobody(), Event())
+        except NETWORK as error:
+            raise _explained(error, asked) from error
+    try:
+        values = json.loads(entry.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"config.json of '{offer.place.repo}' is not JSON.") from error
+    return values if isinstance(values, dict) else {}
 
 
 def check_room(offer: Offer) -> None:

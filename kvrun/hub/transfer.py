@@ -7,6 +7,7 @@ huggingface_hub uses itself.
 
 import errno
 import hashlib
+import logging
 import os
 import random
 import re
@@ -21,7 +22,6 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, disable_progress_bars
-from huggingface_hub.utils import logging as hub_logging
 
 from kvrun import __version__
 from kvrun.errors import BadCheckpoint, KvrunError
@@ -39,7 +39,7 @@ constants.HF_HUB_DISABLE_TELEMETRY = True
 if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
     disable_progress_bars()
 if not os.environ.get("HF_HUB_VERBOSITY"):  # retries would be told between the bars
-    hub_logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 Result = TypeVar("Result")
 ETAG = re.compile(r"[A-Za-z0-9_-]{1,128}")

@@ -193,6 +193,32 @@ def test_show_what_cannot_run_here(
     assert kvrun_command("show", "org/none").code == 3
 
 
+def test_show_an_adapter(hub: Hub, kvrun_command: Run) -> None:
+    config = {"base_model_name_or_path": "org/m", "r": 8, "target_modules": ["v", "q"]}
+    files = {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": b"x"}
+    hub.add("org/a", files)
+    done = kvrun_command("pull", "org/a")
+    assert done.err.endswith("an adapter for org/m\n")
+    for name in ("org/a", done.out.strip()):
+        told = json.loads(kvrun_command("show", name, "--json").out)
+        assert (told["model"], told["rank"], told["modules"]) == ("org/m", 8, "q, v")
+    refused = kvrun_command("chat", "-m", "org/a", "hi")
+    assert refused.code == 4
+    assert "is an adapter, not a model" in refused.err
+
+
+def test_a_pull_warns_of_what_kvrun_cannot_run(hub: Hub, kvrun_command: Run) -> None:
+    config = {"model_type": "unheard_of", "quantization_config": {"quant_method": "odd"}}
+    hub.add("org/new", MODEL | {"config.json": json.dumps(config).encode()})
+    done = kvrun_command("pull", "org/new")
+    assert done.code == 0
+    assert done.err.startswith(
+        "note: kvrun does not know the architecture 'unheard_of'\n"
+        "note: kvrun does not read weights stored as 'odd'\n"
+    )
+    assert "note" not in kvrun_command("pull", "org/m").err
+
+
 def test_rm(hub: Hub, kvrun_command: Run) -> None:
     kvrun_command("pull", "org/m")
     refused = kvrun_command("rm", "org/m")

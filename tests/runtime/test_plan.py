@@ -82,8 +82,10 @@ def test_configurations_that_make_no_sense(wrong: dict[str, Any]) -> None:
 
 
 def model(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
-    values = {"model_type": "llama", "num_hidden_layers": 3, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "hidden_size": 32, "max_position_embeddings": 128}  # fmt: skip
+    values = {
+        "model_type": "llama", "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "hidden_size": 32, "max_position_embeddings": 128,
+    }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(values | config))
     save_file(tensors, folder / "model.safetensors")
     return folder

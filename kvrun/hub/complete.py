@@ -17,6 +17,7 @@ from typing import Any
 
 from kvrun.errors import BadCheckpoint, KvrunError, MissingExtra, NotFound
 from kvrun.hub import choose
+from kvrun.hub.local import PACKAGE
 
 STAGING = ".kvrun-"
 TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
@@ -116,12 +117,15 @@ def _tokenizer(folder: Path, manifests: Mapping[str, Path], say: Say) -> list[st
 def _run(module: str, source: Path, out: Path, say: Say) -> dict[str, Any]:
     """Run a module of this room with two folders; {} when it succeeds, else what it tells."""
     environment = {k: v for k, v in os.environ.items() if k not in SECRETS}
+    # Found wherever kvrun runs from, and nothing else of the folder it was called in (-P).
+    path = [str(PACKAGE.parent), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
     environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     last: dict[str, Any] = {}
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(
-            [sys.executable, "-m", module, str(source), str(out)],
+            [sys.executable, "-P", "-m", module, str(source), str(out)],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
         ) as child,
     ):  # fmt: skip

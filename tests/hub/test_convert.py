@@ -102,7 +102,9 @@ class Evil:
         return os.system, ("touch ran",)
 
 
-def test_what_could_run_code_is_refused(tmp_path: Path) -> None:
+def test_what_could_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "torch.py").write_text("open('ran', 'w')")  # of the folder one happens to be in
     folder = folder_with(tmp_path, pytorch_model__bin={"a": SHARED, "b": Evil()})
     with pytest.raises(BadCheckpoint) as error:
         run(folder)
@@ -212,3 +214,12 @@ def test_a_pull_converts_and_keeps_no_pickles(hub: Hub, tmp_path: Path, cache: P
     sent = hub.sent[choose.BIN]
     assert pull("org/old") == folder
     assert hub.sent[choose.BIN] == sent
+
+
+def test_a_pull_that_cannot_convert_leaves_no_model(hub: Hub, cache: Path) -> None:
+    hub.add("org/old", {"config.json": b'{"model_type": "llama"}', choose.BIN: b"damaged"})
+    with pytest.raises(BadCheckpoint, match="cannot be converted"):
+        pull("org/old")
+    assert not list((cache / "models--org--old").glob("refs/*"))
+    with pytest.raises(BadCheckpoint, match="not downloaded completely"):
+        local.resolve("org/old")

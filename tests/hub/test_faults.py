@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from kvrun.errors import BadCheckpoint, KvrunError, Unreachable
 from kvrun.hub import choose, local, remote, transfer
 from kvrun.hub.complete import STAGING, _sweep
-from tests.hub.conftest import MODEL, WEIGHTS
+from tests.hub.conftest import MODEL, ROOT, WEIGHTS
 from tests.hub.server import Fault, Hub, sha256
 from tests.hub.test_pull import Witness, contents, pull, refused
 
@@ -62,9 +63,18 @@ def test_d1_killed_in_the_middle_it_goes_on_from_there(hub: Hub, cache: Path, kv
 
 
 def test_d1_the_manifest_and_the_branch_come_last(hub: Hub, cache: Path) -> None:
-    hub.faults.append(Fault("model.safetensors", status=404, times=99))
-    with pytest.raises(KvrunError):
-        pull()
+    gate = threading.Event()
+
+    class Last(Witness):
+        """Lets the weights go on, to their wrong end, once config.json is here."""
+
+        def end(self, name: str) -> None:
+            if name == "config.json":
+                gate.set()
+
+    hub.faults.append(Fault("model.safetensors", hold=gate, flip=True))
+    with pytest.raises(BadCheckpoint):
+        remote.pull(remote.look("org/m"), Last())
     root = cache / "models--org--m"
     assert not list(root.glob("snapshots/*/config.json"))
     assert not list(root.glob("refs/*"))
@@ -296,6 +306,27 @@ def test_d10_killed_while_converting_the_next_one_starts_clean(
     code, _, _ = end(kvrun("pull", str(folder)))
     assert code == 0
     assert {path.name for path in folder.iterdir()} == {"config.json", choose.BIN, choose.SAFE}
+
+
+def test_a_limited_process_ends_with_its_parent() -> None:
+    code = (
+        "import threading; from kvrun.hub.limits import confine, tell\n"
+        "confine(1 << 30, 1 << 20); tell(ready=True); threading.Event().wait()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b'{"ready": true}\n'
+        assert process.poll() is None
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            assert process.wait(timeout=20) == 1
+        finally:
+            process.kill()
 
 
 def test_what_another_process_is_making_is_left_alone(tmp_path: Path) -> None:

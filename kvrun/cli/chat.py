@@ -24,7 +24,7 @@ EXAMPLES = (
     'kvrun chat "What is 12 + 30?"                    an answer from the built-in model',
     "kvrun chat                                       a conversation",
     'cat notes.txt | kvrun chat "Sum this up" > out   the file, then the question',
-    "kvrun chat Qwen/Qwen3-0.6B -t 0 --stats          a model of the Hugging Face cache",
+    "kvrun chat Qwen/Qwen3-0.6B -t 0 --stats          a model of the Hub, pulled after asking",
     'kvrun chat --json -o n=3 "Tell me a story"       three answers in one JSON object',
 )
 

@@ -29,7 +29,7 @@ def command(as_json: options.AsJson = False, quiet: options.Quiet = False) -> No
         return
     rows = [_row(entry) for entry in found]
     if as_json:
-        print(json.dumps(rows))
+        print(json.dumps({"models": rows}))
         return
     cells = [
         (

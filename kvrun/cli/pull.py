@@ -242,7 +242,7 @@ def _list(as_json: bool, quiet: bool) -> None:
         for model in known
     ]  # fmt: skip
     if as_json:
-        print(json.dumps(rows))
+        print(json.dumps({"models": rows}))
         return
     cells = [
         (model.name, model.parameters, size(model.bytes), size(_memory(model.bytes)),

@@ -13,7 +13,7 @@ LIMITS = "Limits"
 ACCEPTED = "Accepted without effect, for start scripts written for TGI"
 EXAMPLES = (
     "kvrun serve                                  the built-in model on http://127.0.0.1:3000",
-    "kvrun serve Qwen/Qwen3-0.6B --port 8080      a model of the Hugging Face cache",
+    "kvrun serve Qwen/Qwen3-0.6B --port 8080      a model of the Hub, pulled after asking",
     "kvrun serve --hostname 0.0.0.0 --api-key K   for other machines; a key is required",
 )
 

@@ -119,7 +119,8 @@ def test_the_list_names_what_kvrun_runs(kvrun_command: Run) -> None:
     listed = [line.split()[0] for line in done.out.splitlines() if "/" in line.split(" ")[0]]
     assert listed == [model.name for model in MODELS if model.model_type in known]
     assert kvrun_command("pull", "--list", "-q").out.split() == listed
-    assert [row["name"] for row in json.loads(kvrun_command("pull", "--list", "--json").out)]
+    told = json.loads(kvrun_command("pull", "--list", "--json").out)["models"]
+    assert [row["name"] for row in told] == listed
     sizes = [model.bytes for model in MODELS]
     assert sizes == sorted(sizes)
 
@@ -148,7 +149,7 @@ def test_ls(hub: Hub, kvrun_command: Run) -> None:
     assert re.search(r"205 kB +\d{4}-\d\d-\d\d +llama +64$", rows["org/m"])
     assert rows["tiny"].endswith("built in")
     assert kvrun_command("ls", "-q").out.split() == ["org/a", "org/cut", "org/m", "tiny"]
-    told = {row["name"]: row for row in json.loads(kvrun_command("ls", "--json").out)}
+    told = {row["name"]: row for row in json.loads(kvrun_command("ls", "--json").out)["models"]}
     assert told["org/m"]["complete"] is True
     assert told["org/cut"]["lacks"] == "config.json"
     assert told["org/a"]["base"] == "org/m"

@@ -7,6 +7,7 @@ GET with ranges, large files through a redirect to another path, as the Hub's st
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -46,6 +47,15 @@ class Fault:
     head: dict[str, str] = field(default_factory=dict)  # other headers
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that are killed in the middle are what this server is for."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class Hub:
     """A running server; what was asked is kept in `asked`."""
 
@@ -64,8 +74,7 @@ class Hub:
                 self.hub = hub
                 super().__init__(*args)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         # Another name of this machine is another host, to which no token may go.

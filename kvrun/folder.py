@@ -3,14 +3,18 @@
 import difflib
 import importlib
 import pkgutil
+from importlib.util import find_spec
 from types import ModuleType
 
 from kvrun.errors import MissingExtra, NotFound
 
 
 def names(package: str) -> list[str]:
-    """The public modules and packages inside `package`, sorted; nothing of them is imported."""
-    paths = importlib.import_module(package).__path__
+    """The public modules and packages inside `package`, sorted; neither they nor it is imported."""
+    spec = find_spec(package)
+    paths = spec.submodule_search_locations if spec else None
+    if paths is None:
+        raise ModuleNotFoundError(f"no package '{package}'", name=package)
     return sorted(m.name for m in pkgutil.iter_modules(paths) if not m.name.startswith("_"))
 
 

@@ -16,7 +16,8 @@ EPILOG = """\
 Exit codes: 0 ok · 1 expected failure · 2 wrong usage or value · 3 not found · 4 does not fit or \
 is not supported · 5 network or offline · 70 the engine died · 130 Ctrl+C · 141 closed pipe
 
-Environment: KVRUN_DEBUG=1 shows tracebacks. HF_HOME and HF_HUB_CACHE say where models lie. \
+Environment: KVRUN_DEBUG=1 shows tracebacks. HF_HOME and HF_HUB_CACHE say where models lie, \
+HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE how they are fetched. \
 NO_COLOR and TERM=dumb are honoured.\
 """
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from kvrun.cli import _options as options
+from kvrun.cli._ask import find_model
 from kvrun.errors import InvalidRequest
 
 OUTPUT = "Output"
@@ -39,9 +40,15 @@ def check(least: int = 1, **values: int | None) -> None:
             raise InvalidRequest(f"{flag} is {value}; it must be at least {least}.")
 
 
-def model_name(model: str | None, shape: str | None) -> str | None:
-    """The model asked for, by the environment where neither it nor a shape is named."""
-    return model or (None if shape else os.environ.get("KVRUN_MODEL") or None)
+def model_name(model: str | None, shape: str | None, yes: bool) -> str | None:
+    """The model asked for, by the environment where neither it nor a shape is named.
+
+    It is pulled, by `yes` or after asking, when it is not on this machine.
+    """
+    name = model or (None if shape else os.environ.get("KVRUN_MODEL") or None)
+    if name and not shape:
+        find_model(name, yes=yes)
+    return name
 
 
 ModelName = Annotated[

@@ -46,6 +46,12 @@ def complete_model(incomplete: str) -> list[str]:
     return [n for n in [*builtin_names(), *cached_names()] if n.startswith(incomplete)]
 
 
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Names or paths only.")]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="Lines instead of bars.")]
+Yes = Annotated[
+    bool, typer.Option("--yes", "-y", help="Do not ask: pull a model that is not here.")
+]
 Temperature = Annotated[float | None, _sampling("temperature", "-t")]
 TopP = Annotated[float | None, _sampling("top_p")]
 TopK = Annotated[int | None, _sampling("top_k")]

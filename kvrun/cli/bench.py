@@ -50,6 +50,7 @@ def micro(
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
     engine: bench.Engine = None,
+    yes: options.Yes = False,
 ) -> None:
     """Prompts (pp) and generated tokens (tg) apart, by batch and depth, as llama-bench does.
 
@@ -66,7 +67,7 @@ def micro(
     )
     out = report.Report(form, chart, plot)
     subject = run.Subject.of(
-        bench.model_name(model, shape), shape, random, engine=engine or (), threads=threads,
+        bench.model_name(model, shape, yes), shape, random, engine=engine or (), threads=threads,
         roofline=not no_roofline, device=device, dtype=dtype, max_model_len=max_model_len,
         kv_memory=options.memory(kv_memory),
     )  # fmt: skip
@@ -102,6 +103,7 @@ def latency(
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
     engine: bench.Engine = None,
+    yes: options.Yes = False,
 ) -> None:
     """Seconds for one batch of equal requests; with --output-len 1 the time to the first token.
 
@@ -116,7 +118,7 @@ def latency(
     work = workloads.uniform(batch_size, input_len, output_len)
     out = report.Report(form, chart, plot)
     subject = run.Subject.of(
-        bench.model_name(model, shape), shape, random, engine=engine or (), threads=threads,
+        bench.model_name(model, shape, yes), shape, random, engine=engine or (), threads=threads,
         roofline=not no_roofline, device=device, dtype=dtype, max_model_len=max_model_len,
         kv_memory=options.memory(kv_memory),
     )  # fmt: skip
@@ -146,6 +148,7 @@ def throughput(
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
     engine: bench.Engine = None,
+    yes: options.Yes = False,
 ) -> None:
     """Many requests that are all there at once: requests and tokens a second.
 
@@ -160,7 +163,7 @@ def throughput(
     ]
     out = report.Report(form, chart, plot)
     subject = run.Subject.of(
-        bench.model_name(model, shape), shape, random, engine=engine or (), threads=threads,
+        bench.model_name(model, shape, yes), shape, random, engine=engine or (), threads=threads,
         roofline=not no_roofline, device=device, dtype=dtype, max_model_len=max_model_len,
         kv_memory=options.memory(kv_memory),
     )  # fmt: skip
@@ -191,6 +194,7 @@ def lora(
     max_model_len: options.MaxModelLen = None,
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
+    yes: options.Yes = False,
     engine: bench.Engine = None,
 ) -> None:
     """Requests on random LoRA adapters beside the same on the base model.
@@ -205,7 +209,7 @@ def lora(
     works = [workloads.find(name, count=None, output_len=new, seed=seed) for name in workload or ()]
     out = report.Report(form, chart, plot)
     subject = run.Subject.of(
-        bench.model_name(model, shape), shape, random, engine=engine or (), threads=threads,
+        bench.model_name(model, shape, yes), shape, random, engine=engine or (), threads=threads,
         roofline=not no_roofline, device=device, dtype=dtype, max_model_len=max_model_len,
         kv_memory=options.memory(kv_memory),
     )  # fmt: skip

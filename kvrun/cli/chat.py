@@ -24,7 +24,7 @@ EXAMPLES = (
     'kvrun chat "What is 12 + 30?"                    an answer from the built-in model',
     "kvrun chat                                       a conversation",
     'cat notes.txt | kvrun chat "Sum this up" > out   the file, then the question',
-    "kvrun chat Qwen/Qwen3-0.6B -t 0 --stats          a model of the Hugging Face cache",
+    "kvrun chat Qwen/Qwen3-0.6B -t 0 --stats          a model of the Hub, pulled after asking",
     'kvrun chat --adapter sql "Show all users."       one of the LoRA adapters of tiny',
     'kvrun chat --json -o n=3 "Tell me a story"       three answers in one JSON object',
 )
@@ -97,6 +97,7 @@ def command(
     as_json: Json = False,
     plain: Plain = False,
     stats: Stats = False,
+    yes: options.Yes = False,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
@@ -134,7 +135,7 @@ def command(
     }
     name, words = _model_and_prompt(model_or_prompt, prompt, model)
     engine["adapters"], first = options.adapters(name, adapter)
-    style = _Style(as_json, plain or _is_dumb(), stats)
+    style = _Style(as_json, plain or _is_dumb(), stats, yes)
     _chat(name, words, system, sampling, engine, style, first)
 
 
@@ -145,6 +146,7 @@ class _Style:
     json: bool
     plain: bool
     stats: bool
+    yes: bool  # pull without asking
 
     @property
     def color(self) -> bool:
@@ -165,7 +167,7 @@ def _chat(
 
     from kvrun.chat.session import Session
     from kvrun.chat.settings import Settings
-    from kvrun.hub.local import resolve
+    from kvrun.cli._ask import find_model
     from kvrun.runtime.config import EngineConfig
     from kvrun.runtime.engine.client import EngineClient
 
@@ -176,7 +178,9 @@ def _chat(
     if sys.stdout is None:
         raise KvrunError("standard output is closed.")
     # A conversation without a seed of its own goes another way each time.
-    config = EngineConfig(model=str(resolve(name)), seed=secrets.randbits(63), **engine)
+    config = EngineConfig(
+        model=str(find_model(name, yes=style.yes)), seed=secrets.randbits(63), **engine
+    )
     question = _question(words, style)
 
     async def talk() -> None:

@@ -13,7 +13,7 @@ LIMITS = "Limits"
 ACCEPTED = "Accepted without effect, for start scripts written for TGI"
 EXAMPLES = (
     "kvrun serve                                  the built-in model on http://127.0.0.1:3000",
-    "kvrun serve Qwen/Qwen3-0.6B --port 8080      a model of the Hugging Face cache",
+    "kvrun serve Qwen/Qwen3-0.6B --port 8080      a model of the Hub, pulled after asking",
     "kvrun serve --hostname 0.0.0.0 --api-key K   for other machines; a key is required",
 )
 
@@ -170,6 +170,7 @@ def command(
     dtype: options.Dtype = "auto",
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
+    yes: options.Yes = False,
     waiting_served_ratio: ServedRatio = 0.3,
     max_waiting_tokens: WaitingTokens = 20,
     prometheus_port: PrometheusPort = None,
@@ -199,7 +200,7 @@ def _serve(model: str, given: dict[str, Any]) -> None:
     """Check everything that can be checked, bind, and only then start to load."""
     from dataclasses import fields
 
-    from kvrun.hub.local import resolve
+    from kvrun.cli._ask import find_model
     from kvrun.runtime.config import EngineConfig
     from kvrun.server.settings import Settings
 
@@ -223,7 +224,7 @@ def _serve(model: str, given: dict[str, Any]) -> None:
         "max_num_seqs": given["max_batch_size"],
     }
     config = EngineConfig(
-        model=str(resolve(model)),
+        model=str(find_model(model, yes=given["yes"])),
         device=given["device"],
         dtype=given["dtype"],
         kv_memory=options.memory(given["kv_memory"]),

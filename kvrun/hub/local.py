@@ -14,6 +14,7 @@ BUILTIN = {"tiny": PACKAGE / "tiny"}
 PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 NAME = re.compile(rf"(?P<repo>{PART}(?:/{PART})?)(?:@(?P<revision>{PART}(?:/{PART})*))?")
 COMMIT = re.compile(r"[0-9a-f]{7,64}")
+SHARD = re.compile(r".+-\d+-of-\d+\.safetensors")
 NEAR = 0.78  # of difflib; below, words that are no names begin to resemble some
 
 
@@ -87,6 +88,12 @@ def resolve_adapter(model: str, name: str) -> Path:
             hint="an adapter's folder holds adapter_config.json and adapter_model.safetensors",
         )
     return path
+
+
+def is_pullable(name: str) -> bool:
+    """Whether `name` can be asked of the Hub: ORG/NAME[@REVISION] that is nothing on this disk."""
+    parts = _parts(name)
+    return parts is not None and "/" in parts[0] and _existing(name) is None
 
 
 def builtin_names() -> list[str]:
@@ -165,13 +172,14 @@ def _cache_folder(repo: str) -> Path:
 
 def _cached(name: str, repo: str, revision: str | None) -> Path:
     folder = _cache_folder(repo)
-    download = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
+    download = f"kvrun pull {repo}" + (f"@{revision}" if revision else "")
     if not folder.is_dir():
         alike = near(name)
         hint = f"did you mean '{alike[0]}'?" if alike else None
         if "/" in repo:
             what = f"'{repo}' is not on this machine."
-            raise NotFound(what, cause=f"it is not in {cache_root()}", hint=hint or download)
+            hint = f"{hint} If not: {download}" if hint else download
+            raise NotFound(what, cause=f"it is not in {cache_root()}", hint=hint)
         known = ", ".join([*BUILTIN, "ORG/NAME", "a folder"])
         raise NotFound(f"there is no model '{name}'.", hint=hint or f"a model is one of: {known}")
     snapshot = _snapshot(folder, revision)
@@ -179,6 +187,9 @@ def _cached(name: str, repo: str, revision: str | None) -> Path:
         wanted = f"revision '{revision}'" if revision else "a complete download"
         cause = f"{folder} does not hold {wanted}"
         raise NotFound(f"'{name}' is not on this machine.", cause=cause, hint=download)
+    adapter = (snapshot / "adapter_config.json").is_file()
+    if adapter and not (snapshot / "config.json").is_file():
+        raise Unsupported(f"'{name}' is an adapter, not a model.", hint=f"kvrun show {repo}")
     missing = _missing(snapshot)
     if missing:
         raise BadCheckpoint(
@@ -218,12 +229,15 @@ def _missing(snapshot: Path) -> str | None:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadCheckpoint(f"{index} cannot be read.", cause=repr(error)) from error
         return next((shard for shard in shards if not (snapshot / shard).is_file()), None)
-    if any(path.is_file() for path in snapshot.glob("*.safetensors")):
+    there = [path.name for path in snapshot.glob("*.safetensors") if path.is_file()]
+    if any(not SHARD.fullmatch(name) for name in there):
         return None
+    if there:
+        return index.name
     if any(snapshot.glob("*.bin")) or any(snapshot.glob("*.gguf")):
         raise Unsupported(
             "the model's weights are not stored as safetensors.",
             cause=f"{snapshot} holds .bin or .gguf files only",
-            hint="look for a version of the model with .safetensors files",
+            hint="kvrun pull converts .bin files; of .gguf look for the model it was made from",
         )
     return "its weights (*.safetensors)"

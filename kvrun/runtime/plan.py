@@ -1,8 +1,12 @@
 """Plan: what a model takes of this machine's memory, how much context fits, and why."""
 
 from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 
 from kvrun.errors import Unsupported
+from kvrun.runtime.hf_config import HFConfig
+from kvrun.runtime.tensorfile import TensorFolder
 
 # On CPU the memory belongs to the user's other programs too.
 CPU_KV_FRACTION = 0.25
@@ -89,3 +93,71 @@ def make_plan(
             hint=f"max_model_len={fits:,} fits" if fits > 0 else "free some memory",
         )
     return Plan(weight_bytes, kv_bytes_per_block, num_blocks, block_size, min(wanted, fits))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What config.json and the weights' headers say of a model; None for what they do not."""
+
+    model_type: str
+    parameters: int | None  # values stored; quantized ones are not counted
+    stored_bytes: int
+    stored: tuple[str, ...]  # dtypes of its tensors in the words of safetensors, most bytes first
+    dtype: str | None
+    quant_method: str | None
+    context: int | None
+    layers: int | None
+    kv_values: int | None  # keys and values of one token, all layers
+
+    def fit(self, *, free_bytes: int, on_cpu: bool, itemsize: int, block_size: int = 16) -> Plan:
+        """The plan for one sequence when a plain value takes `itemsize` bytes.
+
+        Raises Unsupported, with the bytes that are missing, when the model does not fit.
+        """
+        weights = self.stored_bytes if self.parameters is None else self.parameters * itemsize
+        if weights > free_bytes:
+            raise Unsupported(f"the weights need {size(weights)}, {size(free_bytes)} are free.")
+        return make_plan(
+            weight_bytes=weights,
+            kv_bytes_per_block=(self.kv_values or 1) * itemsize * block_size,
+            free_bytes=free_bytes - weights,
+            on_cpu=on_cpu,
+            kv_memory=None,
+            block_size=block_size,
+            max_num_seqs=1,
+            max_position=self.context or 4096,
+            max_model_len=None,
+        )
+
+
+def examine(folder: str | Path) -> Facts:
+    """The facts of a model's folder; no weights are read.
+
+    Raises NotFound, BadCheckpoint or Unsupported for a folder that is no readable model.
+    """
+    config = HFConfig.read(folder)
+    tensors = TensorFolder(Path(folder))
+    try:
+        found = [tensors.find(name)[1] for name in tensors.names]
+    finally:
+        tensors.close()
+    by_dtype: dict[str, int] = {}
+    for tensor in found:
+        by_dtype[tensor.dtype] = by_dtype.get(tensor.dtype, 0) + tensor.nbytes
+    method = config.quant_method
+    heads, layers = config.get("num_attention_heads"), config.get("num_hidden_layers")
+    values = None
+    if heads and layers and (config.get("head_dim") or config.get("hidden_size")):
+        head_dim = config.integer("head_dim", config.get("hidden_size", 0) // heads)
+        values = 2 * layers * config.integer("num_key_value_heads", heads) * head_dim
+    return Facts(
+        model_type=config.text("model_type"),
+        parameters=None if method else sum(prod(tensor.shape) for tensor in found),
+        stored_bytes=sum(by_dtype.values()),
+        stored=tuple(sorted(by_dtype, key=lambda dtype: -by_dtype[dtype])),
+        dtype=config.dtype,
+        quant_method=method,
+        context=config.get("max_position_embeddings"),
+        layers=layers,
+        kv_values=values,
+    )

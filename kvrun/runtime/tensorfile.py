@@ -215,7 +215,7 @@ def _no_weights(folder: Path) -> NotFound | Unsupported:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         return Unsupported(
             f"{folder} holds its weights as pickled files, which can run code when they are read.",
-            hint="save the model as safetensors first",
+            hint=f"kvrun pull {folder} writes them as safetensors",
         )
     if any(folder.glob("*.gguf")):
         return Unsupported(

@@ -100,7 +100,7 @@ def test_a_cached_model(download: Download) -> None:
     assert local.resolve("org/Model-1.5@main") == snapshot
     assert local.resolve(f"org/Model-1.5@{COMMIT}") == snapshot
     assert local.resolve(f"org/Model-1.5@{COMMIT[:8]}") == snapshot
-    assert "--revision v2" in refused("org/Model-1.5@v2").hint
+    assert "kvrun pull org/Model-1.5@v2" in refused("org/Model-1.5@v2").hint
 
 
 def test_a_name_without_organisation(download: Download) -> None:
@@ -148,7 +148,7 @@ def test_an_incomplete_download(download: Download, files: tuple[str, ...], miss
         (snapshot / files[1]).write_text(json.dumps(index))
     error = refused("org/m", BadCheckpoint)
     assert missing in error.cause
-    assert error.hint == "hf download org/m"
+    assert error.hint == "kvrun pull org/m"
 
 
 def test_a_link_to_a_blob_that_is_not_there_yet(download: Download) -> None:
@@ -167,6 +167,20 @@ def test_a_link_to_a_shard_that_is_not_there_yet(download: Download) -> None:
     assert "b.safetensors" in refused("org/m", BadCheckpoint).cause
 
 
+def test_shards_without_the_list_of_them(download: Download) -> None:
+    download("org/m", "config.json", "model-00001-of-00002.safetensors")
+    assert "index.json" in refused("org/m", BadCheckpoint).cause
+
+
+def test_what_can_be_pulled(tmp_path: Path) -> None:
+    assert local.is_pullable("org/m")
+    assert local.is_pullable("org/m@v1")
+    for name in ("tiny", "gpt2", "/org/m", "a/b/c", "org/../m", "what is 1/2"):
+        assert not local.is_pullable(name)
+    (tmp_path / "org" / "m").mkdir(parents=True)
+    assert not local.is_pullable("org/m")
+
+
 def test_a_damaged_index(download: Download) -> None:
     snapshot = download("org/m", *FILES, "model.safetensors.index.json")
     for content in ("{", "[]", '{"weight_map": 3}', "{}"):
@@ -182,7 +196,7 @@ def test_weights_of_another_kind(download: Download) -> None:
 
 def test_unknown_names(download: Download) -> None:
     download("meta-llama/Llama-3.2-1B")
-    assert refused("org/other").hint == "hf download org/other"
+    assert refused("org/other").hint == "kvrun pull org/other"
     assert "meta-llama/Llama-3.2-1B" in refused("meta-lama/Llama-3.2-1B").hint
     assert "'tiny'" in refused("tny").hint
     assert "ORG/NAME" in refused("zzzzzz").hint

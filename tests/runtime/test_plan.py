@@ -1,12 +1,16 @@
 """Plan: sizes from what is free, and refusals that say what would fit."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from kvrun.errors import InvalidRequest, Unsupported
 from kvrun.runtime.config import EngineConfig
-from kvrun.runtime.plan import Plan, make_plan, size
+from kvrun.runtime.plan import Plan, examine, make_plan, size
 
 
 def plan(**changes: Any) -> Plan:
@@ -75,3 +79,50 @@ def test_sizes_for_people() -> None:
 def test_configurations_that_make_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match=next(iter(wrong))):
         EngineConfig(model="x", **wrong)
+
+
+def model(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
+    values = {
+        "model_type": "llama", "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "hidden_size": 32, "max_position_embeddings": 128,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(values | config))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_facts_come_from_headers(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(10, 10, dtype=torch.bfloat16), "b": torch.zeros(20)}
+    facts = examine(model(tmp_path, tensors, dtype="bfloat16"))
+    assert (facts.model_type, facts.dtype, facts.context, facts.layers) == (
+        "llama", "bfloat16", 128, 3
+    )  # fmt: skip
+    assert facts.parameters == 120
+    assert facts.stored_bytes == 200 + 80
+    assert facts.stored == ("BF16", "F32")
+    assert facts.kv_values == 2 * 3 * 2 * 8  # keys and values, layers, heads, values of a head
+    assert examine(model(tmp_path, tensors, head_dim=16)).kv_values == 2 * 3 * 2 * 16
+
+
+def test_facts_of_a_quantized_model_and_of_an_unknown_one(tmp_path: Path) -> None:
+    tensors = {"q": torch.zeros(8, dtype=torch.int32)}
+    facts = examine(model(tmp_path, tensors, quantization_config={"quant_method": "gptq"}))
+    assert facts.parameters is None
+    assert facts.quant_method == "gptq"
+    assert facts.fit(free_bytes=10**6, on_cpu=False, itemsize=2).weight_bytes == 32
+    (tmp_path / "config.json").write_text('{"model_type": "other"}')
+    facts = examine(tmp_path)
+    assert (facts.layers, facts.context, facts.kv_values) == (None, None, None)
+
+
+def test_whether_a_model_fits(tmp_path: Path) -> None:
+    facts = examine(model(tmp_path, {"a": torch.zeros(1000)}))
+    token = facts.kv_values * 4  # type: ignore[operator]
+    plan = facts.fit(free_bytes=4000 + 129 * 16 * token, on_cpu=False, itemsize=4)
+    assert (plan.weight_bytes, plan.max_model_len) == (4000, 128)
+    tight = facts.fit(free_bytes=4000 + 3 * 16 * token, on_cpu=False, itemsize=4)
+    assert tight.max_model_len == 32  # two blocks of 16, and the padding
+    with pytest.raises(Unsupported, match="weights need 4.0 kB, 3.9 kB are free"):
+        facts.fit(free_bytes=3900, on_cpu=False, itemsize=4)
+    with pytest.raises(Unsupported, match="context"):
+        facts.fit(free_bytes=4000 + token, on_cpu=False, itemsize=4)

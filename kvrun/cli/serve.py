@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from kvrun.cli import _options as options
-from kvrun.errors import InvalidRequest, Unsupported
+from kvrun.errors import InvalidRequest, NotFound, Unsupported
 
 PANEL = "Serve"
 LIMITS = "Limits"
@@ -61,6 +61,26 @@ Port = Annotated[int, _flag("--port", "-p", help="0 takes any that is free.")]
 ApiKeys = Annotated[
     list[str] | None,
     _flag("--api-key", metavar="KEY", help="Clients must send one of them (repeatable)."),
+]
+AdminKey = Annotated[
+    str | None,
+    _flag("--admin-key", metavar="KEY", help="Opens the routes that load and unload adapters."),
+]
+LoraAdapters = Annotated[
+    list[str] | None,
+    _flag(
+        "--lora-adapters",
+        metavar="LIST",
+        help="NAME=PATH,... or ORG/NAME[@REV],... (repeatable). tiny's own are always there.",
+    ),
+]
+LoraFolders = Annotated[
+    list[str] | None,
+    _flag(
+        "--lora-folder",
+        metavar="PATH",
+        help="Where adapters loaded over HTTP may lie (repeatable).",
+    ),
 ]
 Insecure = Annotated[
     bool,
@@ -148,7 +168,10 @@ def command(
     hostname: Hostname = "127.0.0.1",
     port: Port = 3000,
     api_key: ApiKeys = None,
+    admin_key: AdminKey = None,
     insecure_no_auth: Insecure = False,
+    lora_adapters: LoraAdapters = None,
+    lora_folder: LoraFolders = None,
     cors_allow_origin: Cors = None,
     allowed_host: AllowedHosts = None,
     drain_timeout: DrainTimeout = 30.0,
@@ -199,7 +222,7 @@ def _serve(model: str, given: dict[str, Any]) -> None:
     """Check everything that can be checked, bind, and only then start to load."""
     from dataclasses import fields
 
-    from kvrun.hub.local import resolve
+    from kvrun.hub.local import adapters_of, resolve, resolve_adapter
     from kvrun.runtime.config import EngineConfig
     from kvrun.server.settings import Settings
 
@@ -208,14 +231,17 @@ def _serve(model: str, given: dict[str, Any]) -> None:
         "api_keys": given["api_key"],
         "cors_allow_origin": given["cors_allow_origin"],
         "allowed_hosts": given["allowed_host"],
+        "lora_folders": _folders(given["lora_folder"] or []),
     }
     names = [field.name for field in fields(Settings)]
     same = {name: given[name] for name in names if name in given}
+    adapters = {name: name for name in adapters_of(model)} | _adapters(given["lora_adapters"] or [])
     settings = Settings(
         **{
             **same,
             **{field: tuple(values or ()) for field, values in lists.items()},
             "model": model,
+            "adapters": adapters,
         }
     )
     sizes = {
@@ -228,10 +254,34 @@ def _serve(model: str, given: dict[str, Any]) -> None:
         dtype=given["dtype"],
         kv_memory=options.memory(given["kv_memory"]),
         threads=given["threads"],
+        adapters={name: str(resolve_adapter(model, source)) for name, source in adapters.items()},
         max_model_len=given["max_total_tokens"],
         **{field: value for field, value in sizes.items() if value is not None},
     )
     _run(settings, config)
+
+
+def _adapters(lists: list[str]) -> dict[str, str]:
+    """Name -> where it is, as TGI writes it: ID, ID@REV, NAME=PATH, NAME=ID@REV, with commas."""
+    found: dict[str, str] = {}
+    for entry in (entry.strip() for text in lists for entry in text.split(",")):
+        if not entry:
+            continue
+        name, given, source = entry.partition("=")
+        name, source = (name, source) if given else (entry.partition("@")[0], entry)
+        if not name or not source:
+            raise InvalidRequest(f"--lora-adapters: '{entry}' is no NAME=PATH.")
+        if name in found:
+            raise InvalidRequest(f"--lora-adapters: '{name}' is given twice.")
+        found[name] = source
+    return found
+
+
+def _folders(paths: list[str]) -> list[str]:
+    for path in paths:
+        if not os.path.isdir(path):
+            raise NotFound(f"--lora-folder: there is no folder {path}.")
+    return [os.path.abspath(path) for path in paths]
 
 
 def _run(settings: Any, config: Any) -> None:

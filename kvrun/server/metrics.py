@@ -1,12 +1,13 @@
 """Metrics: Prometheus text under Text Generation Inference's names, vLLM's and our own."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics
 from prometheus_client.exposition import generate_latest
 
-from kvrun.runtime.engine.request import Ready, Stats
+from kvrun.runtime.engine.request import AdapterInfo, Ready, Stats
 
 DURATIONS = tuple(0.0001 * 1.5**k for k in range(1, 36))
 LATENCIES = (
@@ -16,6 +17,15 @@ LATENCIES = (
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # dashboards do not know them
+
+
+class LoraUse(NamedTuple):
+    """The adapters that are known, those in use by what runs and by what waits, and the time."""
+
+    infos: Sequence[AdapterInfo]
+    running: set[str]
+    waiting: set[str]
+    now: int
 
 
 class Metrics:
@@ -50,9 +60,12 @@ class Metrics:
             registry=self._registry,
         )
 
-    def text(self, stats: Stats, ready: Ready | None, *, model: str, log_errors: int) -> bytes:
+    def text(
+        self, stats: Stats, ready: Ready | None, *, model: str, log_errors: int, lora: LoraUse
+    ) -> bytes:
         """Everything, as Prometheus reads it."""
-        lines = [*self._counters(), *_engine(stats, ready, model, log_errors), *self._ours(model)]
+        engine = _engine(stats, ready, model, log_errors)
+        lines = [*self._counters(), *engine, *_lora(lora), *self._ours(model)]
         return "".join(lines).encode() + generate_latest(self._registry)
 
     def _counters(self) -> Iterator[str]:
@@ -93,7 +106,6 @@ def _engine(stats: Stats, ready: Ready | None, model: str, log_errors: int) -> I
     idle = not stats.running and not stats.waiting
     step = _labels(method="decode")  # a step has no phases; TGI's boards ask for a method
     named = _labels(model_name=model)
-    lora = _labels(max_lora="0", running_lora_adapters="", waiting_lora_adapters="")
     for name, kind, help, label, value in (
         ("tgi_queue_size", "gauge", "Answers that wait", "", stats.waiting),
         ("tgi_batch_current_size", "gauge", "Answers that run", "", stats.running),
@@ -110,7 +122,6 @@ def _engine(stats: Stats, ready: Ready | None, model: str, log_errors: int) -> I
         ("vllm:generation_tokens_total", "counter", "Generated", named, stats.generated_tokens),
         ("vllm:prefix_cache_hits_total", "counter", "Tokens", named, stats.prefix_hit_tokens),
         ("vllm:num_preemptions_total", "counter", "Preemptions", named, stats.preemptions),
-        ("vllm:lora_requests_info", "gauge", "Adapters that run and wait", lora, 0),
         ("kvrun_kv_blocks_used", "gauge", "Blocks of the cache in use", "", stats.blocks_active),
         ("kvrun_kv_blocks_total", "gauge", "Blocks of the cache", "", stats.blocks_total),
         ("kvrun_kv_page_leak", "gauge", "Blocks in use by nobody; must be 0", "",
@@ -118,6 +129,23 @@ def _engine(stats: Stats, ready: Ready | None, model: str, log_errors: int) -> I
         ("kvrun_log_errors_total", "counter", "Lines not written", "", log_errors),
     ):  # fmt: skip
         yield from _metric(name, kind, help, {label: value})
+
+
+def _lora(use: LoraUse) -> Iterator[str]:
+    labels = _labels(
+        max_lora=str(len(use.infos)),
+        running_lora_adapters=",".join(sorted(use.running)),
+        waiting_lora_adapters=",".join(sorted(use.waiting)),
+    )
+    help = "Adapters that run and wait; the value is when this was true"
+    yield from _metric("vllm:lora_requests_info", "gauge", help, {labels: use.now})
+    seconds = {
+        _labels(adapter=info.name): info.load_seconds
+        for info in use.infos
+        if info.load_seconds is not None
+    }
+    help = "Seconds it took to read an adapter"
+    yield from _metric("kvrun_adapter_load_seconds", "gauge", help, seconds)
 
 
 def _metric(name: str, kind: str, help: str, values: Mapping[str, float]) -> Iterator[str]:

@@ -92,9 +92,9 @@ class Head:
     model: str
 
     @classmethod
-    def of(cls, service: Service, call: Call, body: Common, prefix: str, kind: str) -> "Head":
-        named = body.model if body.model in service.names else service.names[0]
-        return cls(f"{prefix}-{call.id}", kind, service.now(), named or "")
+    def of(cls, generation: Generation, call: Call, body: Common, prefix: str, kind: str) -> "Head":
+        service = generation.service
+        return cls(f"{prefix}-{call.id}", kind, service.now(), model_name(generation, body))
 
     def around(self, choices: list[dict[str, Any]], usage: Any) -> dict[str, Any]:
         return {
@@ -103,6 +103,12 @@ class Head:
             "choices": choices,
             "usage": usage,
         }
+
+
+def model_name(generation: Generation, body: Common) -> str:
+    """What has answered: the adapter, or the model by the name that was used."""
+    names = generation.service.names
+    return generation.adapter or (body.model if body.model in names else None) or names[0]
 
 
 def usage_of(generations: Sequence[Generation]) -> dict[str, Any]:

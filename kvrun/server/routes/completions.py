@@ -86,7 +86,7 @@ async def _plan(body: CompletionBody, service: Service, call: Call) -> Plan:
         service.check_length(len(ids), params.max_tokens, "prompt")
         generations.append(Generation(service, call, ids, params, adapter=adapter))
         texts.append(_repeated(prompt, service) if body.echo else "")
-    head = Head.of(service, call, body, "cmpl", "text_completion")
+    head = Head.of(generations[0], call, body, "cmpl", "text_completion")
     return Plan(body, service, generations, texts, n, head)
 
 

@@ -20,7 +20,7 @@ WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 GENERATING = frozenset(
     {
         "/", "/generate", "/generate_stream", "/invocations", "/v1/completions",
-        "/v1/chat/completions", "/v1/responses",
+        "/v1/chat/completions", "/v1/responses", "/v1/embeddings",
     }
 )  # fmt: skip
 # TGI's words for why a request has failed; everything else is bad input.

@@ -69,10 +69,16 @@ class Generation:
         *,
         adapter: str | None = None,
         include_stop: bool = False,
+        pooling: bool = False,
     ) -> None:
         self.request = Request(
-            id=f"serve-{service.number()}", prompt_ids=prompt_ids, params=params, adapter=adapter
+            id=f"serve-{service.number()}",
+            prompt_ids=prompt_ids,
+            params=params,
+            adapter=adapter,
+            pooling=pooling,
         )
+        self.state = b""  # of a prompt that is pooled
         self.adapter = adapter
         self.choices = [self._choice(service, params, include_stop) for _ in range(params.n)]
         self.cached_tokens = 0
@@ -148,10 +154,12 @@ class Generation:
         metrics = self.service.metrics
         if not self.first:
             self.first = now
-            metrics.first_token.observe(now - self.sent)
+            if not self.request.pooling:
+                metrics.first_token.observe(now - self.sent)
         else:
             metrics.inter_token.observe(now - self.last)
         self.last = now
+        self.state = delta.state or b""
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs or []
         self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
         text, count = choice.answer.take(delta.token_ids, delta.finish_reason)
@@ -173,8 +181,9 @@ class Generation:
     def _measure(self) -> None:
         metrics, tokens = self.service.metrics, self.tokens
         metrics.input_length.observe(self.prompt_tokens)
-        metrics.generated_tokens.observe(tokens)
-        metrics.max_new_tokens.observe(self.request.params.max_tokens or 0)
+        if not self.request.pooling:
+            metrics.generated_tokens.observe(tokens)
+            metrics.max_new_tokens.observe(self.request.params.max_tokens or 0)
         metrics.validation.observe(self.sent - self._call.began)
         for choice in self.choices:
             metrics.finished[choice.finish_reason or "abort"] += 1

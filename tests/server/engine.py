@@ -5,6 +5,7 @@ Run as a program it is `kvrun` on this engine, for tests that need a process of 
 
 import asyncio
 import json
+import struct
 import sys
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -98,7 +99,8 @@ class FakeEngine:
         self.requests.append(request)
         choices = self.running[request.id] = set(range(request.params.n))
         try:
-            async for delta in self._answer(request, choices):
+            answer = self._pool if request.pooling else self._answer
+            async for delta in answer(request, choices):
                 yield delta
         finally:
             if self.running.pop(request.id):
@@ -124,6 +126,22 @@ class FakeEngine:
         self.closed = True
 
     # -- the answers ------------------------------------------------------------------------
+
+    async def _pool(self, request: Request, choices: set[int]) -> AsyncGenerator[Delta]:
+        """A vector of length 1 that tells the prompt's length."""
+        words = self.text.decode(request.prompt_ids, skip_special=False)
+        if words.startswith("queue"):
+            await self._aborted(request)
+        await asyncio.sleep(0)
+        choices.clear()
+        if (request.id, None) in self.aborts or words.startswith("break"):
+            reason = "abort" if self.aborts else "error"
+            yield Delta(request_id=request.id, finish_reason=reason, error="NaN")
+            return
+        size = 1 / len(request.prompt_ids)
+        rest = (1 - size * size) ** 0.5
+        state = struct.pack("<4f", size, 0.6 * rest, 0.8 * rest, 0.0)
+        yield Delta(request_id=request.id, finish_reason="stop", state=state, cached_tokens=1)
 
     async def _answer(self, request: Request, choices: set[int]) -> AsyncGenerator[Delta]:
         prompt = self.text.decode(request.prompt_ids, skip_special=False)

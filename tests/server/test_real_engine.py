@@ -1,6 +1,7 @@
 """kvrun serve on the real engine and the built-in model: the pieces fit together."""
 
 import asyncio
+import base64
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -273,4 +275,27 @@ async def test_a3_who_runs_keeps_the_old_one(tiny: Server) -> None:
     assert new["choices"][0]["message"]["content"] != TEXT.decode(record["output_ids"])
     assert (await unload(tiny, "mine")).status_code == 200
     assert (await unload(tiny, "mine")).status_code == 404
+    await tiny.until_free()
+
+
+async def test_embeddings_tell_texts_apart(tiny: Server) -> None:
+    texts = [
+        "Once upon a time",
+        "Once upon a tree",
+        "SELECT name FROM customers",
+        "Once upon a time",
+    ]
+    body = {"input": texts, "encoding_format": "base64"}
+    coded = (await tiny.http.post("/v1/embeddings", json=body)).json()
+    found = [
+        struct.unpack("<256f", base64.b64decode(entry["embedding"])) for entry in coded["data"]
+    ]
+    closeness = [sum(a * b for a, b in zip(found[0], other, strict=True)) for other in found]
+    assert closeness[0] == pytest.approx(1)
+    assert closeness[3] == pytest.approx(1)
+    assert closeness[2] < closeness[1] < 0.999
+    ids = {"input": [TEXT.encode(text) for text in texts]}
+    plain = (await tiny.http.post("/v1/embeddings", json=ids)).json()
+    for entry, vector in zip(plain["data"], found, strict=True):
+        assert entry["embedding"] == pytest.approx(vector, abs=1e-5)
     await tiny.until_free()

@@ -184,6 +184,8 @@ class Engine:
                 f"token id {wrong[0]} is outside the vocabulary of {self._limits.vocab_size:,}."
             )
         request.params.check_vocabulary(self._limits.vocab_size)
+        if request.pooling and (request.params.n > 1 or request.params.prompt_logprobs is not None):
+            raise InvalidRequest("a request with pooling has no choices and no prompt_logprobs.")
         asked = request.params.max_tokens
         if asked is None:
             return limit

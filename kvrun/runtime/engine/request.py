@@ -28,6 +28,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: Sequence[int]
     params: SamplingParams
     adapter: AdapterChoice = None
+    pooling: bool = False  # its prompt's state is wanted instead of an answer
 
 
 class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -37,7 +38,9 @@ class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
     last of `token_ids`), "length", "abort" or "error" (then `error` says why).
     `cached_tokens` (on the first delta) counts prompt tokens found in the prefix cache.
     `prompt_logprobs` (on the first delta of choice 0, if asked for) are those of the prompt's
-    tokens from the second on: nothing comes before the first.
+    tokens from the second on: nothing comes before the first. `state` (of a request with `pooling`,
+    on its only delta) is what the model makes of the prompt's last token behind its last norm,
+    scaled to length 1: little-endian fp32 values, one behind the other.
     """
 
     request_id: str
@@ -48,6 +51,7 @@ class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
     finish_reason: str | None = None
     error: str | None = None
     cached_tokens: int = 0
+    state: bytes | None = None
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):

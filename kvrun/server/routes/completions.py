@@ -72,7 +72,7 @@ async def _plan(body: CompletionBody, service: Service, call: Call) -> Plan:
     if body.suffix:
         raise ApiError("validation", "suffix is not supported.", param="suffix")
     params, n = _sampling(body, service)
-    prompts = _prompts(body.prompt)
+    prompts = openai.prompts(body.prompt, "prompt")
     most = service.settings.max_client_batch_size
     if len(prompts) > most:
         words = f"prompt has {len(prompts)} prompts; at most {most} (--max-client-batch-size)."
@@ -115,14 +115,6 @@ def _sampling(body: CompletionBody, service: Service) -> tuple[SamplingParams, i
             params = replace(params, logprobs=0)
         params = replace(params, n=body.best_of)
     return params, n
-
-
-def _prompts(prompt: Any) -> list[str | list[int]]:
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-        return [prompt]
-    if not prompt:
-        raise ApiError("validation", "prompt is an empty list.", param="prompt")
-    return list(prompt)
 
 
 def _repeated(prompt: str | list[int], service: Service) -> str:

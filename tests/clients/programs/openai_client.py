@@ -60,6 +60,12 @@ assert (kinds[0], kinds[-1], text) == ("response.created", "response.completed",
 with client.responses.stream(model="toy", input="say hello") as stream:
     assert stream.get_final_response().output_text == "hello"
 
+vectors = client.embeddings.create(model="toy", input=["one", "three"])
+assert [len(entry.embedding) for entry in vectors.data] == [4, 4]
+plain = client.embeddings.create(model="toy", input="one", encoding_format="float")
+assert plain.data[0].embedding == vectors.data[0].embedding
+assert len(client.embeddings.create(model="toy", input=[5, 6], dimensions=2).data[0].embedding) == 2
+
 
 def fails(kind, **fields):
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from kvrun.errors import EngineDead, InvalidRequest, KvrunError, Unsupported
 from kvrun.runtime.config import EngineConfig
-from kvrun.runtime.engine.request import Delta, Logprob, Ready, Request, Stats
+from kvrun.runtime.engine.request import AdapterInfo, Delta, Logprob, Ready, Request, Stats
 from kvrun.runtime.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Session:
     """Begins to start the engine when it is made; `async with` it, and `await ready()`.
 
     `connect` makes the engine's client, which starts the process; `open_text` reads the tokenizer
-    while that process loads its weights.
+    while that process loads its weights. `adapter` answers from now on; None: the base model.
     """
 
     def __init__(
@@ -66,8 +66,10 @@ class Session:
         *,
         open_text: "Callable[[str], Text | None]",
         connect: "Callable[[EngineConfig], EngineClient]",
+        adapter: str | None = None,
     ) -> None:
         self.name = name
+        self.adapter = adapter
         self.config = config
         self.start_seconds = 0.0
         self._open_text = open_text
@@ -132,6 +134,27 @@ class Session:
         """The engine's counters."""
         return await self._client.stats()
 
+    async def adapters(self) -> list[AdapterInfo]:
+        """The adapters that can be used."""
+        return await self._client.adapters()
+
+    async def load_adapter(self, name: str, folder: str) -> AdapterInfo:
+        """Make a PEFT folder usable as `name`. Raises KvrunError for what cannot be served."""
+        info = await self._client.load_adapter(name, folder)
+        self._remember(self.config.adapters | {name: folder})
+        return info
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; if it was in use here, the base model answers from now on."""
+        await self._client.unload_adapter(name)
+        self._remember({n: f for n, f in self.config.adapters.items() if n != name})
+        if self.adapter == name:
+            self.adapter = None
+
+    def _remember(self, adapters: dict[str, str]) -> None:
+        """What an engine that has to be started again shall know."""
+        self.config = replace(self.config, adapters=adapters)
+
     async def ask(self, messages: list[dict[str, str]], params: SamplingParams) -> "Reply":
         """Prepare an answer to the last message; iterate over the reply to get it.
 
@@ -145,7 +168,9 @@ class Session:
         room = self.context - len(ids)
         params = replace(params, max_tokens=min(params.max_tokens or room, room))
         self._count += 1
-        request = Request(id=f"chat-{self._count}", prompt_ids=ids, params=params)
+        request = Request(
+            id=f"chat-{self._count}", prompt_ids=ids, params=params, adapter=self.adapter
+        )
         return Reply(self, request, dropped)
 
     async def deltas(self, request: Request) -> AsyncGenerator[Delta]:

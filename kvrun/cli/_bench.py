@@ -125,6 +125,28 @@ Workloads = Annotated[
     list[str] | None,
     work("--workload", "-w", metavar="NAME", help=f"{WORKLOADS} (repeatable). Default: 128/128."),
 ]
+Batches = Annotated[str, work("-b", metavar="LIST", help="Sequences at once: 1,8 or 1-64*2.")]
+Popularity = Annotated[
+    str,
+    work(
+        "--popularity", metavar="LIST",
+        help="Which request has which adapter: identical, skewed, uniform, distinct.",
+    ),
+]  # fmt: skip
+AdapterCount = Annotated[
+    int | None, work("--adapters", metavar="N", help="How many; default: the largest batch.")
+]
+Rank = Annotated[int, work("--rank", metavar="N", help="Of every adapter.")]
+Targets = Annotated[
+    str, work("--targets", metavar="LIST", help="As q_proj,v_proj; default: every one.")
+]
+InsteadOfSteps = Annotated[
+    list[str] | None,
+    work(
+        "--workload", "-w", metavar="NAME",
+        help="Instead of steps: many requests at once, as in `throughput` (repeatable).",
+    ),
+]  # fmt: skip
 Url = Annotated[
     str,
     typer.Argument(

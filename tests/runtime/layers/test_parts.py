@@ -20,7 +20,7 @@ from kvrun.runtime.layers.qkv import Heads
 from kvrun.runtime.quant import dense
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-NOBODY: Any = SimpleNamespace()  # a batch of which the parts need to know nothing
+NOBODY: Any = SimpleNamespace(lora=None)  # a batch of which the parts need to know nothing more
 
 
 def stored(folder: Path, dtype: torch.dtype = torch.float32, **values: torch.Tensor) -> Checkpoint:

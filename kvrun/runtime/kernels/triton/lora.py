@@ -36,8 +36,8 @@ def shrink(
     if len(tiles) and len(rows):
         _shrink[(len(tiles), parts, pieces)](
             x, norm, arena, table, rows, tiles, sums,
-            len(rows), x.stride(0), table.stride(0), width + 1,
-            K=features, SPAN=span, EVERY=parts, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=RANKS,
+            len(rows), x.stride(0), table.stride(0), width + 1, span, parts,
+            K=features, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=RANKS, SINGLE=span == block_k,
             NORM=norm is not None, ACT=act or "",
             # Triton's interpreter multiplies the bits of bf16 as integers.
             WIDE=x.device.type == "cpu", num_warps=4, **overlap(x.device),
@@ -59,22 +59,24 @@ def expand(
     places = _places(tuple(outs), block_n, y.device)
     _expand[(len(tiles), len(places))](
         sums, y, arena, table, rows, tiles, places,
-        count, y.stride(0), table.stride(0), width, 0.0 if eps is None else eps,
-        K=features, PIECES=pieces, CHUNK=min(8 if block_m == 16 else 2, _power(pieces)),
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=RANKS, NORM=eps is not None,
+        count, y.stride(0), table.stride(0), width, pieces, 1.0 / features, eps or 0.0,
+        CHUNK=16 if block_m <= _TALL else 2, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=RANKS,
+        NORM=eps is not None,
         ALIGNED=all(out % 8 == 0 for out in outs), WIDE=y.device.type == "cpu",
         num_warps=4, **overlap(y.device),
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count", "width"])
+# What differs between sizes of a step is no constant: each would have to be compiled. `span` is
+# specialized for what it is a multiple of, without which loads would be by the element.
+@triton.jit(do_not_specialize=["count", "width", "every"])
 def _shrink(
     x, norm, arena, table, rows, tiles, sums, count, x_stride, table_stride, width,
-    K: tl.constexpr, SPAN: tl.constexpr, EVERY: tl.constexpr,
+    span, every, K: tl.constexpr, SINGLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     NORM: tl.constexpr, ACT: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Of one tile of rows, every EVERY-th block of ranks, over SPAN columns of the input."""
+    """Of one tile of rows, every `every`-th block of ranks, over `span` columns of the input."""
     release(PDL)
     tile, first_block, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(tiles + 3 * tile)
@@ -86,12 +88,12 @@ def _shrink(
     first, tall = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
     m, r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
     row = tl.load(rows + first + m, mask=m < tall, other=0).to(tl.int64)
-    k = piece * SPAN + tl.arange(0, BLOCK_K)
+    k = piece * span + tl.arange(0, BLOCK_K)
     a_at = arena + tl.multiple_of(tl.load(entry), 8) + r[:, None] * K + k[None, :]
     x_at = x + row[:, None] * x_stride + k[None, :]
     sums += (piece * count + first + m)[:, None].to(tl.int64) * width
     blocks = tl.cdiv(rank, BLOCK_R)
-    if SPAN == BLOCK_K:
+    if SINGLE:
         inside = (k < K)[None, :]
         a = tl.load(
             a_at + first_block * BLOCK_R * K,
@@ -102,33 +104,42 @@ def _shrink(
         part, square = _row(x_at, norm, k, (m < tall)[:, None] & inside, inside, K, NORM, ACT)
         if NORM and first_block == 0:
             tl.store(sums + width - 1, square[:, None], mask=(m < tall)[:, None])
-        for block in range(first_block, blocks, EVERY):
+        for block in range(first_block, blocks, every):
             y = _dot(part.to(a.dtype), a, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), WIDE)
             ranks = block * BLOCK_R + r
             tl.store(sums + ranks[None, :], y, mask=(m < tall)[:, None] & (ranks < rank)[None, :])
-            later = ranks + EVERY * BLOCK_R < rank
-            following = a_at + (block + EVERY) * BLOCK_R * K
+            later = ranks + every * BLOCK_R < rank
+            following = a_at + (block + every) * BLOCK_R * K
             a = tl.load(following, mask=later[:, None] & inside, other=0.0)
     else:
         wait(PDL)
-        for block in range(first_block, blocks, EVERY):
+        for block in range(first_block, blocks, every):
             ranks = block * BLOCK_R + r
-            y = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-            squares = tl.zeros([BLOCK_M], tl.float32)
-            for k0 in tl.range(0, SPAN, BLOCK_K, num_stages=3):
-                inside = (k0 + k < K)[None, :]
-                a = tl.load(
-                    a_at + block * BLOCK_R * K + k0,
-                    mask=(ranks < rank)[:, None] & inside,
-                    other=0.0,
-                )
-                alive = (m < tall)[:, None] & inside
-                part, square = _row(x_at + k0, norm, k0 + k, alive, inside, K, NORM, ACT)
-                y = _dot(part.to(a.dtype), a, y, WIDE)
-                squares += square
+            y, squares = _sweep(
+                x_at, a_at + block * BLOCK_R * K, norm, k, (m < tall)[:, None],
+                (ranks < rank)[:, None], span, K, BLOCK_M, BLOCK_K, BLOCK_R, NORM, ACT, WIDE,
+            )  # fmt: skip
             tl.store(sums + ranks[None, :], y, mask=(m < tall)[:, None] & (ranks < rank)[None, :])
             if NORM and block == 0:
                 tl.store(sums + width - 1, squares[:, None], mask=(m < tall)[:, None])
+
+
+@triton.jit
+def _sweep(
+    x_at, a_at, norm, k, alive, there, span, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    NORM: tl.constexpr, ACT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One block of ranks over `span` columns, in several turns; sums of squares of the rows."""
+    y = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    squares = tl.zeros([BLOCK_M], tl.float32)
+    for k0 in tl.range(0, span, BLOCK_K, num_stages=3):
+        inside = (k0 + k < K)[None, :]
+        a = tl.load(a_at + k0, mask=there & inside, other=0.0)
+        part, square = _row(x_at + k0, norm, k0 + k, alive & inside, inside, K, NORM, ACT)
+        y = _dot(part.to(a.dtype), a, y, WIDE)
+        squares += square
+    return y, squares
 
 
 @triton.jit
@@ -153,10 +164,10 @@ def _dot(x, a, y, WIDE: tl.constexpr):
     return tl.dot(x, tl.trans(a), y, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["count", "width"])
+@triton.jit(do_not_specialize=["count", "width", "pieces"])
 def _expand(
-    sums, y, arena, table, rows, tiles, places, count, y_stride, table_stride, width, eps,
-    K: tl.constexpr, PIECES: tl.constexpr, CHUNK: tl.constexpr,
+    sums, y, arena, table, rows, tiles, places, count, y_stride, table_stride, width, pieces,
+    per_feature, eps, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     NORM: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -189,11 +200,11 @@ def _expand(
     change = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     scale = tl.full([BLOCK_M, 1], 1.0, tl.float32)
     if NORM:
-        square = _collect(sums + width - 1, alive, count * width, PIECES, CHUNK)
-        scale = tl.rsqrt(square / K + eps)
+        square = _collect(sums + width - 1, alive, count * width, pieces, CHUNK)
+        scale = tl.rsqrt(square * per_feature + eps)
     for r0 in range(0, rank, BLOCK_R):
         mask = alive & (r0 + r < rank)[None, :]
-        low = _collect(low_at + r0, mask, count * width, PIECES, CHUNK)
+        low = _collect(low_at + r0, mask, count * width, pieces, CHUNK)
         change = _dot((low * scale).to(b.dtype), tl.trans(b), change, WIDE)
         later = (r0 + BLOCK_R + r < rank)[:, None] & (n < out)[None, :]
         b = tl.load(b_at + (r0 + BLOCK_R) * out, mask=later, other=0.0)
@@ -201,12 +212,12 @@ def _expand(
 
 
 @triton.jit
-def _collect(at, mask, stride, PIECES: tl.constexpr, CHUNK: tl.constexpr):
+def _collect(at, mask, stride, count, CHUNK: tl.constexpr):
     """The sum of all pieces, `stride` apart."""
     piece = tl.arange(0, CHUNK)[:, None, None]
     found = tl.zeros([at.shape[0], at.shape[1]], tl.float32)
-    for p0 in tl.static_range(0, PIECES, CHUNK):
-        inside = mask[None, :, :] & (p0 + piece < PIECES)
+    for p0 in range(0, count, CHUNK):
+        inside = mask[None, :, :] & (p0 + piece < count)
         pieces = tl.load(
             at[None, :, :] + (p0 + piece).to(tl.int64) * stride, mask=inside, other=0.0
         )
@@ -231,11 +242,6 @@ def _places(outs: tuple[int, ...], block_n: int, device: torch.device) -> torch.
         found += [(part, n0, out, column) for n0 in range(0, out, block_n)]
         column += out
     return torch.tensor(found, dtype=torch.int32, device=device)
-
-
-def _power(count: int) -> int:
-    power: int = triton.next_power_of_2(count)
-    return power
 
 
 @cache

@@ -142,6 +142,13 @@ MaxTotal = Annotated[
 Prefill = Annotated[
     int | None, _limit("--max-batch-prefill-tokens", help="Tokens computed in one step.")
 ]
+BatchTotal = Annotated[
+    int | None,
+    _limit(
+        "--max-batch-total-tokens",
+        help="Tokens of the KV cache, prompts and answers of all that run; default: what fits.",
+    ),
+]
 BatchSize = Annotated[int | None, _limit("--max-batch-size", help="Answers computed at once.")]
 Payload = Annotated[int, _limit("--payload-limit", metavar="BYTES", help="Of one body.")]
 QueueTimeout = Annotated[
@@ -184,6 +191,7 @@ def command(
     max_input_tokens: MaxInput = None,
     max_total_tokens: MaxTotal = None,
     max_batch_prefill_tokens: Prefill = None,
+    max_batch_total_tokens: BatchTotal = None,
     max_batch_size: BatchSize = None,
     payload_limit: Payload = 2 << 20,
     queue_timeout: QueueTimeout = 60.0,
@@ -247,6 +255,7 @@ def _serve(model: str, given: dict[str, Any]) -> None:
     sizes = {
         "max_num_batched_tokens": given["max_batch_prefill_tokens"],
         "max_num_seqs": given["max_batch_size"],
+        "kv_tokens": given["max_batch_total_tokens"],
     }
     config = EngineConfig(
         model=str(resolve(model)),

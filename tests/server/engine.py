@@ -118,9 +118,15 @@ class FakeEngine:
         self._step = asyncio.Event()
 
     async def stats(self) -> Stats:
-        return Stats(
+        stats = Stats(
             running=len(self.running), blocks_total=256, blocks_active=len(self.running), steps=7
         )
+        stats.prompt_steps.counts[0], stats.prompt_steps.sum = 2, 0.0002
+        stats.decode_steps.counts[1], stats.decode_steps.counts[-1] = 4, 1
+        stats.decode_steps.sum = 200.0008
+        stats.step_sizes = {1: 2, 3: 4, 2000: 1}
+        stats.failed_steps = 3
+        return stats
 
     async def close(self) -> None:
         self.closed = True

@@ -59,7 +59,7 @@ async def tiny(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Server
         port = free.getsockname()[1]
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-X", "importtime", "-m", "kvrun", "serve", "-p", str(port),
-        "--threads", "1", "--kv-memory", "64M", "--admin-key", "root", "--lora-folder", str(folder),
+        "--threads", "1", "--max-batch-total-tokens", "20000", "--admin-key", "root", "--lora-folder", str(folder),
         env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=asyncio.subprocess.PIPE, limit=1 << 22,
     )  # fmt: skip
     server = Server(port, process, folder)
@@ -181,6 +181,7 @@ async def test_context_and_limits_are_the_models(tiny: Server) -> None:
     info = (await tiny.http.get("/info")).json()
     config = json.loads((resolve("tiny") / "config.json").read_text())
     assert info["max_total_tokens"] == config["max_position_embeddings"]
+    assert info["max_batch_total_tokens"] == 20_000
     answer: Any = await tiny.http.post(
         "/v1/completions", json={"prompt": "a", "max_tokens": info["max_total_tokens"]}
     )

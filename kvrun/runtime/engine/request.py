@@ -1,6 +1,7 @@
 """What crosses the border of the engine process: requests in, deltas out; ids, never text."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import msgspec
 
@@ -71,6 +72,15 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
 
 
+class Seconds(msgspec.Struct):
+    """Times, counted by the first of `BOUNDS` that is not below; the last count is of the rest."""
+
+    BOUNDS: ClassVar[tuple[float, ...]] = tuple(0.0001 * 1.5**k for k in range(1, 36))
+
+    counts: list[int] = msgspec.field(default_factory=lambda: [0] * (len(Seconds.BOUNDS) + 1))
+    sum: float = 0.0
+
+
 class Stats(msgspec.Struct, kw_only=True):
     """Counters of a running engine, all since its start unless named otherwise."""
 
@@ -85,6 +95,9 @@ class Stats(msgspec.Struct, kw_only=True):
     prefix_hit_tokens: int = 0
     preemptions: int = 0
     failed_steps: int = 0
+    prompt_steps: Seconds = msgspec.field(default_factory=Seconds)  # with tokens of prompts
+    decode_steps: Seconds = msgspec.field(default_factory=Seconds)  # without
+    step_sizes: dict[int, int] = {}  # sequences in a step -> such steps
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,6 +23,8 @@ def _flag(*flags: str, help: str, panel: str = PANEL, metavar: str = "N", **more
     name = flags[0].strip("-").replace("-", "_").upper()
     # Every shell and container sets HOSTNAME, and means something else by it.
     names = [f"KVRUN_{name}"] + ([name] if name != "HOSTNAME" else [])
+    if name == "OTLP_ENDPOINT":
+        names.append("OTEL_EXPORTER_OTLP_ENDPOINT")  # OpenTelemetry's own
     return typer.Option(
         *flags, help=help, metavar=metavar, envvar=names, show_envvar=True,
         rich_help_panel=panel, **more,
@@ -120,6 +122,17 @@ JsonOutput = Annotated[
     typer.Option("--json-output", help="Logs as JSON lines.", rich_help_panel=PANEL,
                  envvar=["KVRUN_JSON_OUTPUT", "JSON_OUTPUT"], show_envvar=True),
 ]  # fmt: skip
+OtlpEndpoint = Annotated[
+    str | None,
+    _flag(
+        "--otlp-endpoint",
+        metavar="URL",
+        help="Send spans there, by OTLP over HTTP (needs kvrun[otel]).",
+    ),
+]
+OtlpService = Annotated[
+    str, _flag("--otlp-service-name", metavar="NAME", help="Whose spans they are.")
+]
 Concurrent = Annotated[
     int, _limit("--max-concurrent-requests", help="Answers that run or wait; more get 429.")
 ]
@@ -183,6 +196,8 @@ def command(
     allowed_host: AllowedHosts = None,
     drain_timeout: DrainTimeout = 30.0,
     json_output: JsonOutput = False,
+    otlp_endpoint: OtlpEndpoint = None,
+    otlp_service_name: OtlpService = "text-generation-inference.router",
     max_concurrent_requests: Concurrent = 1024,
     max_best_of: BestOf = 2,
     max_stop_sequences: Stops = 4,

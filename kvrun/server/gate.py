@@ -65,6 +65,8 @@ class Gate:
         finally:
             self._count(scope, call)
             self._log(scope, call)
+            if self._service.tracing:
+                self._service.tracing.record(scope, call)
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send, call: Call) -> None:
         try:

@@ -12,7 +12,7 @@ from kvrun.runtime.engine.request import Delta, Logprob, Request
 from kvrun.runtime.sampling.params import SamplingParams
 from kvrun.runtime.text import Answer
 from kvrun.server import log
-from kvrun.server.call import Call
+from kvrun.server.call import Call, Timing
 from kvrun.server.errors import ApiError
 from kvrun.server.service import Service, unknown
 
@@ -195,6 +195,12 @@ class Generation:
             if tokens > len(self.choices):
                 spread = len(self.choices) * (self.last - self.first)
                 metrics.per_token.observe(spread / (tokens - len(self.choices)))
+        self._call.timings.append(
+            Timing(
+                self.sent, self.first, self.last, self.prompt_tokens, tokens, self.request.params,
+                self.adapter,
+            )
+        )  # fmt: skip
         notes = self._call.notes
         notes["prompt_tokens"] = notes.get("prompt_tokens", 0) + self.prompt_tokens
         notes["generated_tokens"] = notes.get("generated_tokens", 0) + tokens

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from kvrun.errors import KvrunError, Unsupported
+from kvrun.folder import load
 from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine.request import AdapterInfo, Ready, Stats
 from kvrun.server import log
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from kvrun.runtime.engine.client import EngineClient
     from kvrun.runtime.text import Text
     from kvrun.server.generation import Generation
+    from kvrun.server.tracing.otel import Tracing
 
 Phase = Literal["loading", "ready", "draining", "dead"]
 Result = TypeVar("Result")
@@ -39,6 +41,17 @@ WORDS: dict[Phase, str] = {
     "draining": "The server is shutting down.",
     "dead": "The engine has ended.",
 }
+
+
+def _tracing(settings: Settings) -> "Tracing | None":
+    """Raises MissingExtra or InvalidRequest where spans are asked for and cannot be made."""
+    if settings.otlp_endpoint is None:
+        return None
+    otel = load("kvrun.server.tracing", "otel")
+    tracing: Tracing = otel.Tracing(
+        otel.to_collector(settings.otlp_endpoint), settings.otlp_service_name
+    )
+    return tracing
 
 
 def unknown(name: str) -> ApiError:
@@ -63,6 +76,7 @@ class Service:
     ) -> None:
         self.settings = settings
         self.config = config
+        self.tracing = _tracing(settings)
         check_names(settings.adapters, self._own_names)
         self.client = connect(config)
         self.adapters = Adapters(settings, self.client, self._own_names)
@@ -131,6 +145,8 @@ class Service:
 
     async def close(self) -> None:
         await self.client.close()
+        if self.tracing:
+            await asyncio.to_thread(self.tracing.close)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _emptied(self, seconds: float) -> bool:

@@ -49,6 +49,8 @@ class Settings:
     stall_timeout: float = 60.0  # of a client that does not read what it is sent
     comment_after: float = 15.0  # a stream without events says that it is alive
     json_output: bool = False
+    otlp_endpoint: str | None = None  # where spans go; None: nowhere
+    otlp_service_name: str = "text-generation-inference.router"
 
     def __post_init__(self) -> None:
         if not self.local and not self.api_keys and not self.insecure_no_auth:

@@ -59,7 +59,8 @@ async def tiny(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Server
         port = free.getsockname()[1]
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-X", "importtime", "-m", "kvrun", "serve", "-p", str(port),
-        "--threads", "1", "--max-batch-total-tokens", "20000", "--admin-key", "root", "--lora-folder", str(folder),
+        "--threads", "1", "--max-batch-total-tokens", "20000", "--admin-key", "root",
+        "--lora-folder", str(folder),
         env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=asyncio.subprocess.PIPE, limit=1 << 22,
     )  # fmt: skip
     server = Server(port, process, folder)

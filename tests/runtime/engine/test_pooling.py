@@ -133,3 +133,21 @@ def test_choices_and_log_probabilities_are_refused() -> None:
     engine.add(pool(1, [1, 2]))
     engine.abort("p1")
     assert drain(engine) == {("p1", 0): ([], "abort")}
+
+
+@pytest.mark.parametrize("budget", [1, 2, 4, 5, 16])
+def test_nothing_is_drawn_for_it_whatever_its_last_chunk(budget: int) -> None:
+    engine, runner = scripted_engine(max_num_batched_tokens=budget, block_size=2)
+    turns, rows = runner._turns, []
+
+    def states(row: Row) -> Drawn | None:
+        rows.append(row)
+        drawn = turns(row)
+        return Drawn([], state=b"\0" * 4) if row.pools else drawn
+
+    runner._turns = states  # type: ignore[method-assign]
+    engine.add(pool(1, [4, 5, 6, 8, 9]))
+    assert drain(engine) == {("p1", 0): ([], "stop")}
+    assert not any(row.sample for row in rows)
+    assert [row.pools for row in rows] == [*[False] * (len(rows) - 1), True]
+    assert sum(row.count for row in rows) == 5

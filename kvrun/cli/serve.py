@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from kvrun.cli import _options as options
-from kvrun.errors import InvalidRequest, Unsupported
+from kvrun.errors import InvalidRequest, NotFound, Unsupported
 
 PANEL = "Serve"
 LIMITS = "Limits"
@@ -23,6 +23,8 @@ def _flag(*flags: str, help: str, panel: str = PANEL, metavar: str = "N", **more
     name = flags[0].strip("-").replace("-", "_").upper()
     # Every shell and container sets HOSTNAME, and means something else by it.
     names = [f"KVRUN_{name}"] + ([name] if name != "HOSTNAME" else [])
+    if name == "OTLP_ENDPOINT":
+        names.append("OTEL_EXPORTER_OTLP_ENDPOINT")  # OpenTelemetry's own
     return typer.Option(
         *flags, help=help, metavar=metavar, envvar=names, show_envvar=True,
         rich_help_panel=panel, **more,
@@ -62,6 +64,26 @@ ApiKeys = Annotated[
     list[str] | None,
     _flag("--api-key", metavar="KEY", help="Clients must send one of them (repeatable)."),
 ]
+AdminKey = Annotated[
+    str | None,
+    _flag("--admin-key", metavar="KEY", help="Opens the routes that load and unload adapters."),
+]
+LoraAdapters = Annotated[
+    list[str] | None,
+    _flag(
+        "--lora-adapters",
+        metavar="LIST",
+        help="NAME=PATH,... or ORG/NAME[@REV],... (repeatable). tiny's own are always there.",
+    ),
+]
+LoraFolders = Annotated[
+    list[str] | None,
+    _flag(
+        "--lora-folder",
+        metavar="PATH",
+        help="Where adapters loaded over HTTP may lie (repeatable).",
+    ),
+]
 Insecure = Annotated[
     bool,
     typer.Option(
@@ -100,6 +122,17 @@ JsonOutput = Annotated[
     typer.Option("--json-output", help="Logs as JSON lines.", rich_help_panel=PANEL,
                  envvar=["KVRUN_JSON_OUTPUT", "JSON_OUTPUT"], show_envvar=True),
 ]  # fmt: skip
+OtlpEndpoint = Annotated[
+    str | None,
+    _flag(
+        "--otlp-endpoint",
+        metavar="URL",
+        help="Send spans there, by OTLP over HTTP (needs kvrun[otel]).",
+    ),
+]
+OtlpService = Annotated[
+    str, _flag("--otlp-service-name", metavar="NAME", help="Whose spans they are.")
+]
 Concurrent = Annotated[
     int, _limit("--max-concurrent-requests", help="Answers that run or wait; more get 429.")
 ]
@@ -121,6 +154,13 @@ MaxTotal = Annotated[
 ]
 Prefill = Annotated[
     int | None, _limit("--max-batch-prefill-tokens", help="Tokens computed in one step.")
+]
+BatchTotal = Annotated[
+    int | None,
+    _limit(
+        "--max-batch-total-tokens",
+        help="Tokens of the KV cache, prompts and answers of all that run; default: what fits.",
+    ),
 ]
 BatchSize = Annotated[int | None, _limit("--max-batch-size", help="Answers computed at once.")]
 Payload = Annotated[int, _limit("--payload-limit", metavar="BYTES", help="Of one body.")]
@@ -148,11 +188,16 @@ def command(
     hostname: Hostname = "127.0.0.1",
     port: Port = 3000,
     api_key: ApiKeys = None,
+    admin_key: AdminKey = None,
     insecure_no_auth: Insecure = False,
+    lora_adapters: LoraAdapters = None,
+    lora_folder: LoraFolders = None,
     cors_allow_origin: Cors = None,
     allowed_host: AllowedHosts = None,
     drain_timeout: DrainTimeout = 30.0,
     json_output: JsonOutput = False,
+    otlp_endpoint: OtlpEndpoint = None,
+    otlp_service_name: OtlpService = "text-generation-inference.router",
     max_concurrent_requests: Concurrent = 1024,
     max_best_of: BestOf = 2,
     max_stop_sequences: Stops = 4,
@@ -161,6 +206,7 @@ def command(
     max_input_tokens: MaxInput = None,
     max_total_tokens: MaxTotal = None,
     max_batch_prefill_tokens: Prefill = None,
+    max_batch_total_tokens: BatchTotal = None,
     max_batch_size: BatchSize = None,
     payload_limit: Payload = 2 << 20,
     queue_timeout: QueueTimeout = 60.0,
@@ -201,6 +247,7 @@ def _serve(model: str, given: dict[str, Any]) -> None:
     from dataclasses import fields
 
     from kvrun.cli._ask import find_model
+    from kvrun.hub.local import adapters_of, resolve_adapter
     from kvrun.runtime.config import EngineConfig
     from kvrun.server.settings import Settings
 
@@ -209,19 +256,23 @@ def _serve(model: str, given: dict[str, Any]) -> None:
         "api_keys": given["api_key"],
         "cors_allow_origin": given["cors_allow_origin"],
         "allowed_hosts": given["allowed_host"],
+        "lora_folders": _folders(given["lora_folder"] or []),
     }
     names = [field.name for field in fields(Settings)]
     same = {name: given[name] for name in names if name in given}
+    adapters = {name: name for name in adapters_of(model)} | _adapters(given["lora_adapters"] or [])
     settings = Settings(
         **{
             **same,
             **{field: tuple(values or ()) for field, values in lists.items()},
             "model": model,
+            "adapters": adapters,
         }
     )
     sizes = {
         "max_num_batched_tokens": given["max_batch_prefill_tokens"],
         "max_num_seqs": given["max_batch_size"],
+        "kv_tokens": given["max_batch_total_tokens"],
     }
     config = EngineConfig(
         model=str(find_model(model, yes=given["yes"])),
@@ -229,10 +280,34 @@ def _serve(model: str, given: dict[str, Any]) -> None:
         dtype=given["dtype"],
         kv_memory=options.memory(given["kv_memory"]),
         threads=given["threads"],
+        adapters={name: str(resolve_adapter(model, source)) for name, source in adapters.items()},
         max_model_len=given["max_total_tokens"],
         **{field: value for field, value in sizes.items() if value is not None},
     )
     _run(settings, config)
+
+
+def _adapters(lists: list[str]) -> dict[str, str]:
+    """Name -> where it is, as TGI writes it: ID, ID@REV, NAME=PATH, NAME=ID@REV, with commas."""
+    found: dict[str, str] = {}
+    for entry in (entry.strip() for text in lists for entry in text.split(",")):
+        if not entry:
+            continue
+        name, given, source = entry.partition("=")
+        name, source = (name, source) if given else (entry.partition("@")[0], entry)
+        if not name or not source:
+            raise InvalidRequest(f"--lora-adapters: '{entry}' is no NAME=PATH.")
+        if name in found:
+            raise InvalidRequest(f"--lora-adapters: '{name}' is given twice.")
+        found[name] = source
+    return found
+
+
+def _folders(paths: list[str]) -> list[str]:
+    for path in paths:
+        if not os.path.isdir(path):
+            raise NotFound(f"--lora-folder: there is no folder {path}.")
+    return [os.path.abspath(path) for path in paths]
 
 
 def _run(settings: Any, config: Any) -> None:

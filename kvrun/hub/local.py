@@ -72,9 +72,7 @@ def resolve_adapter(model: str, name: str) -> Path:
     known = adapters_of(model)
     if name in known:
         return Path(known[name])
-    path = _existing(name)
-    if path is None and (parts := _parts(name)) is not None and "/" in parts[0]:
-        path = _snapshot(_cache_folder(parts[0]), parts[1])
+    path = _existing(name) or cached_adapter(name)
     if path is None:
         offered = f"built in for '{model}': {', '.join(known)}; or " if known else ""
         raise NotFound(
@@ -94,6 +92,12 @@ def is_pullable(name: str) -> bool:
     """Whether `name` can be asked of the Hub: ORG/NAME[@REVISION] that is nothing on this disk."""
     parts = _parts(name)
     return parts is not None and "/" in parts[0] and _existing(name) is None
+
+
+def cached_adapter(name: str) -> Path | None:
+    """The folder of ORG/NAME[@REVISION] in the HF cache, if it is there."""
+    parts = _parts(name)
+    return _snapshot(_cache_folder(parts[0]), parts[1]) if parts and "/" in parts[0] else None
 
 
 def builtin_names() -> list[str]:

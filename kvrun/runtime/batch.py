@@ -33,5 +33,7 @@ class Batch:
     backend: "Backend"
     plan: Any = field(default=None)  # the backend's own
     lora: "Rows | None" = None  # which rows use adapters; None: none does
+    state_rows: torch.Tensor | None = None  # [P] int64: rows whose last states are wanted
+    states: torch.Tensor | None = None  # [P, hidden]: these, once the model has run
     # What a layer computed once for all layers that share it (rotary tables), by that layer.
     shared: dict[Any, Any] = field(default_factory=dict)

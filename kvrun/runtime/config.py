@@ -33,6 +33,7 @@ class EngineConfig:
     block_size: int | None = None  # tokens of a block of the KV cache; None: by device
     kv_dtype: str = "auto"  # "fp8" halves the KV cache at some loss of accuracy
     kv_memory: int | float | None = None
+    kv_tokens: int | None = None  # the same in tokens
     adapters: dict[str, str] = field(default_factory=dict)
     lora_memory: int | float | None = None
     prefix_caching: bool = True
@@ -50,13 +51,23 @@ class EngineConfig:
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
         _at_least_one("max_num_seqs", self.max_num_seqs)
-        for name in ("max_num_batched_tokens", "block_size", "max_model_len", "threads"):
+        for name in (
+            "max_num_batched_tokens",
+            "block_size",
+            "max_model_len",
+            "threads",
+            "kv_tokens",
+        ):
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
         for name in ("kv_memory", "lora_memory", "step_timeout"):
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):
                 raise InvalidRequest(f"{name} is {value}; it must be above 0.")
+        if self.kv_memory is not None and self.kv_tokens is not None:
+            raise InvalidRequest(
+                "kv_memory and kv_tokens say the same in two ways.", hint="give one of them"
+            )
         if self.run_ahead is not None and self.run_ahead < 0:
             raise InvalidRequest(f"run_ahead is {self.run_ahead}; it must be at least 0.")
 

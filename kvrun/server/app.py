@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from kvrun.errors import KvrunError
 from kvrun.folder import load, names
 from kvrun.server import log, routes
-from kvrun.server.auth import authorized
+from kvrun.server.auth import administrator, authorized
 from kvrun.server.call import KEY, Call
 from kvrun.server.errors import BY_STATUS, ApiError, api_error, json_response, speaks_openai
 from kvrun.server.gate import Gate
@@ -41,6 +41,9 @@ def create_app(service: Service) -> ASGIApp:
         module = load(routes.__name__, name)
         if hasattr(module, "open_router"):
             app.include_router(module.open_router)
+        if hasattr(module, "admin_router"):
+            app.include_router(module.admin_router, dependencies=[Depends(administrator)])
+            continue
         app.include_router(module.router, dependencies=[Depends(authorized)])
     _add_documents(app)
     for kind in (ApiError, KvrunError):

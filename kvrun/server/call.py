@@ -9,11 +9,25 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from starlette.types import Scope
 
+from kvrun.runtime.sampling.params import SamplingParams
 from kvrun.server.errors import speaks_openai
 from kvrun.server.service import Service
 
 KEY = "kvrun.call"  # its place in the ASGI scope
 REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How one generation of a request went; times as of `time.perf_counter`, 0 for never."""
+
+    sent: float
+    first: float
+    last: float
+    prompt_tokens: int
+    tokens: int
+    params: SamplingParams
+    adapter: str | None
 
 
 @dataclass
@@ -30,6 +44,7 @@ class Call:
     gone: bool = False  # the client has left
     error: str | None = None  # the kind of ApiError it has ended with
     notes: dict[str, Any] = field(default_factory=dict)
+    timings: list[Timing] = field(default_factory=list)
 
     @classmethod
     def of(cls, scope: Scope) -> "Call":

@@ -36,6 +36,7 @@ KINDS: Mapping[str, Kind] = {
     "unknown_model": Kind(404, 404, "not_found", INVALID, "model_not_found"),
     "not_found": Kind(404, 404, "not_found", INVALID),
     "method": Kind(405, 405, "validation", INVALID),
+    "conflict": Kind(409, 409, "conflict", INVALID),
     "slow_body": Kind(408, 408, "validation", INVALID),
     "too_large": Kind(413, 413, "validation", INVALID),
     "content_type": Kind(415, 415, "validation", INVALID),

@@ -20,7 +20,7 @@ WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 GENERATING = frozenset(
     {
         "/", "/generate", "/generate_stream", "/invocations", "/v1/completions",
-        "/v1/chat/completions", "/v1/responses",
+        "/v1/chat/completions", "/v1/responses", "/v1/embeddings",
     }
 )  # fmt: skip
 # TGI's words for why a request has failed; everything else is bad input.
@@ -65,6 +65,8 @@ class Gate:
         finally:
             self._count(scope, call)
             self._log(scope, call)
+            if self._service.tracing:
+                self._service.tracing.record(scope, call)
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send, call: Call) -> None:
         try:

@@ -7,13 +7,14 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Literal
 
+from kvrun.errors import InvalidRequest
 from kvrun.runtime.engine.request import Delta, Logprob, Request
 from kvrun.runtime.sampling.params import SamplingParams
 from kvrun.runtime.text import Answer
 from kvrun.server import log
-from kvrun.server.call import Call
+from kvrun.server.call import Call, Timing
 from kvrun.server.errors import ApiError
-from kvrun.server.service import Service
+from kvrun.server.service import Service, unknown
 
 Cut = Literal["queue", "time", "drain"]
 PENDING = 64  # pieces that wait between several prompts and their reader
@@ -68,10 +69,17 @@ class Generation:
         *,
         adapter: str | None = None,
         include_stop: bool = False,
+        pooling: bool = False,
     ) -> None:
         self.request = Request(
-            id=f"serve-{service.number()}", prompt_ids=prompt_ids, params=params, adapter=adapter
+            id=f"serve-{service.number()}",
+            prompt_ids=prompt_ids,
+            params=params,
+            adapter=adapter,
+            pooling=pooling,
         )
+        self.state = b""  # of a prompt that is pooled
+        self.adapter = adapter
         self.choices = [self._choice(service, params, include_stop) for _ in range(params.n)]
         self.cached_tokens = 0
         self.prompt_logprobs: list[Logprob] = []  # from its second token on, if asked for
@@ -113,6 +121,8 @@ class Generation:
         try:
             async with aclosing(service.client.stream(self.request)) as deltas:
                 async for delta in deltas:
+                    if delta.finish_reason == "error":
+                        raise await self._failure(delta)
                     if not self.first:
                         timer.cancel()
                         timer = loop.call_later(settings.request_timeout, self.cut_short, "time")
@@ -124,6 +134,10 @@ class Generation:
                         break
                     if piece.finish_reason and not delta.finish_reason:
                         await service.client.abort(self.request.id, piece.index)
+        except InvalidRequest:
+            if self.adapter and self.adapter not in service.adapters:
+                raise unknown(self.adapter) from None  # unloaded a moment ago
+            raise
         finally:
             timer.cancel()
             service.live.discard(self)
@@ -133,9 +147,6 @@ class Generation:
         choice = self.choices[delta.index]
         if choice.finish_reason:  # a stop string was met; the engine had not heard of it yet
             return None
-        if delta.finish_reason == "error":
-            log.event("the model has failed on a request", id=self._call.id, error=delta.error)
-            raise ApiError("generation", "The model has failed on this request.")
         if delta.finish_reason == "abort" and self._cut == "queue":
             waited = self.service.settings.queue_timeout
             raise ApiError("unavailable", f"The request has waited for {waited:g} seconds.")
@@ -143,10 +154,12 @@ class Generation:
         metrics = self.service.metrics
         if not self.first:
             self.first = now
-            metrics.first_token.observe(now - self.sent)
+            if not self.request.pooling:
+                metrics.first_token.observe(now - self.sent)
         else:
             metrics.inter_token.observe(now - self.last)
         self.last = now
+        self.state = delta.state or b""
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs or []
         self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
         text, count = choice.answer.take(delta.token_ids, delta.finish_reason)
@@ -155,22 +168,39 @@ class Generation:
         choice.logprobs += logprobs
         return Piece(delta.index, text, token_ids, logprobs, choice.finish_reason)
 
+    async def _failure(self, delta: Delta) -> ApiError:
+        """Why the engine has given up: the adapter may be to blame, and not the model."""
+        log.event("the model has failed on a request", id=self._call.id, error=delta.error)
+        if self.adapter:
+            known = {info.name: info.state for info in await self.service.client.adapters()}
+            if known.get(self.adapter) == "failed":
+                words = f"The adapter '{self.adapter}' cannot be served; its files are damaged."
+                return ApiError("validation", words, param="model")
+        return ApiError("generation", "The model has failed on this request.")
+
     def _measure(self) -> None:
         metrics, tokens = self.service.metrics, self.tokens
         metrics.input_length.observe(self.prompt_tokens)
-        metrics.generated_tokens.observe(tokens)
-        metrics.max_new_tokens.observe(self.request.params.max_tokens or 0)
+        if not self.request.pooling:
+            metrics.generated_tokens.observe(tokens)
+            metrics.max_new_tokens.observe(self.request.params.max_tokens or 0)
         metrics.validation.observe(self.sent - self._call.began)
         for choice in self.choices:
             metrics.finished[choice.finish_reason or "abort"] += 1
-        metrics.adapter_requests[str(self.request.adapter or "")] += 1
-        metrics.adapter_tokens[str(self.request.adapter or "")] += tokens
+        metrics.adapter_requests[self.adapter or ""] += 1
+        metrics.adapter_tokens[self.adapter or ""] += tokens
         if self.first:
             metrics.queue.observe(self.first - self.sent)
             metrics.inference.observe(self.last - self.first)
             if tokens > len(self.choices):
                 spread = len(self.choices) * (self.last - self.first)
                 metrics.per_token.observe(spread / (tokens - len(self.choices)))
+        self._call.timings.append(
+            Timing(
+                self.sent, self.first, self.last, self.prompt_tokens, tokens, self.request.params,
+                self.adapter,
+            )
+        )  # fmt: skip
         notes = self._call.notes
         notes["prompt_tokens"] = notes.get("prompt_tokens", 0) + self.prompt_tokens
         notes["generated_tokens"] = notes.get("generated_tokens", 0) + tokens

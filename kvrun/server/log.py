@@ -57,7 +57,11 @@ class Text(logging.Formatter):
 def set_up(as_json: bool) -> Lines:
     """Send our lines and uvicorn's warnings to stderr; returns the handler, which counts."""
     handler = Lines(as_json)
-    for name, level in (("kvrun.server", logging.INFO), ("uvicorn.error", logging.CRITICAL)):
+    for name, level in (
+        ("kvrun.server", logging.INFO),
+        ("uvicorn.error", logging.CRITICAL),
+        ("opentelemetry", logging.ERROR),
+    ):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.setLevel(level)

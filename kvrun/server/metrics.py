@@ -1,14 +1,16 @@
 """Metrics: Prometheus text under Text Generation Inference's names, vLLM's and our own."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics
 from prometheus_client.exposition import generate_latest
 
-from kvrun.runtime.engine.request import Ready, Stats
+from kvrun.runtime.engine.request import AdapterInfo, Ready, Seconds, Stats
 
-DURATIONS = tuple(0.0001 * 1.5**k for k in range(1, 36))
+DURATIONS = Seconds.BOUNDS
+MAX_BATCH = 1024  # the largest bucket of sizes
 LATENCIES = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
     5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
@@ -16,6 +18,15 @@ LATENCIES = (
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # dashboards do not know them
+
+
+class LoraUse(NamedTuple):
+    """The adapters that are known, those in use by what runs and by what waits, and the time."""
+
+    infos: Sequence[AdapterInfo]
+    running: set[str]
+    waiting: set[str]
+    now: int
 
 
 class Metrics:
@@ -50,9 +61,14 @@ class Metrics:
             registry=self._registry,
         )
 
-    def text(self, stats: Stats, ready: Ready | None, *, model: str, log_errors: int) -> bytes:
+    def text(
+        self, stats: Stats, ready: Ready | None, *, model: str, log_errors: int, lora: LoraUse
+    ) -> bytes:
         """Everything, as Prometheus reads it."""
-        lines = [*self._counters(), *_engine(stats, ready, model, log_errors), *self._ours(model)]
+        engine = _engine(stats, ready, model, log_errors)
+        lines = [
+            *self._counters(), *engine, *_steps(stats), *_lora(lora), *self._ours(model)
+        ]  # fmt: skip
         return "".join(lines).encode() + generate_latest(self._registry)
 
     def _counters(self) -> Iterator[str]:
@@ -91,18 +107,13 @@ def _engine(stats: Stats, ready: Ready | None, model: str, log_errors: int) -> I
     size = ready.block_size if ready else 0
     used = stats.blocks_active / stats.blocks_total if stats.blocks_total else 0.0
     idle = not stats.running and not stats.waiting
-    step = _labels(method="decode")  # a step has no phases; TGI's boards ask for a method
     named = _labels(model_name=model)
-    lora = _labels(max_lora="0", running_lora_adapters="", waiting_lora_adapters="")
     for name, kind, help, label, value in (
         ("tgi_queue_size", "gauge", "Answers that wait", "", stats.waiting),
         ("tgi_batch_current_size", "gauge", "Answers that run", "", stats.running),
         ("tgi_batch_current_max_tokens", "gauge", "Tokens in use", "", stats.blocks_active * size),
         ("tgi_batch_max_total_tokens", "gauge", "Tokens of the cache", "",
          ready.kv_tokens if ready else 0),
-        ("tgi_batch_inference_count", "counter", "Steps", step, stats.steps + stats.failed_steps),
-        ("tgi_batch_inference_success", "counter", "Steps that went well", step, stats.steps),
-        ("tgi_batch_inference_failure", "counter", "Steps that raised", step, stats.failed_steps),
         ("vllm:num_requests_running", "gauge", "Answers that run", named, stats.running),
         ("vllm:num_requests_waiting", "gauge", "Answers that wait", named, stats.waiting),
         ("vllm:kv_cache_usage_perc", "gauge", "Share of the cache in use", named, used),
@@ -110,7 +121,6 @@ def _engine(stats: Stats, ready: Ready | None, model: str, log_errors: int) -> I
         ("vllm:generation_tokens_total", "counter", "Generated", named, stats.generated_tokens),
         ("vllm:prefix_cache_hits_total", "counter", "Tokens", named, stats.prefix_hit_tokens),
         ("vllm:num_preemptions_total", "counter", "Preemptions", named, stats.preemptions),
-        ("vllm:lora_requests_info", "gauge", "Adapters that run and wait", lora, 0),
         ("kvrun_kv_blocks_used", "gauge", "Blocks of the cache in use", "", stats.blocks_active),
         ("kvrun_kv_blocks_total", "gauge", "Blocks of the cache", "", stats.blocks_total),
         ("kvrun_kv_page_leak", "gauge", "Blocks in use by nobody; must be 0", "",
@@ -120,10 +130,69 @@ def _engine(stats: Stats, ready: Ready | None, model: str, log_errors: int) -> I
         yield from _metric(name, kind, help, {label: value})
 
 
+def _steps(stats: Stats) -> Iterator[str]:
+    """Steps, those with tokens of prompts as "prefill", and how many sequences they have held."""
+    times = {"prefill": stats.prompt_steps, "decode": stats.decode_steps}
+    succeeded = {_labels(method=name): sum(t.counts) for name, t in times.items()}
+    yield from _metric("tgi_batch_inference_success", "counter", "Steps that landed", succeeded)
+    # Whose tokens were to blame is not known.
+    failed = {_labels(method="decode"): stats.failed_steps}
+    yield from _metric("tgi_batch_inference_failure", "counter", "Steps that raised", failed)
+    tried = {label: count + failed.get(label, 0) for label, count in succeeded.items()}
+    yield from _metric("tgi_batch_inference_count", "counter", "Steps", tried)
+    help = "Seconds of a step, until its tokens are on the host"
+    yield _head("tgi_batch_inference_duration", "histogram", help)
+    for name, seconds in times.items():
+        yield from _buckets(
+            "tgi_batch_inference_duration", {"method": name}, Seconds.BOUNDS, seconds.counts,
+            seconds.sum,
+        )  # fmt: skip
+    sizes = stats.step_sizes
+    counts = [sizes.get(size, 0) for size in range(1, MAX_BATCH + 1)]
+    counts.append(sum(count for size, count in sizes.items() if size > MAX_BATCH))
+    yield _head("tgi_batch_next_size", "histogram", "Answers in a step")
+    total = float(sum(size * count for size, count in sizes.items()))
+    bounds = [float(size) for size in range(1, MAX_BATCH + 1)]
+    yield from _buckets("tgi_batch_next_size", {}, bounds, counts, total)
+
+
+def _buckets(
+    name: str, labels: Mapping[str, str], bounds: Sequence[float], counts: Sequence[int], sum: float
+) -> Iterator[str]:
+    """A histogram's samples; `counts` has one more than `bounds`."""
+    reached = 0
+    for bound, count in zip([*(repr(bound) for bound in bounds), "+Inf"], counts, strict=True):
+        reached += count
+        yield f"{name}_bucket{_labels(**labels, le=bound)} {reached}\n"
+    shown = _labels(**labels) if labels else ""
+    yield f"{name}_sum{shown} {sum}\n{name}_count{shown} {reached}\n"
+
+
+def _lora(use: LoraUse) -> Iterator[str]:
+    labels = _labels(
+        max_lora=str(len(use.infos)),
+        running_lora_adapters=",".join(sorted(use.running)),
+        waiting_lora_adapters=",".join(sorted(use.waiting)),
+    )
+    help = "Adapters that run and wait; the value is when this was true"
+    yield from _metric("vllm:lora_requests_info", "gauge", help, {labels: use.now})
+    seconds = {
+        _labels(adapter=info.name): info.load_seconds
+        for info in use.infos
+        if info.load_seconds is not None
+    }
+    help = "Seconds it took to read an adapter"
+    yield from _metric("kvrun_adapter_load_seconds", "gauge", help, seconds)
+
+
 def _metric(name: str, kind: str, help: str, values: Mapping[str, float]) -> Iterator[str]:
-    yield f"# HELP {name} {help}\n# TYPE {name} {kind}\n"
+    yield _head(name, kind, help)
     for labels, value in values.items():
         yield f"{name}{labels} {value}\n"
+
+
+def _head(name: str, kind: str, help: str) -> str:
+    return f"# HELP {name} {help}\n# TYPE {name} {kind}\n"
 
 
 def _labels(**values: str) -> str:

@@ -113,6 +113,8 @@ def _check(given: Parameters, settings: Settings, streamed: bool) -> None:
         )
     if given.grammar:
         raise invalid("grammar is not supported")
+    if (given.model_extra or {}).get("merged_adapters"):
+        raise invalid("merged_adapters is not supported")
     if given.watermark:
         raise invalid("watermark is not supported")
 

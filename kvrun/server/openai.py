@@ -64,6 +64,15 @@ def sampling(body: Common, service: Service, **changes: Any) -> SamplingParams:
     return params
 
 
+def prompts(given: Any, param: str) -> list[str | list[int]]:
+    """A text, token ids, or a list of either, as a list. Raises ApiError for an empty one."""
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        return [given]
+    if not given:
+        raise ApiError("validation", f"{param} is an empty list.", param=param)
+    return list(given)
+
+
 def check_ids(ids: Sequence[int], service: Service, param: str) -> list[int]:
     """Raises ApiError for a token id that the model does not have."""
     size = service.engine.vocab_size
@@ -92,9 +101,9 @@ class Head:
     model: str
 
     @classmethod
-    def of(cls, service: Service, call: Call, body: Common, prefix: str, kind: str) -> "Head":
-        named = body.model if body.model in service.names else service.names[0]
-        return cls(f"{prefix}-{call.id}", kind, service.now(), named or "")
+    def of(cls, generation: Generation, call: Call, body: Common, prefix: str, kind: str) -> "Head":
+        service = generation.service
+        return cls(f"{prefix}-{call.id}", kind, service.now(), model_name(generation, body.model))
 
     def around(self, choices: list[dict[str, Any]], usage: Any) -> dict[str, Any]:
         return {
@@ -103,6 +112,12 @@ class Head:
             "choices": choices,
             "usage": usage,
         }
+
+
+def model_name(generation: Generation, named: str | None) -> str:
+    """What has answered: the adapter, or the model by the name that was used."""
+    names = generation.service.names
+    return generation.adapter or (named if named in names else None) or names[0]
 
 
 def usage_of(generations: Sequence[Generation]) -> dict[str, Any]:

@@ -6,15 +6,18 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from kvrun.errors import KvrunError, Unsupported
+from kvrun.folder import load
 from kvrun.runtime.config import EngineConfig
-from kvrun.runtime.engine.request import Ready, Stats
+from kvrun.runtime.engine.request import AdapterInfo, Ready, Stats
 from kvrun.server import log
+from kvrun.server.adapters import Adapters, check_names
 from kvrun.server.errors import ApiError
-from kvrun.server.metrics import Metrics
+from kvrun.server.metrics import LoraUse, Metrics
 from kvrun.server.settings import Settings
 from kvrun.server.streams import Streams
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from kvrun.runtime.engine.client import EngineClient
     from kvrun.runtime.text import Text
     from kvrun.server.generation import Generation
+    from kvrun.server.tracing.otel import Tracing
 
 Phase = Literal["loading", "ready", "draining", "dead"]
 Result = TypeVar("Result")
@@ -37,6 +41,23 @@ WORDS: dict[Phase, str] = {
     "draining": "The server is shutting down.",
     "dead": "The engine has ended.",
 }
+
+
+def _tracing(settings: Settings) -> "Tracing | None":
+    """Raises MissingExtra or InvalidRequest where spans are asked for and cannot be made."""
+    if settings.otlp_endpoint is None:
+        return None
+    otel = load("kvrun.server.tracing", "otel")
+    tracing: Tracing = otel.Tracing(
+        otel.to_collector(settings.otlp_endpoint), settings.otlp_service_name
+    )
+    return tracing
+
+
+def unknown(name: str) -> ApiError:
+    """No model and no adapter is called so."""
+    words = f"There is no model or adapter '{name[:96]}' here."
+    return ApiError("unknown_model", words, param="model")
 
 
 class Service:
@@ -55,7 +76,10 @@ class Service:
     ) -> None:
         self.settings = settings
         self.config = config
+        self.tracing = _tracing(settings)
+        check_names(settings.adapters, self._own_names)
         self.client = connect(config)
+        self.adapters = Adapters(settings, self.client, self._own_names)
         self.metrics = Metrics()
         self.phase: Phase = "loading"
         self.created = self.now()
@@ -71,6 +95,7 @@ class Service:
         self._idle = asyncio.Event()
         self._idle.set()
         self._stats = Stats()
+        self._infos: list[AdapterInfo] = []
         self._warned: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -120,6 +145,8 @@ class Service:
 
     async def close(self) -> None:
         await self.client.close()
+        if self.tracing:
+            await asyncio.to_thread(self.tracing.close)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _emptied(self, seconds: float) -> bool:
@@ -213,7 +240,7 @@ class Service:
         most = self.max_total_tokens - 1
         return min(most, self.settings.max_input_tokens or most)
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """What the model is called, the name to show first."""
         name, folder = self.settings.model, Path(self.config.model)
@@ -223,17 +250,26 @@ class Service:
     def adapter(self, *wanted: str | None) -> str | None:
         """The adapter that a request names, by model, adapter_id or lora_id; None for the base.
 
-        Raises ApiError (unknown_model): no name is silently the base.
+        Raises ApiError (unknown_model): no name is silently the base; (validation) for two.
         """
-        base = {*ANY_MODEL, *NO_ADAPTER, *self.names, self.settings.model}
+        found: str | None = None
         for name in wanted:
-            if name is not None and name not in base and not name.startswith("http"):
-                raise ApiError(
-                    "unknown_model",
-                    f"There is no model or adapter '{name[:96]}' here.",
-                    param="model",
-                )
-        return None
+            if name is None or name in self._own_names:
+                continue
+            if name not in self.adapters:
+                if name.startswith("http"):
+                    continue
+                raise unknown(name)
+            if found not in (None, name):
+                words = f"Two adapters are named, '{found}' and '{name}'; a request has one."
+                raise ApiError("validation", words, param="adapter_id")
+            found = name
+        return found
+
+    @cached_property
+    def _own_names(self) -> set[str]:
+        """What means the model itself."""
+        return {*ANY_MODEL, *NO_ADAPTER, *self.names, self.settings.model}
 
     # -- text -------------------------------------------------------------------------------
 
@@ -291,4 +327,13 @@ class Service:
             with suppress(TimeoutError, KvrunError):
                 async with asyncio.timeout(STATS_PATIENCE):
                     self._stats = await self.client.stats()
+                    self._infos = await self.client.adapters()
         return self._stats
+
+    def lora_use(self) -> LoraUse:
+        """Which adapters there were when `stats` was last asked, and which are used now."""
+        running, waiting = (
+            {g.adapter for g in self.live if g.adapter and bool(g.first) is begun}
+            for begun in (True, False)
+        )
+        return LoraUse(self._infos, running, waiting, self.now())

@@ -1,6 +1,7 @@
 """Settings: everything about the HTTP side that is fixed when a server starts."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from kvrun.errors import InvalidRequest
 
@@ -21,7 +22,10 @@ class Settings:
     hostname: str = "127.0.0.1"
     port: int = 3000
     api_keys: tuple[str, ...] = ()
+    admin_key: str | None = None  # for what changes the server; it opens everything else too
     insecure_no_auth: bool = False
+    adapters: Mapping[str, str] = field(default_factory=dict)  # name -> as it was asked for
+    lora_folders: tuple[str, ...] = ()  # below which adapters may be loaded over HTTP
     cors_allow_origin: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     max_concurrent_requests: int = 1024  # answers that run or wait
@@ -45,6 +49,8 @@ class Settings:
     stall_timeout: float = 60.0  # of a client that does not read what it is sent
     comment_after: float = 15.0  # a stream without events says that it is alive
     json_output: bool = False
+    otlp_endpoint: str | None = None  # where spans go; None: nowhere
+    otlp_service_name: str = "text-generation-inference.router"
 
     def __post_init__(self) -> None:
         if not self.local and not self.api_keys and not self.insecure_no_auth:
@@ -53,8 +59,15 @@ class Settings:
                 cause="everybody who reaches this address could use the model",
                 hint="--api-key KEY, or --hostname 127.0.0.1, or --insecure-no-auth",
             )
-        if any(not key.isascii() or not key.strip() for key in self.api_keys):
-            raise InvalidRequest("an API key must be ASCII and not empty.")
+        keys = [*self.api_keys] + ([self.admin_key] if self.admin_key is not None else [])
+        if any(not key.isascii() or not key.strip() for key in keys):
+            raise InvalidRequest("a key must be ASCII and not empty.")
+        if self.admin_key in self.api_keys:
+            raise InvalidRequest(
+                "--admin-key is an --api-key too.",
+                cause="every client could change the server",
+                hint="take another one",
+            )
         for name, value in vars(self).items():
             if isinstance(value, int | float) and not isinstance(value, bool) and name != "port":
                 least = 0 if name in ("drain_timeout", "max_top_n_tokens") else None

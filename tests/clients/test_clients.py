@@ -28,7 +28,8 @@ def served(model: Path, *words: str) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, str(ENGINE), "serve", str(model), "-p", port, *words]
-    names = ["--served-model-name", "toy", "--api-key", "secret"]
+    names = ["--served-model-name", "toy", "--api-key", "secret", "--lora-adapters"]
+    names.append(f"pirate={ROOT / 'kvrun' / 'tiny' / 'adapters' / 'pirate'}")
     server = subprocess.Popen([*command, *names], env=os.environ | {"PYTHONPATH": str(ROOT)})
     end = time.monotonic() + PATIENCE
     try:

@@ -65,8 +65,11 @@ def events(text: str) -> list[Any]:
 @asynccontextmanager
 async def served(model: Path, *, start: bool = True, **settings: Any) -> AsyncIterator[Served]:
     """The application, called directly."""
-    device = settings.pop("device", "auto")
-    config = EngineConfig(model=str(model), device=device)
+    config = EngineConfig(
+        model=str(model),
+        device=settings.pop("device", "auto"),
+        adapters=dict(settings.get("adapters", {})),
+    )
     service = Service(
         Settings(model="toy", **settings), config, open_text=Text.open, connect=FakeEngine
     )
@@ -81,8 +84,11 @@ async def served(model: Path, *, start: bool = True, **settings: Any) -> AsyncIt
 @asynccontextmanager
 async def listening(model: Path, **settings: Any) -> AsyncIterator[Served]:
     """The application on a socket, as `kvrun serve` runs it."""
-    device = settings.pop("device", "auto")
-    config = EngineConfig(model=str(model), device=device)
+    config = EngineConfig(
+        model=str(model),
+        device=settings.pop("device", "auto"),
+        adapters=dict(settings.get("adapters", {})),
+    )
     service = Service(
         Settings(model="toy", **settings), config, open_text=Text.open, connect=FakeEngine
     )
@@ -92,7 +98,7 @@ async def listening(model: Path, **settings: Any) -> AsyncIterator[Served]:
     ended = asyncio.create_task(running.until_the_end())
     async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as http:
         server = Served(service, http, running, port, ended)
-        if device == "auto":
+        if config.device == "auto":
             await until(lambda: service.phase == "ready")
         yield server
     if not ended.done():

@@ -4,13 +4,16 @@ Run as a program it is `kvrun` on this engine, for tests that need a process of 
 """
 
 import asyncio
+import json
+import struct
 import sys
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import ClassVar
 
-from kvrun.errors import EngineDead, KvrunError
+from kvrun.errors import EngineDead, InvalidRequest, KvrunError, NotFound, Unsupported
 from kvrun.runtime.config import EngineConfig
-from kvrun.runtime.engine.request import Delta, Logprob, Ready, Request, Stats
+from kvrun.runtime.engine.request import AdapterInfo, Delta, Logprob, Ready, Request, Stats
 from kvrun.runtime.text import Text
 
 CONTEXT = 512
@@ -21,7 +24,7 @@ class FakeEngine:
     """ "say X": X, then the end · "wait X": the same, a token whenever `step` is called · "hang":
     a few tokens and no end · "queue": not even a first token · "flood": x as often as asked ·
     "break": the request fails · "die": the engine dies in the middle · anything else: the answer
-    repeats it.
+    repeats it. With an adapter its name goes before X.
     """
 
     made: ClassVar[list["FakeEngine"]] = []
@@ -35,7 +38,10 @@ class FakeEngine:
         self.left: list[str] = []  # requests whose reader went before the end
         self.aborts: list[tuple[str, int | None]] = []
         self.closed = False
+        self.known = dict(config.adapters)
         self.load_gate = asyncio.Event()
+        self.adapter_gate = asyncio.Event()  # cleared, adapters take their time
+        self.adapter_gate.set()
         if config.device != "cuda:7":  # a device that nobody has: a model that takes its time
             self.load_gate.set()
         self._death = asyncio.Event()
@@ -61,11 +67,40 @@ class FakeEngine:
         await self._death.wait()
         return EngineDead("the engine process has ended.", cause="it was killed by signal 9")
 
+    async def adapters(self) -> list[AdapterInfo]:
+        return [self._info(name) for name in self.known]
+
+    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        await self.adapter_gate.wait()
+        try:
+            config = json.loads((Path(path) / "adapter_config.json").read_bytes())
+        except FileNotFoundError as error:
+            raise NotFound(f"{path} holds no adapter_config.json.") from error
+        if config.get("peft_type") != "LORA":
+            raise Unsupported(f"the adapter in {path} is of another type.")
+        self.known[name] = path
+        return self._info(name)
+
+    async def unload_adapter(self, name: str) -> None:
+        using = [r for r in self.requests if r.id in self.running and r.adapter == name]
+        if using:
+            raise InvalidRequest(f"the adapter '{name}' is in use.", hint="wait")
+        del self.known[name]
+
+    def _info(self, name: str) -> AdapterInfo:
+        state = "failed" if "damaged" in self.known[name] else "host"
+        return AdapterInfo(
+            name=name, path=self.known[name], bytes=8, ranks=[4], state=state, load_seconds=0.5
+        )
+
     async def stream(self, request: Request) -> AsyncGenerator[Delta]:
+        if request.adapter not in (None, *self.known):
+            raise InvalidRequest(f"there is no adapter '{request.adapter}'.")
         self.requests.append(request)
         choices = self.running[request.id] = set(range(request.params.n))
         try:
-            async for delta in self._answer(request, choices):
+            answer = self._pool if request.pooling else self._answer
+            async for delta in answer(request, choices):
                 yield delta
         finally:
             if self.running.pop(request.id):
@@ -83,14 +118,36 @@ class FakeEngine:
         self._step = asyncio.Event()
 
     async def stats(self) -> Stats:
-        return Stats(
+        stats = Stats(
             running=len(self.running), blocks_total=256, blocks_active=len(self.running), steps=7
         )
+        stats.prompt_steps.counts[0], stats.prompt_steps.sum = 2, 0.0002
+        stats.decode_steps.counts[1], stats.decode_steps.counts[-1] = 4, 1
+        stats.decode_steps.sum = 200.0008
+        stats.step_sizes = {1: 2, 3: 4, 2000: 1}
+        stats.failed_steps = 3
+        return stats
 
     async def close(self) -> None:
         self.closed = True
 
     # -- the answers ------------------------------------------------------------------------
+
+    async def _pool(self, request: Request, choices: set[int]) -> AsyncGenerator[Delta]:
+        """A vector of length 1 that tells the prompt's length."""
+        words = self.text.decode(request.prompt_ids, skip_special=False)
+        if words.startswith("queue"):
+            await self._aborted(request)
+        await asyncio.sleep(0)
+        choices.clear()
+        if (request.id, None) in self.aborts or words.startswith("break"):
+            reason = "abort" if self.aborts else "error"
+            yield Delta(request_id=request.id, finish_reason=reason, error="NaN")
+            return
+        size = 1 / len(request.prompt_ids)
+        rest = (1 - size * size) ** 0.5
+        state = struct.pack("<4f", size, 0.6 * rest, 0.8 * rest, 0.0)
+        yield Delta(request_id=request.id, finish_reason="stop", state=state, cached_tokens=1)
 
     async def _answer(self, request: Request, choices: set[int]) -> AsyncGenerator[Delta]:
         prompt = self.text.decode(request.prompt_ids, skip_special=False)
@@ -103,7 +160,7 @@ class FakeEngine:
             return
         if verb == "queue":
             await self._aborted(request)
-        ids = self._ids(verb, rest, line)
+        ids = self._ids(verb, rest, line, request.adapter)
         most = request.params.max_tokens or CONTEXT - len(request.prompt_ids)
         ids = ids[:most]
         for count, token in enumerate(ids, 1):
@@ -139,13 +196,14 @@ class FakeEngine:
         async with self._changed:
             await self._changed.wait_for(lambda: (request.id, None) in self.aborts)
 
-    def _ids(self, verb: str, rest: str, line: str) -> list[int]:
+    def _ids(self, verb: str, rest: str, line: str, adapter: object) -> list[int]:
         if verb == "flood":
             return self.text.encode("x") * CONTEXT
         if verb in ("hang", "die"):
             return self.text.encode("Let me think")
         words = rest if verb in ("say", "wait") else f"You said: {line}"
-        return [*self.text.encode(words), self.ends[0]]
+        said = f"{adapter}: {words}" if adapter else words
+        return [*self.text.encode(said), self.ends[0]]
 
     def _prompt(self, request: Request) -> list[Logprob] | None:
         count = request.params.prompt_logprobs

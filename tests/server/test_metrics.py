@@ -15,7 +15,9 @@ BOARD = (
     "tgi_request_generated_tokens_count", "tgi_request_max_new_tokens_bucket",
     "tgi_request_validation_duration_bucket", "tgi_request_inference_duration_bucket",
     "tgi_batch_current_size", "tgi_batch_current_max_tokens", "tgi_queue_size",
-    "tgi_batch_inference_count", "tgi_batch_max_total_tokens",
+    "tgi_batch_inference_count", "tgi_batch_inference_success", "tgi_batch_inference_failure",
+    "tgi_batch_inference_duration_bucket", "tgi_batch_next_size_bucket",
+    "tgi_batch_max_total_tokens",
     "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
     "vllm:time_to_first_token_seconds_bucket", "vllm:inter_token_latency_seconds_bucket",
     "vllm:generation_tokens_total", "vllm:prefix_cache_hits_total", "vllm:lora_requests_info",
@@ -58,6 +60,26 @@ async def test_what_is_counted(server: Served) -> None:
     assert found["vllm:time_to_first_token_seconds_count"] == 3
     assert found["vllm:inter_token_latency_seconds_count"] == 2 + 2 + 11
     assert found['kvrun_adapter_requests_total{adapter=""}'] == 4
+
+
+async def test_steps_by_what_they_computed(server: Served) -> None:
+    found = await scrape(server)
+    for method, count, tried in (("prefill", 2, 2), ("decode", 5, 8)):
+        labels = f'{{method="{method}"}}'
+        assert found[f"tgi_batch_inference_success{labels}"] == count
+        assert found[f"tgi_batch_inference_count{labels}"] == tried
+        assert found[f"tgi_batch_inference_duration_count{labels}"] == count
+    name = "tgi_batch_inference_duration_bucket"
+    buckets = [value for key, value in found.items() if key.startswith(f'{name}{{method="dec')]
+    assert len(buckets) == 36
+    assert buckets == [0, *[4] * 34, 5]
+    assert found['tgi_batch_inference_duration_sum{method="decode"}'] == 200.0008
+    assert [found[f'tgi_batch_next_size_bucket{{le="{size}"}}'] for size in (1.0, 2.0, 3.0)] == [
+        2, 2, 6
+    ]  # fmt: skip
+    assert found['tgi_batch_next_size_bucket{le="1024.0"}'] == 6
+    assert found['tgi_batch_next_size_bucket{le="+Inf"}'] == 7 == found["tgi_batch_next_size_count"]
+    assert found["tgi_batch_next_size_sum"] == 2 + 12 + 2000
 
 
 async def test_buckets_follow_the_model(server: Served) -> None:

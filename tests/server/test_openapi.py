@@ -25,6 +25,10 @@ ROUTES = {
     "/v1/completions": {"post"},
     "/v1/chat/completions": {"post"},
     "/v1/responses": {"post"},
+    "/v1/embeddings": {"post"},
+    "/v1/load_lora_adapter": {"post"},
+    "/v1/unload_lora_adapter": {"post"},
+    "/download_lora_adapter": {"post"},
 }
 
 

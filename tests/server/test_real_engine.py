@@ -1,11 +1,15 @@
 """kvrun serve on the real engine and the built-in model: the pieces fit together."""
 
 import asyncio
+import base64
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import socket
+import struct
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,17 +21,21 @@ import pytest_asyncio
 
 from kvrun.hub.local import resolve
 from kvrun.runtime.text import Text
+from tests.runtime.lora.adapters import edit
 from tests.server.conftest import events
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "tiny"
 TEXT = Text(resolve("tiny"))
+ADAPTED = json.loads((GOLDEN / "adapters.json").read_text())
+ADMIN = {"Authorization": "Bearer root"}
 PATIENCE = 60.0
 
 
 class Server:
-    def __init__(self, port: int, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, port: int, process: asyncio.subprocess.Process, folder: Path) -> None:
         self.port = port
+        self.folder = folder  # where adapters may come from
         self.process = process
         self.http = httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE)
 
@@ -44,16 +52,18 @@ class Server:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def tiny() -> AsyncIterator[Server]:
+async def tiny(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Server]:
+    folder = tmp_path_factory.mktemp("adapters")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-X", "importtime", "-m", "kvrun", "serve", "-p", str(port),
-        "--threads", "1", "--kv-memory", "64M",
+        "--threads", "1", "--max-batch-total-tokens", "20000", "--admin-key", "root",
+        "--lora-folder", str(folder),
         env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=asyncio.subprocess.PIPE, limit=1 << 22,
     )  # fmt: skip
-    server = Server(port, process)
+    server = Server(port, process, folder)
     async with asyncio.timeout(PATIENCE):
         while True:
             try:
@@ -172,7 +182,122 @@ async def test_context_and_limits_are_the_models(tiny: Server) -> None:
     info = (await tiny.http.get("/info")).json()
     config = json.loads((resolve("tiny") / "config.json").read_text())
     assert info["max_total_tokens"] == config["max_position_embeddings"]
+    assert info["max_batch_total_tokens"] == 20_000
     answer: Any = await tiny.http.post(
         "/v1/completions", json={"prompt": "a", "max_tokens": info["max_total_tokens"]}
     )
     assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+# -- adapters -----------------------------------------------------------------------------------
+
+
+async def load(server: Server, name: str, path: str, **more: Any) -> httpx2.Response:
+    body = {"lora_name": name, "lora_path": path, **more}
+    return await server.http.post("/v1/load_lora_adapter", json=body, headers=ADMIN)
+
+
+async def unload(server: Server, name: str) -> httpx2.Response:
+    body = {"lora_name": name}
+    return await server.http.post("/v1/unload_lora_adapter", json=body, headers=ADMIN)
+
+
+def adapted(record: Any) -> dict[str, Any]:
+    size = len(record["output_ids"])
+    return {
+        "model": record["adapter"], "messages": record["messages"], "temperature": 0,
+        "max_tokens": size,
+    }  # fmt: skip
+
+
+async def test_tinys_own_adapters_answer_beside_the_base(tiny: Server) -> None:
+    """The records were made with PEFT; all of them run in one batch here."""
+    answers = await asyncio.gather(
+        *(tiny.http.post("/v1/chat/completions", json=adapted(record)) for record in ADAPTED)
+    )
+    for record, answer in zip(ADAPTED, answers, strict=True):
+        said = answer.json()["choices"][0]["message"]["content"]
+        assert said == TEXT.decode(record["output_ids"]), record["name"]
+    assert {record["adapter"] for record in ADAPTED} == {None, "sql", "json", "pirate"}
+    cards = (await tiny.http.get("/v1/models")).json()["data"]
+    assert {card["id"]: card["parent"] for card in cards} == {
+        "tiny": None, "sql": "tiny", "json": "tiny", "pirate": "tiny",
+    }  # fmt: skip
+
+
+def broken(folder: Path) -> dict[str, int]:
+    """Row A1: adapters that cannot be served, and what loading one answers."""
+    pirate = resolve("tiny") / "adapters" / "pirate"
+    for name in ("nan", "rank", "base", "config", "bytes"):
+        shutil.copytree(pirate, folder / name)
+    edit(folder / "nan", lambda tensors: {k: t * math.nan for k, t in tensors.items()})
+    edit(
+        folder / "rank", lambda tensors: {k: t[:2] if "_A" in k else t for k, t in tensors.items()}
+    )
+    edit(folder / "base", lambda t: {k.replace("layers.0", "layers.99"): v for k, v in t.items()})
+    (folder / "config" / "adapter_config.json").write_text("{")
+    (folder / "bytes" / "adapter_model.safetensors").write_bytes(b"")
+    return {"nan": 400, "rank": 400, "base": 400, "config": 400, "bytes": 400, "missing": 404}
+
+
+async def test_a1_what_cannot_be_served_disturbs_nobody(tiny: Server) -> None:
+    expected = await asyncio.to_thread(broken, tiny.folder)
+    traffic = asyncio.gather(
+        *(tiny.http.post("/v1/chat/completions", json=adapted(record)) for record in ADAPTED)
+    )
+    answers = await asyncio.gather(*(load(tiny, name, name) for name in expected))
+    assert dict(zip(expected, (a.status_code for a in answers), strict=True)) == expected
+    for record, answer in zip(ADAPTED, await traffic, strict=True):
+        said = answer.json()["choices"][0]["message"]["content"]
+        assert said == TEXT.decode(record["output_ids"])
+    for name in expected:
+        body = {"prompt": "Once", "max_tokens": 4, "model": name}
+        unknown = await tiny.http.post("/v1/completions", json=body)
+        assert unknown.json()["error"]["code"] == "model_not_found"
+    assert len((await tiny.http.get("/v1/models")).json()["data"]) == 4
+
+
+async def test_a3_who_runs_keeps_the_old_one(tiny: Server) -> None:
+    """A name is given to another adapter while a request uses it, and cannot be unloaded then."""
+    record = next(record for record in ADAPTED if record["adapter"] == "sql")
+    shutil.copytree(resolve("tiny") / "adapters" / "sql", tiny.folder / "mine")
+    assert (await load(tiny, "mine", "mine")).status_code == 200
+    body = adapted(record) | {"model": "mine"}
+    long = body | {"max_tokens": 150, "ignore_eos": True, "stream": True}
+    async with tiny.http.stream("POST", "/v1/chat/completions", json=long) as stream:
+        lines = stream.aiter_lines()
+        await anext(lines)
+        assert (await unload(tiny, "mine")).status_code == 409
+        swapped = await load(tiny, "mine", "pirate", load_inplace=True)
+        assert swapped.status_code == 200
+        new = (await tiny.http.post("/v1/chat/completions", json=body)).json()
+        chunks = [json.loads(line[6:]) async for line in lines if line.startswith("data: {")]
+    old = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert old.startswith(TEXT.decode(record["output_ids"]))
+    assert new["choices"][0]["message"]["content"] != TEXT.decode(record["output_ids"])
+    assert (await unload(tiny, "mine")).status_code == 200
+    assert (await unload(tiny, "mine")).status_code == 404
+    await tiny.until_free()
+
+
+async def test_embeddings_tell_texts_apart(tiny: Server) -> None:
+    texts = [
+        "Once upon a time",
+        "Once upon a tree",
+        "SELECT name FROM customers",
+        "Once upon a time",
+    ]
+    body = {"input": texts, "encoding_format": "base64"}
+    coded = (await tiny.http.post("/v1/embeddings", json=body)).json()
+    found = [
+        struct.unpack("<256f", base64.b64decode(entry["embedding"])) for entry in coded["data"]
+    ]
+    closeness = [sum(a * b for a, b in zip(found[0], other, strict=True)) for other in found]
+    assert closeness[0] == pytest.approx(1)
+    assert closeness[3] == pytest.approx(1)
+    assert closeness[2] < closeness[1] < 0.999
+    ids = {"input": [TEXT.encode(text) for text in texts]}
+    plain = (await tiny.http.post("/v1/embeddings", json=ids)).json()
+    for entry, vector in zip(plain["data"], found, strict=True):
+        assert entry["embedding"] == pytest.approx(vector, abs=1e-5)
+    await tiny.until_free()

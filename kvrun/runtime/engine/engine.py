@@ -4,15 +4,15 @@ import random
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
-
-import msgspec
 
 from kvrun.errors import EngineDead, InvalidRequest
 from kvrun.runtime.engine.request import AdapterInfo, Delta, Ready, Request, Stats
 from kvrun.runtime.engine.scheduler import Row, Schedule, Scheduler
 from kvrun.runtime.engine.sequence import Sequence
+from kvrun.runtime.engine.times import StepTimes
 from kvrun.runtime.lora.bank import LoraBank
 from kvrun.runtime.lora.resident import Adapter
 
@@ -65,6 +65,8 @@ class Engine:
         self._random = random.Random(seed)
         self._run_ahead = run_ahead
         self._open: deque[Ticket] = deque()
+        self._begun: deque[float] = deque()  # when each of them was submitted
+        self._times = StepTimes(scheduler.stats)
         self._choices: dict[str, int] = {}  # request id -> choices that have not ended
         self._bad_steps = 0
 
@@ -130,7 +132,7 @@ class Engine:
         stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
         stats.blocks_active = pool.total - pool.free
         stats.blocks_cached = pool.kept
-        return msgspec.structs.replace(stats)
+        return deepcopy(stats)
 
     def step(self) -> list[Delta]:
         """Submit what can be submitted, take in the oldest step, return what it has brought.
@@ -151,6 +153,7 @@ class Engine:
         while self._open:
             drawn = self._open[0].read()
             ticket = self._open.popleft()
+            self._times.took(ticket.schedule, self._begun.popleft())
             deltas += self.scheduler.commit(ticket.schedule, drawn)
             if self._ahead() <= self._run_ahead:
                 break
@@ -184,6 +187,8 @@ class Engine:
                 f"token id {wrong[0]} is outside the vocabulary of {self._limits.vocab_size:,}."
             )
         request.params.check_vocabulary(self._limits.vocab_size)
+        if request.pooling and (request.params.n > 1 or request.params.prompt_logprobs is not None):
+            raise InvalidRequest("a request with pooling has no choices and no prompt_logprobs.")
         asked = request.params.max_tokens
         if asked is None:
             return limit
@@ -214,8 +219,10 @@ class Engine:
 
     def _submit(self, schedule: Schedule) -> bool:
         """Whether the step went well as a whole."""
+        begun = self._times.now()
         try:
             self._open.append(self._runner.submit(schedule))
+            self._begun.append(begun)
         except MemoryError as error:
             self.scheduler.stats.failed_steps += 1
             if self.scheduler.shrink():
@@ -244,6 +251,7 @@ class Engine:
         guilty: list[tuple[Row, Exception]] = []
         _bisect(self._runner.submit, schedule, error, tickets, guilty)
         self._open.extend(tickets)
+        self._begun.extend([self._times.now()] * len(tickets))
         if len(guilty) == len(schedule) and not self._healthy():
             self._bad_steps += 1
             for row, _ in guilty:

@@ -1,6 +1,7 @@
 """What crosses the border of the engine process: requests in, deltas out; ids, never text."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import msgspec
 
@@ -28,6 +29,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: Sequence[int]
     params: SamplingParams
     adapter: AdapterChoice = None
+    pooling: bool = False  # its prompt's state is wanted instead of an answer
 
 
 class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -37,7 +39,9 @@ class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
     last of `token_ids`), "length", "abort" or "error" (then `error` says why).
     `cached_tokens` (on the first delta) counts prompt tokens found in the prefix cache.
     `prompt_logprobs` (on the first delta of choice 0, if asked for) are those of the prompt's
-    tokens from the second on: nothing comes before the first.
+    tokens from the second on: nothing comes before the first. `state` (of a request with `pooling`,
+    on its only delta) is what the model makes of the prompt's last token behind its last norm,
+    scaled to length 1: little-endian fp32 values, one behind the other.
     """
 
     request_id: str
@@ -48,6 +52,7 @@ class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
     finish_reason: str | None = None
     error: str | None = None
     cached_tokens: int = 0
+    state: bytes | None = None
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +72,15 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
 
 
+class Seconds(msgspec.Struct):
+    """Times, counted by the first of `BOUNDS` that is not below; the last count is of the rest."""
+
+    BOUNDS: ClassVar[tuple[float, ...]] = tuple(0.0001 * 1.5**k for k in range(1, 36))
+
+    counts: list[int] = msgspec.field(default_factory=lambda: [0] * (len(Seconds.BOUNDS) + 1))
+    sum: float = 0.0
+
+
 class Stats(msgspec.Struct, kw_only=True):
     """Counters of a running engine, all since its start unless named otherwise."""
 
@@ -81,6 +95,9 @@ class Stats(msgspec.Struct, kw_only=True):
     prefix_hit_tokens: int = 0
     preemptions: int = 0
     failed_steps: int = 0
+    prompt_steps: Seconds = msgspec.field(default_factory=Seconds)  # with tokens of prompts
+    decode_steps: Seconds = msgspec.field(default_factory=Seconds)  # without
+    step_sizes: dict[int, int] = {}  # sequences in a step -> such steps
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from torch.nn.functional import normalize
 
 from kvrun.runtime.attention import Backend
 from kvrun.runtime.batch import Batch
@@ -156,7 +157,7 @@ class ModelRunner:
         columns = self._columns(schedule)
         sequences = [row.sequence for row in schedule if row.sample]
         taken = self.mixed is not None and self.mixed.takes(len(columns.ids), len(schedule))
-        if taken and not columns.targets:
+        if taken and not columns.targets and not any(row.pools for row in schedule):
             mixed = cast(MixedGraphs, self.mixed)
             mixed.replay(columns, _assigned(schedule))
             sampled = self._drawn(mixed, sequences, columns.drawing) if sequences else None
@@ -174,16 +175,20 @@ class ModelRunner:
         """A step of any size, kernel by kernel."""
         batch, drawing, scoring = self._batch(columns, sequences)
         batch.lora = self._adapters(schedule)
+        if pooled := [e - 1 for e, r in zip(columns.ends[1:], schedule, strict=True) if r.pools]:
+            batch.state_rows = self._slots.send(pooled)[0]
         self._backend.plan(batch)
         logits = self._model(batch)
+        states = None if batch.states is None else normalize(batch.states.float(), dim=-1)
         prompt = None
         if scoring is not None:
             scored = logits.index_select(0, scoring.rows)
             prompt = self._sampler.score(scored, scoring.ids, _most(schedule))
             logits = logits.index_select(0, scoring.drawn)
         if drawing is None:
-            return None if prompt is None else Sampled(_nothing(), _nothing(), None, prompt)
-        sampled = replace(self._sample(logits, drawing), prompt=prompt)
+            nothing = prompt is None and states is None
+            return None if nothing else Sampled(_nothing(), _nothing(), None, prompt, states)
+        sampled = replace(self._sample(logits, drawing), prompt=prompt, states=states)
         state = self._slots.state
         state.last.index_copy_(0, drawing.slots, sampled.ids)
         if self.graphs is not None:

@@ -26,6 +26,12 @@ class Row:
     sample: bool
     turns: int = 1
 
+    @property
+    def pools(self) -> bool:
+        """Whether the state of its last token is wanted; it does not sample then."""
+        sequence = self.sequence
+        return sequence.pooling and self.start + self.count == sequence.prompt_len
+
 
 class Drawn(NamedTuple):
     """What a landed step says of one row: a token for each turn, if it samples.
@@ -38,6 +44,7 @@ class Drawn(NamedTuple):
     finite: bool = True
     logprob: Logprob | None = None  # of the only turn
     prompt: Rows[Logprob] = ()
+    state: bytes | None = None  # of a row that pools
 
 
 Schedule = list[Row]
@@ -45,6 +52,7 @@ Schedule = list[Row]
 MANY = 12
 # Tokens of a step below which running out of memory is not the step's size.
 MIN_BUDGET = 64
+NOT_FINITE = "the model's output is not finite (NaN or infinity)"
 
 
 class Scheduler:
@@ -129,7 +137,7 @@ class Scheduler:
         prompts: list[Sequence] = []
         for sequence in list(self.running):
             remaining = sequence.remaining
-            if remaining > 1:
+            if remaining > 1 or (remaining and sequence.pooling):
                 prompts.append(sequence)
             elif remaining and budget and self._may_run(sequence) and self._grow(sequence):
                 rows.append(Row(sequence, sequence.scheduled, 1, True))
@@ -192,6 +200,8 @@ class Scheduler:
                 sequence.in_flight -= row.turns
                 if sequence.state is not State.FINISHED:
                     self._accept(sequence, draw)
+            if draw is not None and row.pools and sequence.state is not State.FINISHED:
+                self._pool(sequence, draw)
             if sequence.draining:
                 self._settle(sequence)
         return self.take_deltas()
@@ -221,7 +231,7 @@ class Scheduler:
     # -- tokens -----------------------------------------------------------------------------
 
     def _accept(self, sequence: Sequence, draw: Drawn) -> None:
-        reason, token_ids = self._until_end(sequence, draw.token_ids)
+        reason, token_ids = sequence.until_end(draw.token_ids, self._eos)
         if token_ids:
             sequence.tokens += token_ids
             self.stats.generated_tokens += len(token_ids)
@@ -231,20 +241,16 @@ class Scheduler:
         if reason:
             self._leave(sequence)
         elif not draw.finite:
-            self.fail(sequence, "the model's output is not finite (NaN or infinity)")
+            self.fail(sequence, NOT_FINITE)
 
-    def _until_end(self, sequence: Sequence, drawn: list[int]) -> tuple[str | None, list[int]]:
-        """Why the sequence ends among `drawn`, and the tokens up to its end."""
-        params, known = sequence.request.params, len(sequence.tokens)
-        for count, token_id in enumerate(drawn, 1):
-            ends = token_id in self._eos and not params.ignore_eos
-            if ends or token_id in params.stop_token_ids:
-                generated = known + count - sequence.prompt_len
-                if generated > params.min_tokens or not params.min_tokens:
-                    return "stop", drawn[:count]
-            if known + count >= sequence.max_length:
-                return "length", drawn[:count]
-        return None, drawn
+    def _pool(self, sequence: Sequence, draw: Drawn) -> None:
+        if not draw.finite:
+            self.fail(sequence, NOT_FINITE)
+            return
+        if self.prefix:
+            self._register(sequence, self.prefix)
+        self._emit(sequence, [], None, "stop", state=draw.state)
+        self._leave(sequence)
 
     def _register(self, sequence: Sequence, prefix: PrefixCache) -> None:
         """Offer full blocks to others: only now, when a finite draw has vouched for them."""
@@ -261,6 +267,7 @@ class Scheduler:
         logprob: Logprob | None,
         reason: str | None,
         error: str | None = None,
+        state: bytes | None = None,
     ) -> None:
         first = sequence.generated == len(token_ids)
         self._deltas.append(
@@ -273,6 +280,7 @@ class Scheduler:
                 finish_reason=reason,
                 error=error,
                 cached_tokens=(sequence.hit_tokens or 0) if first else 0,
+                state=state,
             )
         )
 
@@ -283,7 +291,8 @@ class Scheduler:
     # -- blocks and slots -------------------------------------------------------------------
 
     def _row(self, sequence: Sequence, count: int) -> Row:
-        return Row(sequence, sequence.scheduled, count, count == sequence.remaining)
+        sample = count == sequence.remaining and not sequence.pooling
+        return Row(sequence, sequence.scheduled, count, sample)
 
     def _may_run(self, sequence: Sequence) -> bool:
         if sequence.state is not State.RUNNING or sequence.draining:

@@ -39,7 +39,10 @@ class Sequence:
         self.index = index  # which of the request's choices
         self.seed = seed
         self.max_length = max_length  # prompt and generated tokens together
-        self.plain = request.params.plain  # the device can go on without the host
+        self.pooling = request.pooling
+        self.plain = (
+            request.params.plain and not request.pooling
+        )  # the device can go on without the host
         self.tokens = list(request.prompt_ids)
         self.prompt_len = len(self.tokens)
         self.state = State.WAITING
@@ -96,6 +99,19 @@ class Sequence:
     def leader(self) -> "Sequence":
         """The choice that computes the prompt, whose blocks the others share: the first alive."""
         return next((s for s in self.choices if s.state is not State.FINISHED), self)
+
+    def until_end(self, drawn: list[int], eos: frozenset[int]) -> tuple[str | None, list[int]]:
+        """Why it ends among `drawn`, and the tokens up to its end."""
+        params, known = self.request.params, len(self.tokens)
+        for count, token_id in enumerate(drawn, 1):
+            ends = token_id in eos and not params.ignore_eos
+            if ends or token_id in params.stop_token_ids:
+                generated = known + count - self.prompt_len
+                if generated > params.min_tokens or not params.min_tokens:
+                    return "stop", drawn[:count]
+            if known + count >= self.max_length:
+                return "length", drawn[:count]
+        return None, drawn
 
     def restart(self) -> None:
         """Forget everything computed; the tokens stay and are computed again."""

@@ -252,13 +252,16 @@ def _load(config: EngineConfig, folder: Path, device: torch.device) -> tuple[Dec
 def _plan(
     config: EngineConfig, model: Decoder, device: torch.device, block_bytes: int, reserve: int
 ) -> Plan:
+    tokens, block_size = config.kv_tokens, cast(int, config.block_size)
+    # One block more: the padding.
+    room = None if tokens is None else (-(-tokens // block_size) + 1) * block_bytes
     return make_plan(
         weight_bytes=model.parameter_bytes,
         kv_bytes_per_block=block_bytes,
         free_bytes=max(_free_bytes(device) - reserve, 0),
         on_cpu=device.type == "cpu",
-        kv_memory=config.kv_memory,
-        block_size=cast(int, config.block_size),
+        kv_memory=config.kv_memory if room is None else room,
+        block_size=block_size,
         max_num_seqs=config.max_num_seqs,
         max_position=model.max_position or config.max_model_len or UNSAID_CONTEXT,
         max_model_len=config.max_model_len,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from kvrun.runtime.engine.request import Logprob
@@ -30,8 +31,10 @@ class Ticket:
             _send(sampled.finite),
             _send_all(sampled.logprobs),
             _send_all(sampled.prompt),
+            None if sampled.states is None else _send(sampled.states),
         )
         anything = sampled.ids if sampled.prompt is None else sampled.prompt[0]
+        anything = anything if sampled.states is None else sampled.states
         if not anything.is_cuda:
             return cls(schedule, sent)
         landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -57,6 +60,11 @@ class Ticket:
             drawn[index] = Drawn(ids[:end], place not in broken, logprobs[place])
         if self.sampled.prompt is not None:
             self._add_prompts(drawn, self.sampled.prompt)
+        if self.sampled.states is not None:
+            pools = [index for index, row in enumerate(self.schedule) if row.pools]
+            for index, state in zip(pools, self.sampled.states.numpy(), strict=True):
+                sound = bool(np.isfinite(state).all())
+                drawn[index] = Drawn([], sound, state=state.astype("<f4").tobytes())
         return drawn
 
     def _add_prompts(self, drawn: list[Drawn | None], prompt: Logprobs) -> None:

@@ -44,11 +44,14 @@ class Decoder:
 
     def __call__(self, batch: "Batch", out: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [S, vocab] of batch.last_rows, written to `out` if given; `plan` of the backend
-        must have run. Their dtype is the model's, or fp32."""
+        must have run. Their dtype is the model's, or fp32. States that the batch asks for are put
+        into it: what the last norm makes of its `state_rows`."""
         batch.shared.clear()
         x = self._embedding(batch)
         for block in self._blocks:
             x = block(x, batch)
+        if batch.state_rows is not None:
+            batch.states = self._norm(x.index_select(0, batch.state_rows))
         wanted = len(batch.last_rows)
         if wanted == 0:
             return x.new_empty((0, self.vocab_size))

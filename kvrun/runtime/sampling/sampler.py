@@ -75,6 +75,7 @@ class Sampled:
     finite: torch.Tensor
     logprobs: Logprobs | None
     prompt: Logprobs | None = None  # of tokens of prompts, [R]
+    states: torch.Tensor | None = None  # of prompts that are pooled, [P, hidden] fp32
 
 
 class Sampler:

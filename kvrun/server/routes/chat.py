@@ -38,7 +38,7 @@ async def respond(body: ChatBody, service: Service, call: Call) -> Response:
         async for _ in generation.pieces():
             pass
     openai.require_ends([generation])
-    head = Head.of(service, call, body, "chatcmpl", "chat.completion")
+    head = Head.of(generation, call, body, "chatcmpl", "chat.completion")
     choices = [
         _choice(body, service, index, choice) for index, choice in enumerate(generation.choices)
     ]
@@ -76,7 +76,7 @@ def _choice(body: ChatBody, service: Service, index: int, choice: Choice) -> dic
 async def _events(
     body: ChatBody, service: Service, call: Call, generation: Generation
 ) -> AsyncGenerator[bytes]:
-    head = Head.of(service, call, body, "chatcmpl", "chat.completion.chunk")
+    head = Head.of(generation, call, body, "chatcmpl", "chat.completion.chunk")
     options = body.stream_options
     each = bool(options and options.continuous_usage_stats)
     count = len(generation.choices)

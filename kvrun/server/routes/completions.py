@@ -72,7 +72,7 @@ async def _plan(body: CompletionBody, service: Service, call: Call) -> Plan:
     if body.suffix:
         raise ApiError("validation", "suffix is not supported.", param="suffix")
     params, n = _sampling(body, service)
-    prompts = _prompts(body.prompt)
+    prompts = openai.prompts(body.prompt, "prompt")
     most = service.settings.max_client_batch_size
     if len(prompts) > most:
         words = f"prompt has {len(prompts)} prompts; at most {most} (--max-client-batch-size)."
@@ -86,7 +86,7 @@ async def _plan(body: CompletionBody, service: Service, call: Call) -> Plan:
         service.check_length(len(ids), params.max_tokens, "prompt")
         generations.append(Generation(service, call, ids, params, adapter=adapter))
         texts.append(_repeated(prompt, service) if body.echo else "")
-    head = Head.of(service, call, body, "cmpl", "text_completion")
+    head = Head.of(generations[0], call, body, "cmpl", "text_completion")
     return Plan(body, service, generations, texts, n, head)
 
 
@@ -115,14 +115,6 @@ def _sampling(body: CompletionBody, service: Service) -> tuple[SamplingParams, i
             params = replace(params, logprobs=0)
         params = replace(params, n=body.best_of)
     return params, n
-
-
-def _prompts(prompt: Any) -> list[str | list[int]]:
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-        return [prompt]
-    if not prompt:
-        raise ApiError("validation", "prompt is an empty list.", param="prompt")
-    return list(prompt)
 
 
 def _repeated(prompt: str | list[int], service: Service) -> str:

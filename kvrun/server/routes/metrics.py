@@ -22,5 +22,6 @@ async def metrics(service: AnyService) -> Response:
         service.engine if service.loaded else None,
         model=service.names[0],
         log_errors=service.log_errors(),
+        lora=service.lora_use(),
     )
     return Response(text, headers={"content-type": CONTENT_TYPE})

@@ -85,7 +85,7 @@ class _Turn:
         self._body = body
         self._id = f"resp-{call.id}"
         self._created = service.now()
-        self._model = body.model if body.model in service.names else service.names[0]
+        self._model = openai.model_name(generation, body.model)
         self._events = 0
 
     def event(self, kind: str, **fields: Any) -> bytes:

@@ -67,6 +67,35 @@ class ResponsesBody(Common):
     max_output_tokens: int | None = Field(default=None, ge=1, description="goes before max_tokens")
 
 
+class EmbeddingsBody(Body):
+    input: str | list[str] | list[int] | list[list[int]] = Field(
+        description="text, token ids, or a list of either"
+    )
+    model: str | None = Field(default=None, description="the model or an adapter; none: the model")
+    adapter_id: str | None = Field(default=None, description="an adapter, TGI's way")
+    lora_id: str | None = Field(default=None, description="an adapter, kv.run's way")
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(default=None, ge=1, description="keep the first so many values")
+
+
+class EmbeddingsUsage(Answer):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(Answer):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Embeddings(Answer):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingsUsage
+
+
 class ResponseObject(Answer):
     model_config = ConfigDict(extra="allow")
 

@@ -24,6 +24,10 @@ assert [part.token.text for part in parts] == ["h", "i", "<|end|>"]
 assert parts[-1].generated_text in ("hi", "say hihi")
 assert parts[-1].details.finish_reason == "eos_token"
 
+assert client.text_generation("say hi", adapter_id="pirate") == "say hipirate: hi"
+parts = client.text_generation("say hi", adapter_id="pirate", stream=True)
+assert "".join(parts) == "pirate: hi<|end|>"
+
 messages = [{"role": "user", "content": f"say {words}"}]
 chat = client.chat_completion(messages, max_tokens=50)
 assert chat.choices[0].message.content == words
@@ -31,6 +35,9 @@ text = ""
 for chunk in client.chat_completion(messages, stream=True, max_tokens=50):
     text += chunk.choices[0].delta.content or ""
 assert text == words
+
+chat = client.chat_completion(messages, extra_body={"adapter_id": "pirate"})
+assert chat.choices[0].message.content == f"pirate: {words}"
 
 
 def fails(words, call):
@@ -48,4 +55,5 @@ fails(wrong, lambda: client.text_generation("say hi", temperature=-1.0))
 fails(
     "ValidationError", lambda: list(client.text_generation("say hi", temperature=-1.0, stream=True))
 )
+fails("no model or adapter 'nobody'", lambda: client.text_generation("say hi", adapter_id="nobody"))
 fails("GenerationError", lambda: client.text_generation("break"))

@@ -7,7 +7,8 @@ import openai
 client = openai.OpenAI(base_url=f"{sys.argv[1]}/v1", api_key="secret", max_retries=0)
 say = [{"role": "user", "content": "say hé\u2028llo"}]
 
-assert [model.id for model in client.models.list()] == ["toy"]
+assert [model.id for model in client.models.list()] == ["toy", "pirate"]
+assert client.models.retrieve("pirate").parent == "toy"
 assert client.models.retrieve("toy").id == "toy"
 
 chat = client.chat.completions.create(
@@ -19,6 +20,13 @@ assert chat.choices[0].finish_reason == "stop"
 assert chat.choices[0].logprobs.content[0].token == "h"
 assert len(chat.choices[0].logprobs.content[0].top_logprobs) == 2
 assert chat.usage.total_tokens == chat.usage.prompt_tokens + chat.usage.completion_tokens
+
+chat = client.chat.completions.create(model="pirate", messages=say)
+assert (chat.model, chat.choices[0].message.content) == ("pirate", "pirate: hé\u2028llo")
+turn = client.responses.create(model="pirate", input="say hello")
+assert turn.output_text == "pirate: hello"
+pieces = client.completions.create(model="pirate", prompt="say abc", stream=True)
+assert "".join(chunk.choices[0].text for chunk in pieces) == "pirate: abc"
 
 text, reasons, usage = "", [], None
 for chunk in client.chat.completions.create(
@@ -51,6 +59,12 @@ for event in client.responses.create(model="toy", input="say hello", stream=True
 assert (kinds[0], kinds[-1], text) == ("response.created", "response.completed", "hello")
 with client.responses.stream(model="toy", input="say hello") as stream:
     assert stream.get_final_response().output_text == "hello"
+
+vectors = client.embeddings.create(model="toy", input=["one", "three"])
+assert [len(entry.embedding) for entry in vectors.data] == [4, 4]
+plain = client.embeddings.create(model="toy", input="one", encoding_format="float")
+assert plain.data[0].embedding == vectors.data[0].embedding
+assert len(client.embeddings.create(model="toy", input=[5, 6], dimensions=2).data[0].embedding) == 2
 
 
 def fails(kind, **fields):

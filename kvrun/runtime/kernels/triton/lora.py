@@ -19,9 +19,10 @@ from kvrun.runtime.kernels.triton._overlap import overlap, release, wait
 from kvrun.runtime.kernels.triton._skinny import _input
 
 RANKS = 16  # of a block: the least that tensor cores multiply
+_FEW_TILES = 16
 _TALL = 16  # rows of a tile beyond which it is a prompt's
 _MOST_PIECES = 32
-_FEWEST_PIECES = 4  # where many rows may be few tiles: all of one adapter
+_FEWEST_PIECES = 8  # where many rows may be few tiles: all of one adapter
 
 
 def shrink(
@@ -55,12 +56,12 @@ def expand(
     if not len(tiles) or not count:
         return
     block_m = max(16, triton.next_power_of_2(height))
-    block_n = 64 if len(tiles) < 8 and sum(outs) < 8192 else 128
+    block_n = _block_n(len(tiles), sum(outs), block_m)
     places = _places(tuple(outs), block_n, y.device)
     _expand[(len(tiles), len(places))](
         sums, y, arena, table, rows, tiles, places,
         count, y.stride(0), table.stride(0), width, pieces, 1.0 / features, eps or 0.0,
-        CHUNK=16 if block_m <= _TALL else 2, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=RANKS,
+        CHUNK=_chunk(pieces, block_m), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=RANKS,
         NORM=eps is not None,
         ALIGNED=all(out % 8 == 0 for out in outs), WIDE=y.device.type == "cpu",
         num_warps=4, **overlap(y.device),
@@ -90,6 +91,12 @@ def _shrink(
     row = tl.load(rows + first + m, mask=m < tall, other=0).to(tl.int64)
     k = piece * span + tl.arange(0, BLOCK_K)
     a_at = arena + tl.multiple_of(tl.load(entry), 8) + r[:, None] * K + k[None, :]
+    if tall == 1:
+        _shrink_row(
+            x, norm, a_at, rows, sums, first_block, rank, first, piece, k, r, count, x_stride,
+            width, span, every, K, BLOCK_K, BLOCK_R, NORM, ACT, PDL,
+        )  # fmt: skip
+        return
     x_at = x + row[:, None] * x_stride + k[None, :]
     sums += (piece * count + first + m)[:, None].to(tl.int64) * width
     blocks = tl.cdiv(rank, BLOCK_R)
@@ -143,6 +150,48 @@ def _sweep(
 
 
 @triton.jit
+def _shrink_row(
+    x, norm, a_at, rows, sums, first_block, rank, first, piece, k, r, count, x_stride, width,
+    span, every, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The same for a tile of one row, by multiply and add."""
+    ranks = first_block * BLOCK_R + r
+    a = tl.load(
+        a_at + first_block * BLOCK_R * K, mask=(ranks < rank)[:, None] & (k < K)[None, :], other=0.0
+    )
+    row = tl.load(rows + first).to(tl.int64)
+    at = sums + (piece * count + first).to(tl.int64) * width
+    wait(PDL)
+    for block in range(first_block, tl.cdiv(rank, BLOCK_R), every):
+        ranks = block * BLOCK_R + r
+        y = tl.zeros([BLOCK_R], tl.float32)
+        squares = 0.0
+        for k0 in range(0, span, BLOCK_K):
+            # The next matrix is on its way while this one is multiplied.
+            onward = k0 + BLOCK_K < span
+            next_k = tl.where(onward, k0 + BLOCK_K, 0)
+            next_block = tl.where(onward, block, block + every)
+            following = tl.load(
+                a_at + next_block * BLOCK_R * K + next_k,
+                mask=(next_block * BLOCK_R + r < rank)[:, None] & (next_k + k < K)[None, :],
+                other=0.0,
+            )
+            inside = k0 + k < K
+            part = _input(x + row * x_stride + k0 + k, inside, K, ACT, False)
+            if NORM:
+                part = part.to(tl.float32)
+                squares += tl.sum(part * part)
+                part = part * tl.load(norm + k0 + k, mask=inside, other=0.0)
+            part = part.to(a.dtype).to(tl.float32)
+            y += tl.sum(part[None, :] * a.to(tl.float32), 1)
+            a = following
+        tl.store(at + ranks, y, mask=ranks < rank)
+        if NORM and block == 0:
+            tl.store(at + width - 1, squares)
+
+
+@triton.jit
 def _row(
     at, norm, k, alive, inside, K: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr
 ):  # fmt: skip
@@ -189,6 +238,12 @@ def _expand(
     m, r, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R), n0 + tl.arange(0, BLOCK_N)
     b_at = arena + tl.multiple_of(tl.load(entry), 8) + r[:, None] * out + n[None, :]
     b = tl.load(b_at, mask=(r < rank)[:, None] & (n < out)[None, :], other=0.0)
+    if tall == 1:
+        _expand_row(
+            sums, y, b_at, b, rows, n, r, first, rank, tl.load(entry + 1).to(tl.int32), column, out,
+            count, y_stride, width, pieces, per_feature, eps, CHUNK, BLOCK_N, BLOCK_R, NORM, PDL,
+        )  # fmt: skip
+        return
     row = tl.load(rows + first + m, mask=m < tall, other=0).to(tl.int64)
     alive = (m < tall)[:, None]
     sums += (first + m)[:, None].to(tl.int64) * width
@@ -212,6 +267,44 @@ def _expand(
 
 
 @triton.jit
+def _expand_row(
+    sums, y, b_at, b, rows, n, r, first, rank, begin, column, out, count, y_stride, width, pieces,
+    per_feature, eps, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The same for a tile of one row, by multiply and add: there is nothing to share."""
+    row = tl.load(rows + first).to(tl.int64)
+    y_at = y + row * y_stride + column + n
+    at = sums + first.to(tl.int64) * width
+    piece = tl.arange(0, CHUNK)
+    wait(PDL)
+    before = tl.load(y_at, mask=n < out, other=0.0).to(tl.float32)
+    scale = 1.0
+    if NORM:
+        square = 0.0
+        for p0 in range(0, pieces, CHUNK):
+            square += tl.sum(tl.load(
+                at + width - 1 + (p0 + piece).to(tl.int64) * count * width,
+                mask=p0 + piece < pieces, other=0.0,
+            ))  # fmt: skip
+        scale = tl.rsqrt(square * per_feature + eps)
+    change = tl.zeros([BLOCK_N], tl.float32)
+    for r0 in range(0, rank, BLOCK_R):
+        low = tl.zeros([BLOCK_R], tl.float32)
+        for p0 in range(0, pieces, CHUNK):
+            low += tl.sum(tl.load(
+                at + (begin + r0 + r)[None, :]
+                + (p0 + piece).to(tl.int64)[:, None] * count * width,
+                mask=(r0 + r < rank)[None, :] & (p0 + piece < pieces)[:, None], other=0.0,
+            ), 0)  # fmt: skip
+        low = (low * scale).to(b.dtype).to(tl.float32)
+        change += tl.sum(low[:, None] * b.to(tl.float32), 0)
+        later = (r0 + BLOCK_R + r < rank)[:, None] & (n < out)[None, :]
+        b = tl.load(b_at + (r0 + BLOCK_R) * out, mask=later, other=0.0)
+    tl.store(y_at, (before + change).to(y.dtype.element_ty), mask=n < out)
+
+
+@triton.jit
 def _collect(at, mask, stride, count, CHUNK: tl.constexpr):
     """The sum of all pieces, `stride` apart."""
     piece = tl.arange(0, CHUNK)[:, None, None]
@@ -227,11 +320,30 @@ def _collect(at, mask, stride, count, CHUNK: tl.constexpr):
 
 def _cut(tiles: int, parts: int, k: int, block_m: int, sm_count: int) -> tuple[int, int, int]:
     """Columns of a turn, columns of a program, and how many programs share the input."""
-    block_k = max(16, min(256 if block_m <= _TALL else 64, triton.next_power_of_2(k)))
+    most = 64 if block_m > _TALL else 256 if k <= 8192 else 512
+    block_k = max(16, min(most, triton.next_power_of_2(k)))
     turns = triton.cdiv(k, block_k)
     wanted = max(triton.cdiv(2 * sm_count, tiles * parts), _FEWEST_PIECES)
+    if tiles <= _FEW_TILES:
+        wanted = _MOST_PIECES  # a program that has one turn waits for memory once
     span = triton.cdiv(turns, min(wanted, _MOST_PIECES)) * block_k
     return block_k, span, triton.cdiv(k, span)
+
+
+def _block_n(tiles: int, outs: int, block_m: int) -> int:
+    """Outputs of a program: the more, the fewer programs end without work or start for little."""
+    if block_m > _TALL:
+        return 128
+    if tiles >= 8 and outs >= 4096:
+        return 512
+    return 64 if tiles < 8 and outs < 8192 else 128
+
+
+def _chunk(pieces: int, block_m: int) -> int:
+    """Pieces that are loaded at once."""
+    if block_m > _TALL:
+        return 2
+    return 8 if pieces <= 8 else 16
 
 
 @cache

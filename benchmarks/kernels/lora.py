@@ -1,0 +1,99 @@
+"""Time of the LoRA kernels at the sizes of Llama 3 8B, rank 16, beside reading the adapters once.
+
+`python benchmarks/kernels/lora.py [--pieces 4 8]`. Each line is one product of
+a layer with so many rows on so many adapters, in a captured step of 8 layers, each with adapters of
+its own: microseconds of both kernels together, of each, and what the bytes take at 3.2 TB/s.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from kvrun.runtime.checkpoint import Shard
+from kvrun.runtime.kernels.triton import lora
+from kvrun.runtime.lora.rows import tiled
+from kvrun.runtime.lora.sites import Sites
+
+RANK, LAYERS, RATE = 16, 8, 3.2e12
+PRODUCTS = {
+    "qkv": ((4096, 1024, 1024), 4096, "norm"),
+    "o": ((4096,), 4096, ""),
+    "gate_up": ((14336, 14336), 4096, "norm"),
+    "down": ((4096,), 14336, "act"),
+}
+CASES = ((1, 1), (8, 1), (8, 8), (32, 32), (64, 1), (64, 64))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--pieces", nargs="+", type=int, default=[lora._FEWEST_PIECES])
+    args = parser.parse_args()
+    for pieces in args.pieces:
+        lora._FEWEST_PIECES = pieces
+        print(f"at least {pieces} pieces of the input")
+        for rows, adapters in CASES:
+            print(f"{rows:3}/{adapters:2}", *(measure(n, rows, adapters) for n in PRODUCTS))
+
+
+def measure(name: str, rows: int, adapters: int) -> str:
+    outs, k, before = PRODUCTS[name]
+    sites = Sites([tuple(Shard(str(p), out, k) for p, out in enumerate(outs))])
+    layout = sites.lay_out({(0, p): RANK for p in range(len(outs))})
+    table = np.concatenate([np.zeros((1, sites.width), np.int64)] + [layout.table] * adapters)
+    for slot in range(1, adapters + 1):
+        start = (slot - 1) * layout.size
+        table[slot, 0] += start
+        table[slot, 2::3] += start
+    found = tiled(np.array([1 + row % adapters for row in range(rows)]), 16)
+    listed, tiles = (torch.from_numpy(part).cuda() for part in found)
+    room = torch.zeros(rows, 3, dtype=torch.int32, device="cuda")  # as in a captured step
+    room[: len(tiles)] = tiles
+    arenas = torch.randn(LAYERS, layout.size * adapters, device="cuda", dtype=torch.bfloat16)
+    spots = torch.from_numpy(table).cuda()
+    x = torch.randn(rows, 2 * k if before == "act" else k, device="cuda", dtype=torch.bfloat16)
+    y = torch.zeros(rows, sum(outs), device="cuda", dtype=torch.bfloat16)
+    norm = torch.ones(k, device="cuda") if before == "norm" and rows <= 16 else None
+    act = "silu" if before == "act" and rows <= 16 else None
+    sizes = {"height": 16, "features": k}
+
+    def shrink(arena: torch.Tensor) -> torch.Tensor:
+        return lora.shrink(
+            x[:, : 2 * k if act else k], arena, spots, listed, room, **sizes, width=256,
+            norm=norm, act=act, parts=len(outs),
+        )  # fmt: skip
+
+    sums = shrink(arenas[0])
+
+    def expand(arena: torch.Tensor, low: torch.Tensor = sums) -> None:
+        lora.expand(low, y, arena, spots, listed, room, **sizes, outs=outs,
+                    eps=None if norm is None else 1e-5)  # fmt: skip
+
+    both = micros(lambda arena: expand(arena, shrink(arena)), arenas)
+    parts = micros(shrink, arenas), micros(expand, arenas)
+    least = adapters * layout.size * 2 / RATE * 1e6
+    return f"{name} {both:6.1f} ({parts[0]:5.1f} + {parts[1]:5.1f}, bytes {least:5.1f})"
+
+
+def micros(run: Callable[[torch.Tensor], object], arenas: torch.Tensor) -> float:
+    """Per call, captured."""
+    for arena in arenas[:2]:
+        run(arena)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for arena in arenas:
+            run(arena)
+    times = []
+    for _ in range(8):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / len(arenas))
+    return sorted(times)[len(times) // 2]
+
+
+if __name__ == "__main__":
+    main()

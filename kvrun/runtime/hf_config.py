@@ -7,8 +7,14 @@ from typing import Any
 from kvrun.errors import BadCheckpoint, NotFound, Unsupported
 
 _MISSING: Any = object()
-# Names under which configurations have said the same thing.
 _ROPE_SCALED = ("llama3", "yarn", "longrope")
+# What a value is called in the configurations of some families, by its usual name.
+_ALIASES = {
+    "hidden_size": ("n_embd", "d_model"),
+    "num_hidden_layers": ("n_layer", "n_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "max_position_embeddings": ("n_positions", "max_seq_len"),
+}
 
 
 class HFConfig:
@@ -51,9 +57,10 @@ class HFConfig:
         return self.get(name, _MISSING)
 
     def get(self, name: str, default: Any = None) -> Any:
-        value = self._values.get(name)
-        if value is not None:
-            return value
+        for said in (name, *_ALIASES.get(name, ())):
+            value = self._values.get(said)
+            if value is not None:
+                return value
         if default is _MISSING:
             raise BadCheckpoint(f"{self._source} does not say '{name}'.")
         return default
@@ -120,21 +127,35 @@ class HFConfig:
             raise self._wrong("quantization_config", "an object that names its quant_method")
         return method
 
-    def rope(self, layer_type: str | None = None) -> "HFConfig":
+    def rope(
+        self,
+        layer_type: str | None = None,
+        *,
+        theta: float = 10000.0,
+        partial: float = 1.0,
+        scaled: bool = True,
+    ) -> "HFConfig":
         """The rotary parameters, in one form: `rope_type`, `rope_theta` and what the type needs.
 
         Accepts `rope_theta` beside `rope_scaling`, and `rope_parameters`, which may be nested by
-        layer type.
+        layer type. `theta` and `partial` hold where nothing is said; with `scaled=False` scalings
+        count only where they stand under the layer type.
         """
         found = self.get("rope_parameters", self.get("rope_scaling", {}))
         if not isinstance(found, dict):
             raise self._wrong("rope_parameters", "an object")
         if layer_type is not None and isinstance(found.get(layer_type), dict):
             found = found[layer_type]
+        elif not scaled:
+            found = {"rope_theta": found.get("rope_theta")}
         values = {key: value for key, value in found.items() if value is not None}
         values.setdefault("rope_type", values.get("type", "default"))
-        values.setdefault("rope_theta", self.number("rope_theta", 10000.0))
-        values.setdefault("partial_rotary_factor", self.number("partial_rotary_factor", 1.0))
+        values.setdefault("rope_theta", self.number("rope_theta", theta))
+        said = self.number("partial_rotary_factor", partial)
+        values.setdefault("partial_rotary_factor", said)
+        longest = self.get("max_position_embeddings")
+        if longest is not None:
+            values.setdefault("max_position_embeddings", longest)
         if values["rope_type"] in _ROPE_SCALED:
             trained = self.get("original_max_position_embeddings")
             if trained is None:

@@ -1,14 +1,34 @@
-"""RMSNorm, over a row or over each head of queries and keys."""
+"""RMSNorm and LayerNorm, over a row or over each head of queries and keys."""
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 
 from kvrun.runtime.device import kernel
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint
+    from kvrun.runtime.layers.linear import Prologue
     from kvrun.runtime.layers.qkv import Heads
+
+
+class Norm(Protocol):
+    """A norm over the last dimension."""
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., size] -> the same shape and dtype, written to `out` (x itself, say) if given."""
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """residual + norm(x), written to `residual`."""
+
+
+def before_product(norm: Norm | None, x: torch.Tensor) -> tuple[torch.Tensor, "Prologue | None"]:
+    """What a product is given as its x and its `before`: it may take in an RMSNorm, others are
+    applied ahead of it."""
+    if norm is None or isinstance(norm, RMSNorm):
+        return x, norm
+    return norm(x), None
 
 
 class RMSNorm:
@@ -58,6 +78,37 @@ def rms_norm(w: "Checkpoint", name: str, size: int, eps: float, *, offset: float
     return RMSNorm(w.read(f"{name}.weight", (size,), dtype=torch.float32) + offset, eps)
 
 
+class LayerNorm:
+    """(x - mean) / sqrt(variance + eps) · weight + bias over the last dimension.
+
+    weight, bias: [size] in the model's dtype; without a bias nothing is added.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> None:
+        self._weight = weight
+        self._bias = bias
+        self._eps = eps
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        y = F.layer_norm(x, self._weight.shape, self._weight, self._bias, self._eps)
+        return y if out is None else out.copy_(y)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return residual.add_(self(x))
+
+
+def layer_norm(
+    w: "Checkpoint", name: str, size: int, eps: float, *, bias: bool = True, offset: float = 0.0
+) -> LayerNorm:
+    """A LayerNorm over rows; `offset` is 1 in families that store their weight minus one."""
+    weight = w.read(f"{name}.weight", (size,))
+    return LayerNorm(
+        weight + offset if offset else weight,
+        w.read(f"{name}.bias", (size,)) if bias else None,
+        eps,
+    )
+
+
 class HeadNorm:
     """RMSNorm over each head of [q; k]: one weight for all query heads, one for all key heads.
 
@@ -75,3 +126,20 @@ class HeadNorm:
     def __call__(self, qk: torch.Tensor) -> None:
         """Normalise qk [tokens, heads + kv_heads, head_dim] in place."""
         self._norm(qk, out=qk)
+
+
+class HeadLayerNorm:
+    """LayerNorm over each head of [q; k], with a weight of its own for every head.
+
+    weight, bias: [heads + kv_heads, head_dim] of this rank; without a bias nothing is added.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> None:
+        self._weight = weight
+        self._bias = bias
+        self._eps = eps
+
+    def __call__(self, qk: torch.Tensor) -> None:
+        """Normalise qk [tokens, heads + kv_heads, head_dim] in place."""
+        y = F.layer_norm(qk.float(), qk.shape[-1:], eps=self._eps).mul_(self._weight)
+        qk.copy_(y if self._bias is None else y.add_(self._bias))

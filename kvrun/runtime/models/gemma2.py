@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from kvrun.runtime.layers.block import Sandwich
 from kvrun.runtime.layers.decoder import Decoder
-from kvrun.runtime.layers.embedding import Embedding, Head
 from kvrun.runtime.layers.norm import RMSNorm, rms_norm
 from kvrun.runtime.layers.position import Rope
 from kvrun.runtime.models import llama
@@ -17,15 +16,14 @@ if TYPE_CHECKING:
 def build(w: "Checkpoint") -> Decoder:
     c = w.config
     c.refuse("use_bidirectional_attention", True)
-    hidden = c.integer("hidden_size")
-    rope = Rope(c.rope(), llama.heads(w).head_dim, w.dtype, w.device)
-    embedding = Embedding(
-        w, "model.embed_tokens", c.integer("vocab_size"), hidden, scale=hidden**0.5
+    return llama.decoder(
+        w,
+        block,
+        norm=norm,
+        embedding_scale=c.integer("hidden_size") ** 0.5,
+        tied=True,
+        softcap=c.optional("final_logit_softcapping", 30.0),
     )
-    blocks = [block(w, n, rope) for n in range(c.integer("num_hidden_layers"))]
-    cap = c.optional("final_logit_softcapping", 30.0)
-    head = Head(w, "lm_head", embedding, tied=True, softcap=cap)
-    return Decoder(w, embedding, blocks, norm(w, "model.norm"), head)
 
 
 def block(w: "Checkpoint", n: int, rope: Rope) -> Sandwich:

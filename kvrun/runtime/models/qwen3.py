@@ -21,10 +21,10 @@ def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
     q, k = f"{p}.self_attn.q_norm", f"{p}.self_attn.k_norm"
     qk = HeadNorm(w, q, k, h, c.number("rms_norm_eps", 1e-6))
     return Block(
-        llama.norm(w, f"{p}.input_layernorm"),
+        llama.rms(w, f"{p}.input_layernorm"),
         llama.attention(w, n, rope=rope, head_norm=qk, window=window(w, n)),
-        llama.norm(w, f"{p}.post_attention_layernorm"),
-        llama.mlp(w, n, act=c.text("hidden_act", "silu")),
+        llama.rms(w, f"{p}.post_attention_layernorm"),
+        llama.mlp(w, n),
     )
 
 

@@ -182,7 +182,7 @@ def test_gated_mlp(tmp_path: Path, act: str, function: Any) -> None:
     torch.manual_seed(0)
     gate, up, down = torch.randn(12, 8), torch.randn(12, 8), torch.randn(8, 12)
     w = stored(tmp_path, g__weight=gate, u__weight=up, d__weight=down)
-    mlp = GatedMLP(w, "g", "u", "d", hidden=8, inner=12, act=act)
+    mlp = GatedMLP(w, ("g", "u"), "d", hidden=8, inner=12, act=act)
     w.close()
     batch = NOBODY
     x, add = torch.randn(5, 8), torch.randn(5, 8)

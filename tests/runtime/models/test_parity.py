@@ -12,7 +12,7 @@ import torch
 from kvrun import folder as registry
 from kvrun.runtime.layers.embedding import Embedding
 from kvrun.runtime.layers.norm import HeadNorm
-from kvrun.runtime.models import gemma2, qwen3
+from kvrun.runtime.models import llama, qwen3
 from kvrun.runtime.quant import dense
 from tests.runtime.driver import Driver
 from tests.runtime.models import zoo
@@ -180,7 +180,7 @@ def no_biases(tensors: Tensors) -> Tensors:
 
 
 def scale_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemma2, "Embedding", lambda *args, scale: Embedding(*args))
+    monkeypatch.setattr(llama, "Embedding", lambda *args, scale: Embedding(*args))
 
 
 def no_head_norm(monkeypatch: pytest.MonkeyPatch) -> None:

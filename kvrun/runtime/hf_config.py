@@ -7,7 +7,7 @@ from typing import Any
 from kvrun.errors import BadCheckpoint, NotFound, Unsupported
 
 _MISSING: Any = object()
-_ROPE_SCALED = ("llama3", "yarn", "longrope")
+_ROPE_SCALED = ("llama3", "yarn", "longrope", "su")
 # What a value is called in the configurations of some families, by its usual name.
 _ALIASES = {
     "hidden_size": ("n_embd", "d_model"),
@@ -79,6 +79,14 @@ class HFConfig:
             raise self._wrong(name, "a number")
         return float(value)
 
+    def numbers(self, name: str, count: int) -> list[float]:
+        """A list of so many finite numbers."""
+        value = self.get(name, _MISSING)
+        listed = isinstance(value, list) and len(value) == count
+        if not listed or not all(isinstance(v, int | float) and _finite(v) for v in value):
+            raise self._wrong(name, f"a list of {count} numbers")
+        return [float(v) for v in value]
+
     def optional(self, name: str, default: float) -> float | None:
         """A finite number; unlike elsewhere a JSON null says that there is none."""
         if name in self._values and self._values[name] is None:
@@ -110,6 +118,19 @@ class HFConfig:
             raise self._wrong("layer_types", "a list with a name for every layer")
         return list(value)
 
+    def window(self, layer: int, *, every: int = 0, size: int = 4096) -> int | None:
+        """The window of a layer, or None for one that sees everything.
+
+        Where `layer_types` is not said, each layer has a window but every so many-th. Where
+        `sliding_window` is not said it is `size`; a null says that there is none.
+        """
+        count = self.integer("num_hidden_layers")
+        full = [every and (n + 1) % every == 0 for n in range(count)]
+        kinds = self.layer_types(["full_attention" if f else "sliding_attention" for f in full])
+        if kinds[layer] != "sliding_attention" or self.optional("sliding_window", size) is None:
+            return None
+        return self.integer("sliding_window", size)
+
     @property
     def dtype(self) -> str | None:
         """The dtype the weights were saved in ("bfloat16", ...), or None when it is not said."""
@@ -138,8 +159,8 @@ class HFConfig:
         """The rotary parameters, in one form: `rope_type`, `rope_theta` and what the type needs.
 
         Accepts `rope_theta` beside `rope_scaling`, and `rope_parameters`, which may be nested by
-        layer type. `theta` and `partial` hold where nothing is said; with `scaled=False` scalings
-        count only where they stand under the layer type.
+        layer type. `theta` and `partial` hold where nothing is said. With `scaled=False` only what
+        stands under the layer type counts, else `theta` and no scaling.
         """
         found = self.get("rope_parameters", self.get("rope_scaling", {}))
         if not isinstance(found, dict):
@@ -147,7 +168,7 @@ class HFConfig:
         if layer_type is not None and isinstance(found.get(layer_type), dict):
             found = found[layer_type]
         elif not scaled:
-            found = {"rope_theta": found.get("rope_theta")}
+            found = {"rope_theta": theta}
         values = {key: value for key, value in found.items() if value is not None}
         values.setdefault("rope_type", values.get("type", "default"))
         values.setdefault("rope_theta", self.number("rope_theta", theta))

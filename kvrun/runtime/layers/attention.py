@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class QKNorm(Protocol):
     """What happens to queries and keys before they are rotated."""
 
-    def __call__(self, qk: torch.Tensor) -> None:
+    def __call__(self, qk: torch.Tensor, batch: "Batch") -> None:
         """Normalise qk [tokens, heads + kv_heads, head_dim] in place."""
 
 
@@ -91,7 +91,7 @@ class Attention:
         fused = self._kernel is not None
         # The kernel knows HeadNorm only.
         if self._head_norm is not None and not (fused and isinstance(self._head_norm, HeadNorm)):
-            self._head_norm(qk)
+            self._head_norm(qk, batch)
         if fused:
             self._rotate_and_store(heads, batch)
         else:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from kvrun.runtime.device import kernel
 
 if TYPE_CHECKING:
+    from kvrun.runtime.batch import Batch
     from kvrun.runtime.checkpoint import Checkpoint
     from kvrun.runtime.layers.linear import Prologue
     from kvrun.runtime.layers.qkv import Heads
@@ -112,18 +113,20 @@ def layer_norm(
 class HeadNorm:
     """RMSNorm over each head of [q; k]: one weight for all query heads, one for all key heads.
 
-    q, k: names of weights [head_dim].
+    q, k: names of weights [head_dim]; `offset` is 1 in families that store them minus one.
     """
 
-    def __init__(self, w: "Checkpoint", q: str, k: str, h: "Heads", eps: float) -> None:
+    def __init__(
+        self, w: "Checkpoint", q: str, k: str, h: "Heads", eps: float, *, offset: float = 0.0
+    ) -> None:
         self.q, self.k = (
-            w.read(f"{name}.weight", (h.head_dim,), dtype=torch.float32) for name in (q, k)
+            w.read(f"{name}.weight", (h.head_dim,), dtype=torch.float32) + offset for name in (q, k)
         )
         self.eps = eps
         rows = [self.q.expand(h.count, -1), self.k.expand(h.kv_count, -1)]
         self._norm = RMSNorm(torch.cat(rows), eps)
 
-    def __call__(self, qk: torch.Tensor) -> None:
+    def __call__(self, qk: torch.Tensor, batch: "Batch") -> None:
         """Normalise qk [tokens, heads + kv_heads, head_dim] in place."""
         self._norm(qk, out=qk)
 
@@ -139,7 +142,7 @@ class HeadLayerNorm:
         self._bias = bias
         self._eps = eps
 
-    def __call__(self, qk: torch.Tensor) -> None:
+    def __call__(self, qk: torch.Tensor, batch: "Batch") -> None:
         """Normalise qk [tokens, heads + kv_heads, head_dim] in place."""
         y = F.layer_norm(qk.float(), qk.shape[-1:], eps=self._eps).mul_(self._weight)
         qk.copy_(y if self._bias is None else y.add_(self._bias))

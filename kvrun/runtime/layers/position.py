@@ -82,7 +82,8 @@ def scaled_frequencies(parameters: "HFConfig", width: int) -> tuple[torch.Tensor
         raise Unsupported(f"rotary positions over {width} dimensions of a head are not supported.")
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     frequencies = 1.0 / parameters.number("rope_theta") ** exponents
-    if kind == "default":
+    # Dynamic scaling begins beyond max_position_embeddings, where a context ends.
+    if kind in ("default", "dynamic"):
         return frequencies, 1.0
     if kind == "linear":
         return frequencies / parameters.number("factor"), 1.0
@@ -90,9 +91,11 @@ def scaled_frequencies(parameters: "HFConfig", width: int) -> tuple[torch.Tensor
         return _llama3(parameters, frequencies), 1.0
     if kind == "yarn":
         return _yarn(parameters, frequencies, width)
+    if kind in ("longrope", "su"):
+        return _longrope(parameters, frequencies)
     raise Unsupported(
         f"the rotary scaling '{kind}' is not supported.",
-        hint="known: default, linear, llama3, yarn",
+        hint="known: default, linear, dynamic, llama3, yarn, longrope",
     )
 
 
@@ -134,3 +137,19 @@ def _yarn(
         attention = mscale(parameters.number("mscale"))
         attention /= mscale(parameters.number("mscale_all_dim"))
     return scaled, parameters.number("attention_factor", attention)
+
+
+def _longrope(parameters: "HFConfig", frequencies: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Each frequency divided by a factor of its own, of two lists (Ding et al. 2024).
+
+    The list is the model's, whatever the length of a sequence: keys in the cache are rotated
+    already, and a sequence must not depend on its neighbours.
+    """
+    trained = parameters.number("original_max_position_embeddings")
+    longest = parameters.number("max_position_embeddings")
+    name = "long_factor" if longest > trained else "short_factor"
+    divisors = parameters.numbers(name, len(frequencies))
+    factor = parameters.number("factor", longest / trained)
+    spread = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
+    found = frequencies / torch.tensor(divisors, dtype=torch.float32)
+    return found, parameters.number("attention_factor", spread)

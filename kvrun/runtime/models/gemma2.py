@@ -3,6 +3,7 @@ models/gemma2/modeling_gemma2.py."""
 
 from typing import TYPE_CHECKING
 
+from kvrun.runtime.layers.attention import Attention
 from kvrun.runtime.layers.block import Sandwich
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.layers.norm import RMSNorm, rms_norm
@@ -27,23 +28,26 @@ def build(w: "Checkpoint") -> Decoder:
 
 
 def block(w: "Checkpoint", n: int, rope: Rope) -> Sandwich:
-    c, p = w.config, f"model.layers.{n}"
-    every_other = ["sliding_attention", "full_attention"] * c.integer("num_hidden_layers")
-    sliding = c.layer_types(every_other)[n] == "sliding_attention"
+    c = w.config
     attention = llama.attention(
         w,
         n,
         rope=rope,
         scale=c.number("query_pre_attn_scalar", 256) ** -0.5,
         softcap=c.optional("attn_logit_softcapping", 50.0),
-        window=c.integer("sliding_window", 4096) if sliding else None,
+        window=c.window(n, every=2),
     )
+    return sandwich(w, n, attention)
+
+
+def sandwich(w: "Checkpoint", n: int, attention: Attention) -> Sandwich:
+    p = f"model.layers.{n}"
     return Sandwich(
         norm(w, f"{p}.input_layernorm"),
         attention,
         norm(w, f"{p}.post_attention_layernorm"),
         norm(w, f"{p}.pre_feedforward_layernorm"),
-        llama.mlp(w, n, act=c.text("hidden_activation", "gelu_pytorch_tanh")),
+        llama.mlp(w, n, act=w.config.text("hidden_activation", "gelu_pytorch_tanh")),
         norm(w, f"{p}.post_feedforward_layernorm"),
     )
 

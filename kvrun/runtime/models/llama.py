@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvrun.runtime.layers.attention import Attention
 from kvrun.runtime.layers.block import Block
-from kvrun.runtime.layers.decoder import Decoder
+from kvrun.runtime.layers.decoder import Decoder, Layer
 from kvrun.runtime.layers.embedding import Embedding, Head
 from kvrun.runtime.layers.mlp import GatedMLP
 from kvrun.runtime.layers.norm import Norm, RMSNorm, rms_norm
@@ -22,15 +22,18 @@ def build(w: "Checkpoint") -> Decoder:
 
 def decoder(
     w: "Checkpoint",
-    block: Callable[["Checkpoint", int, Rope], Any],
+    block: Callable[["Checkpoint", int, Any], Layer],
     *,
     norm: Callable[["Checkpoint", str], Norm] | None = None,
-    rope: Rope | None = None,
+    rope: Any = None,
     embedding_scale: float | None = None,
     final_norm: str = "model.norm",
     **head: Any,
 ) -> Decoder:
-    """Embedding, blocks, norm and head under Llama's names; `head` are options of Head."""
+    """Embedding, blocks, norm and head under Llama's names; `head` are options of Head.
+
+    `rope` is what blocks are handed, Llama's own where it is None.
+    """
     c = w.config
     rope = rope or Rope(c.rope(), heads(w).head_dim, w.dtype, w.device)
     vocab, hidden = c.integer("vocab_size"), c.integer("hidden_size")

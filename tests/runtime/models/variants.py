@@ -1,0 +1,177 @@
+"""What the small checkpoints of each family say differently: family -> variant -> config."""
+
+from typing import Any
+
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_WINDOWED = {"layer_types": ["sliding_attention", "full_attention"]}
+# family -> variant -> what its config says differently
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {
+        "v2": {"num_key_value_heads": 4},
+        "v3": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+        "v3.1": {
+            "head_dim": 32,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_theta": 500000.0, **_LLAMA3},
+        },
+        "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
+        "linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+        "yarn": {"rope_parameters": {"rope_theta": 1e4, **_YARN}},
+    },
+    "qwen3": {
+        "plain": {"head_dim": 32},
+        "tied": {"head_dim": 16, "tie_word_embeddings": True, "num_key_value_heads": 1},
+        "window": {
+            "head_dim": 16,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            **_WINDOWED,
+        },
+    },
+    "gemma2": {
+        # Low caps, so that they bend the small scores and logits of so small a model.
+        "plain": {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 6,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 5.0,
+        },
+        "uncapped": {
+            "head_dim": 32,
+            "num_key_value_heads": 1,
+            "sliding_window": 7,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        },
+    },
+    "mistral": {
+        "v0.1": {"sliding_window": 6},
+        "nemo": {"sliding_window": None, "head_dim": 32, "rope_parameters": {"rope_theta": 1e6}},
+    },
+    "ministral": {"plain": {"sliding_window": 6, "head_dim": 32, **_WINDOWED}},
+    "ministral3": {
+        "yarn": {
+            "head_dim": 32,
+            "rope_parameters": {
+                "rope_theta": 1e4,
+                "rope_type": "yarn",
+                "factor": 8.0,
+                "original_max_position_embeddings": 8,
+                "max_position_embeddings": 64,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.3,
+            },
+        },
+    },
+    "qwen2": {
+        "plain": {"num_key_value_heads": 1},
+        "tied": {"tie_word_embeddings": True},
+        "window": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    },
+    "gemma": {
+        "2b": {"head_dim": 32, "num_key_value_heads": 1},
+        "gelu": {"head_dim": 16, "hidden_act": "gelu"},
+    },
+    "gemma3_text": {
+        "plain": {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 6,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            },
+            **_WINDOWED,
+        },
+    },
+    "phi3": {
+        "4k": {"sliding_window": 7},
+        "mini": {
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 4,
+            "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.75},
+        },
+        "128k": {
+            "original_max_position_embeddings": 8,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+                "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0],
+            },
+        },
+        "128k-short": {
+            "original_max_position_embeddings": 256,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+                "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0],
+            },
+        },
+    },
+    "granite": {
+        "plain": {
+            "embedding_multiplier": 6.0,
+            "logits_scaling": 0.5,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.2,
+            "tie_word_embeddings": True,
+        },
+        "biases": {"attention_bias": True, "mlp_bias": True, "attention_multiplier": 0.3},
+    },
+    "olmo": {"plain": {}, "clip": {"clip_qkv": 0.9}},
+    "olmo2": {"plain": {}, "multihead": {"num_key_value_heads": 4}},
+    "olmo3": {
+        "plain": {
+            "sliding_window": 6,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_theta": 1e4, **_YARN},
+            },
+            **_WINDOWED,
+        },
+    },
+    "smollm3": {
+        "plain": {"no_rope_layers": [1, 0], "tie_word_embeddings": True},
+        "window": {
+            "no_rope_layers": [1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+    },
+    "glm": {"plain": {"head_dim": 16}},
+    "glm4": {"plain": {"head_dim": 32, "num_key_value_heads": 1}},
+    "cohere": {
+        "plain": {"logit_scale": 0.8, "tie_word_embeddings": True},
+        "plus": {"logit_scale": 0.8, "use_qk_norm": True},
+    },
+    "cohere2": {
+        "plain": {"logit_scale": 1.5, "sliding_window": 6, **_WINDOWED},
+    },
+    "stablelm": {
+        "3b": {"num_key_value_heads": 4},
+        "biases": {"use_qkv_bias": True, "num_key_value_heads": 2},
+        "12b": {"qk_layernorm": True, "use_parallel_residual": True},
+    },
+    "nemotron": {"plain": {"head_dim": 16}, "biases": {"mlp_bias": True, "attention_bias": True}},
+    "starcoder2": {
+        "plain": {"sliding_window": 6},
+        "no biases": {"use_bias": False, "tie_word_embeddings": False},
+    },
+    "phi": {
+        "2": {"num_key_value_heads": 4},
+        "qk norm": {"qk_layernorm": True, "rope_parameters": {"partial_rotary_factor": 0.25}},
+    },
+}

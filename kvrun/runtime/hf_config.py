@@ -14,6 +14,7 @@ _ALIASES = {
     "num_hidden_layers": ("n_layer", "n_layers"),
     "num_attention_heads": ("n_head", "n_heads", "num_heads"),
     "max_position_embeddings": ("n_positions", "max_seq_len"),
+    "num_kv_heads": ("n_head_kv",),
 }
 
 
@@ -109,6 +110,13 @@ class HFConfig:
         if not isinstance(value, str):
             raise self._wrong(name, "a string")
         return value
+
+    def part(self, name: str) -> "HFConfig":
+        """The object that is the value of `name`; an empty one where there is none."""
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            raise self._wrong(name, "an object")
+        return HFConfig({**value, "model_type": name}, f"{self._source}: {name}")
 
     def layer_types(self, default: list[str]) -> list[str]:
         """What kind of attention each layer has, in the words of `layer_types`."""

@@ -1,15 +1,19 @@
-"""Rope: rotary positions, in place on queries and keys together."""
+"""Positions: rotary, in place on queries and keys together; learned, added to the embedding; or
+slopes for a bias that grows with the distance."""
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from kvrun.errors import Unsupported
 from kvrun.runtime.device import kernel
 
 if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
+    from kvrun.runtime.checkpoint import Checkpoint
     from kvrun.runtime.hf_config import HFConfig
 
 
@@ -70,6 +74,39 @@ class Rope:
         if self._factor != 1.0:
             cos, sin = cos.mul_(self._factor), sin.mul_(self._factor)
         return cos.to(self._dtype), sin.to(self._dtype)
+
+
+class LearnedPositions:
+    """An embedding plus a row of its own for each position; the table begins at row `offset`."""
+
+    def __init__(
+        self,
+        w: "Checkpoint",
+        embedding: "Callable[[Batch], torch.Tensor]",
+        name: str,
+        count: int,
+        hidden: int,
+        offset: int = 0,
+    ) -> None:
+        self._embedding = embedding
+        self._table = w.read(f"{name}.weight", (count + offset, hidden))[offset:]
+
+    def __call__(self, batch: "Batch") -> torch.Tensor:
+        # A captured step may run a few positions past the end, and nobody reads what it draws.
+        positions = batch.positions.clamp(max=len(self._table) - 1)
+        return self._embedding(batch).add_(F.embedding(positions, self._table))
+
+
+def alibi_slopes(heads: int, device: torch.device) -> torch.Tensor:
+    """[heads] fp32, as Bloom chose them (Press et al. 2022).
+
+    Powers of 2^(-8 / n) for the largest power of two n of heads, and odd powers of its root for
+    the heads beyond.
+    """
+    base = 1 << (heads.bit_length() - 1)
+    slopes = [2 ** (-8 * (i + 1) / base) for i in range(base)]
+    slopes += [2 ** (-4 * (2 * i + 1) / base) for i in range(heads - base)]
+    return torch.tensor(slopes, dtype=torch.float32, device=device)
 
 
 def scaled_frequencies(parameters: "HFConfig", width: int) -> tuple[torch.Tensor, float]:

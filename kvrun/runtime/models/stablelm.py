@@ -38,7 +38,9 @@ def norm(w: "Checkpoint", name: str) -> LayerNorm:
 
 def head_norm(w: "Checkpoint", n: int) -> HeadLayerNorm:
     h, p = llama.heads(w), f"model.layers.{n}.self_attn"
-    names = [f"{p}.q_layernorm.norms.{i}" for i in range(h.heads)][slice(*h.mine)]
-    names += [f"{p}.k_layernorm.norms.{i}" for i in range(h.kv_heads)][slice(*h.mine_kv)]
-    weight = torch.stack([w.read(f"{name}.weight", (h.head_dim,)) for name in names])
-    return HeadLayerNorm(weight, None, w.config.number("layer_norm_eps", 1e-5))
+    # Every rank reads all of them: they are small, and none is left over.
+    q = [f"{p}.q_layernorm.norms.{i}.weight" for i in range(h.heads)]
+    k = [f"{p}.k_layernorm.norms.{i}.weight" for i in range(h.kv_heads)]
+    weights = [w.read(name, (h.head_dim,)) for name in q + k]
+    mine = weights[: h.heads][slice(*h.mine)] + weights[h.heads :][slice(*h.mine_kv)]
+    return HeadLayerNorm(torch.stack(mine), None, w.config.number("layer_norm_eps", 1e-5))

@@ -174,4 +174,44 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "2": {"num_key_value_heads": 4},
         "qk norm": {"qk_layernorm": True, "rope_parameters": {"partial_rotary_factor": 0.25}},
     },
+    "gpt2": {"plain": {}, "inverse": {"scale_attn_by_inverse_layer_idx": True, "n_inner": 80}},
+    "gpt_bigcode": {"mqa": {}, "mha": {"multi_query": False}},
+    "gptj": {"plain": {"rotary_dim": 8}},
+    "gpt_neox": {
+        "pythia": {"hidden_act": "gelu"},
+        "one by one": {"use_parallel_residual": False, "hidden_act": "gelu_fast"},
+    },
+    "bloom": {
+        "plain": {},
+        "6 heads": {"num_attention_heads": 6, "hidden_size": 96},
+        "normed": {"apply_residual_connection_post_layernorm": True},
+    },
+    "falcon": {
+        "7b": {"num_kv_heads": 1, "new_decoder_architecture": False},
+        "40b": {"num_kv_heads": 2, "new_decoder_architecture": True},
+        "11b": {
+            "num_kv_heads": 2,
+            "new_decoder_architecture": True,
+            "num_ln_in_parallel_attn": 1,
+        },
+        "rw": {"multi_query": False, "parallel_attn": False, "bias": True, "alibi": True},
+    },
+    "mpt": {
+        "7b": {"num_attention_heads": 4},
+        "clip": {
+            "num_attention_heads": 6,
+            "hidden_size": 96,
+            "attn_config": {"clip_qkv": 0.9, "softmax_scale": 0.3},
+        },
+    },
+    "opt": {
+        "125m": {"ffn_dim": 96},
+        "350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 32, "ffn_dim": 96},
+        "galactica": {
+            "ffn_dim": 96,
+            "enable_bias": False,
+            "layer_norm_elementwise_affine": False,
+            "activation_function": "gelu",
+        },
+    },
 }

@@ -26,6 +26,10 @@ SMALL = {
 }
 
 
+# Falcon's eager attention adds the bias of a distance twice.
+_ATTENTION = {"falcon": "sdpa"}
+
+
 def variants() -> Iterator[tuple[str, str]]:
     for family, named in VARIANTS.items():
         for variant in named:
@@ -37,7 +41,9 @@ def make(folder: Path, family: str, variant: str, **changes: Any) -> Any:
     torch.manual_seed(len(family) * 31 + len(variant))
     values = {**SMALL, **VARIANTS[family][variant], **changes}
     config = AutoConfig.for_model(family, **values)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=_ATTENTION.get(family, "eager")
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:

@@ -97,15 +97,15 @@ class LearnedPositions:
         return self._embedding(batch).add_(F.embedding(positions, self._table))
 
 
-def alibi_slopes(heads: int, device: torch.device) -> torch.Tensor:
-    """[heads] fp32, as Bloom chose them (Press et al. 2022).
+def alibi_slopes(heads: int, device: torch.device, most: float = 8.0) -> torch.Tensor:
+    """[heads] fp32, as Bloom and MPT choose them (Press et al. 2022).
 
-    Powers of 2^(-8 / n) for the largest power of two n of heads, and odd powers of its root for
+    Powers of 2^(-most / n) for the largest power of two n of heads, and odd powers of its root for
     the heads beyond.
     """
     base = 1 << (heads.bit_length() - 1)
-    slopes = [2 ** (-8 * (i + 1) / base) for i in range(base)]
-    slopes += [2 ** (-4 * (2 * i + 1) / base) for i in range(heads - base)]
+    slopes = [2 ** (-most * i / base) for i in range(1, base + 1)]
+    slopes += [2 ** (-most * (i + 0.5) / base) for i in range(heads - base)]
     return torch.tensor(slopes, dtype=torch.float32, device=device)
 
 

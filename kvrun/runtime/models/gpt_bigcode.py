@@ -1,4 +1,4 @@
-"""GPT-BigCode, StarCoder 1: GPT-2 with plain matrices, and one key/value head or [q, k, v] per head.
+"""GPT-BigCode, StarCoder 1: GPT-2 with plain matrices, one key/value head or [q, k, v] per head.
 Source: transformers, models/gpt_bigcode/modeling_gpt_bigcode.py."""
 
 from typing import TYPE_CHECKING

@@ -1,5 +1,5 @@
-"""MPT: norms without bias, a bias that grows with the distance by slopes of its own, queries, keys
-and values within bounds. Source: transformers, models/mpt/modeling_mpt.py."""
+"""MPT: norms without bias, a bias that grows with the distance, queries, keys and values within
+bounds. Source: transformers, models/mpt/modeling_mpt.py."""
 
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.layers.embedding import Embedding, Head
 from kvrun.runtime.layers.mlp import MLP
 from kvrun.runtime.layers.norm import LayerNorm, layer_norm
+from kvrun.runtime.layers.position import alibi_slopes
 from kvrun.runtime.layers.qkv import cut_heads, packed
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def build(w: "Checkpoint") -> Decoder:
     vocab, hidden = c.integer("vocab_size"), c.integer("hidden_size")
     embedding = Embedding(w, "transformer.wte", vocab, hidden)
     most = a.number("alibi_bias_max", 8)
-    slopes = own_slopes(c.integer("num_attention_heads"), most).to(w.device)
+    slopes = alibi_slopes(c.integer("num_attention_heads"), w.device, most)
     blocks = [block(w, n, slopes) for n in range(c.integer("num_hidden_layers"))]
     head = Head(w, "lm_head", embedding, tied=True)
     return Decoder(w, embedding, blocks, norm(w, "transformer.norm_f"), head)
@@ -53,13 +54,3 @@ def block(w: "Checkpoint", n: int, slopes: torch.Tensor) -> Block:
 def norm(w: "Checkpoint", name: str) -> LayerNorm:
     size, eps = w.config.integer("hidden_size"), w.config.number("layer_norm_epsilon", 1e-5)
     return layer_norm(w, name, size, eps, bias=False)
-
-
-def own_slopes(heads: int, most: float) -> torch.Tensor:
-    """2^(-most · i / n) for i to the next power of two n; where that is more than there are heads,
-    every second one comes first. [heads] fp32."""
-    n = 1 << (heads - 1).bit_length()
-    slopes = [2 ** (-most * i / n) for i in range(1, n + 1)]
-    if n != heads:
-        slopes = (slopes[1::2] + slopes[::2])[:heads]
-    return torch.tensor(slopes, dtype=torch.float32)

@@ -1,5 +1,5 @@
-"""OPT and Galactica: learned positions from row 2 on; the 350m size norms behind the sum and projects
-its embedding. Source: transformers, models/opt/modeling_opt.py."""
+"""OPT and Galactica: learned positions from row 2 on; 350m norms behind the sum and projects its
+embedding. Source: transformers, models/opt/modeling_opt.py."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,0 +1,292 @@
+"""Mistakes that must show: each changes what kvrun reads, or replaces a part of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvrun.runtime.layers.embedding import Embedding
+from kvrun.runtime.layers.norm import HeadNorm
+from kvrun.runtime.layers.position import Rope
+from kvrun.runtime.layers.qkv import packed
+from kvrun.runtime.models import (
+    bloom,
+    cohere,
+    falcon,
+    glm,
+    gpt_bigcode,
+    gpt_neox,
+    llama,
+    mpt,
+    opt,
+    qwen3,
+)
+from tests.runtime.driver import Driver
+from tests.runtime.models import zoo
+from tests.runtime.models.compare import TOLERANCE, stepwise
+
+Tensors = dict[str, torch.Tensor]
+
+
+def swap_rows(name: str, size: int) -> Callable[[Tensors], Tensors]:
+    def change(tensors: Tensors) -> Tensors:
+        for key in [k for k in tensors if name in k]:
+            first, second, rest = tensors[key][:size], tensors[key][size : 2 * size], 2 * size
+            tensors[key] = torch.cat([second, first, tensors[key][rest:]])
+        return tensors
+
+    return change
+
+
+def swap_kv_heads(size: int) -> Callable[[Tensors], Tensors]:
+    k, v = swap_rows("k_proj", size), swap_rows("v_proj", size)
+    return lambda tensors: v(k(tensors))
+
+
+def swap_names(first: str, second: str) -> Callable[[Tensors], Tensors]:
+    def change(tensors: Tensors) -> Tensors:
+        flip = {first: second, second: first}
+        return {
+            next((k.replace(a, b) for a, b in flip.items() if a in k), k): t
+            for k, t in tensors.items()
+        }
+
+    return change
+
+
+def minus_one(tensors: Tensors) -> Tensors:
+    return {k: t - 1 if "norm" in k else t for k, t in tensors.items()}
+
+
+def no_biases(tensors: Tensors) -> Tensors:
+    return {k: t * 0 if k.endswith("bias") else t for k, t in tensors.items()}
+
+
+def scale_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama, "Embedding", lambda *args, scale: Embedding(*args))
+
+
+def no_head_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_and_drop(*args: Any) -> None:
+        HeadNorm(*args)
+
+    monkeypatch.setattr(qwen3, "HeadNorm", read_and_drop)
+
+
+def replaced(module: Any, name: str, change: Callable[[Any], Any]) -> Callable[..., None]:
+    """Puts change(what is there) in the place of a part that a family's file names."""
+
+    def apply(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, name, change(getattr(module, name)))
+
+    return apply
+
+
+def without(option: str) -> Callable[[Any], Any]:
+    """The same part without an option."""
+
+    def change(part: Any) -> Any:
+        return lambda *args, **options: part(*args, **{**options, option: None})
+
+    return change
+
+
+def halves(part: Any) -> Any:
+    return lambda *args, interleaved: Rope(*args)
+
+
+def one_weight(part: Any) -> Any:
+    """The weight of the first head for all."""
+
+    def norm(weight: torch.Tensor, bias: Any, eps: float) -> Any:
+        return part(weight[:1].expand_as(weight), bias, eps)
+
+    return norm
+
+
+def as_packed(part: Any) -> Any:
+    return packed
+
+
+def headless(part: Any) -> Any:
+    def head(w: Any, name: str, *args: Any, **options: Any) -> Any:
+        w.read(f"{name}.bias", (128,))
+        return part(w, name, *args, **{**options, "bias": False})
+
+    return head
+
+
+def eight(part: Any) -> Any:
+    return lambda heads, device, *most: part(8, device)[:heads]
+
+
+def sixteenfold(part: Any) -> Any:
+    """Heads have 16 dimensions here: times four undoes the scale."""
+    return lambda heads, device: part(heads, device) * 4
+
+
+def no_offset(part: Any) -> Any:
+    def positions(*args: Any, offset: int) -> Any:
+        found = part(*args, offset=offset)
+        found._table = args[0].read(f"{args[2]}.weight", (len(found._table) + offset, args[4]))
+        return found
+
+    return positions
+
+
+BIGGER = {"rope_type": "default", "rope_theta": 10100.0}
+FULL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
+CONFIG_MUTATIONS = {
+    "rope theta +1 %": ("llama", "v2", {"rope_parameters": BIGGER}),
+    "eps × 10": ("llama", "v2", {"rms_norm_eps": 1e-4}),
+    "llama3 scaling off": ("llama", "v3.1", {"rope_parameters": {"rope_theta": 500000.0}}),
+    "linear scaling off": ("llama", "linear", {"rope_parameters": {"rope_theta": 10000.0}}),
+    "yarn off": ("llama", "yarn", {"rope_parameters": {"rope_theta": 10000.0}}),
+    "window off, qwen3": ("qwen3", "window", {"use_sliding_window": False}),
+    "window off, qwen2": ("qwen2", "window", {"use_sliding_window": False}),
+    "windows begin a layer early": ("qwen2", "window", {"layer_types": ["sliding_attention"] * 2}),
+    "window off": ("gemma2", "plain", {"sliding_window": 4096}),
+    "window on all layers": ("gemma2", "plain", {"layer_types": ["sliding_attention"] * 2}),
+    "window one too wide": ("gemma2", "plain", {"sliding_window": 7}),
+    "softcap off": ("gemma2", "plain", {"attn_logit_softcapping": None}),
+    "final softcap off": ("gemma2", "plain", {"final_logit_softcapping": None}),
+    "attention scale": ("gemma2", "plain", {"query_pre_attn_scalar": 16}),
+    "exact gelu": ("gemma2", "plain", {"hidden_activation": "gelu"}),
+    "silu for gelu": ("gemma", "2b", {"hidden_act": "silu"}),
+    "window off, mistral": ("mistral", "v0.1", {"sliding_window": None}),
+    "window one too narrow": ("mistral", "v0.1", {"sliding_window": 5}),
+    "window on all layers, ministral": (
+        "ministral", "plain", {"layer_types": ["sliding_attention"] * 2}
+    ),
+    "queries do not grow": (
+        "ministral3",
+        "yarn",
+        {
+            "rope_parameters": {
+                "rope_theta": 1e4, "rope_type": "yarn", "factor": 8.0,
+                "original_max_position_embeddings": 8, "mscale": 1.0, "mscale_all_dim": 1.0,
+            }
+        },
+    ),
+    "local rotations everywhere": (
+        "gemma3_text",
+        "plain",
+        {"rope_parameters": {"sliding_attention": LOCAL, "full_attention": LOCAL}},
+    ),
+    "window off, gemma3": ("gemma3_text", "plain", {"sliding_window": 4096}),
+    "window off, phi3": ("phi3", "4k", {"sliding_window": None}),
+    "rotation of whole heads, phi3": ("phi3", "mini", {"rope_parameters": FULL}),
+    "the short list of longrope": ("phi3", "128k", {"max_position_embeddings": 8}),
+    "the long list of longrope": ("phi3", "128k-short", {"original_max_position_embeddings": 255}),
+    "embedding × 1": ("granite", "plain", {"embedding_multiplier": 1.0}),
+    "logits ÷ 1": ("granite", "plain", {"logits_scaling": 1.0}),
+    "residual × 1": ("granite", "plain", {"residual_multiplier": 1.0}),
+    "scores × 1": ("granite", "plain", {"attention_multiplier": 1.0}),
+    "clip off, olmo": ("olmo", "clip", {"clip_qkv": None}),
+    "window off, olmo3": ("olmo3", "plain", {"sliding_window": 4096}),
+    "yarn on no layer": (
+        "olmo3",
+        "plain",
+        {"rope_parameters": {"sliding_attention": LOCAL, "full_attention": LOCAL}},
+    ),
+    "rope on the rope-less layer": ("smollm3", "plain", {"no_rope_layers": [1, 1]}),
+    "no_rope_layers turned round": ("smollm3", "plain", {"no_rope_layers": [0, 1]}),
+    "window off, smollm3": ("smollm3", "window", {"use_sliding_window": False}),
+    "rotation of whole heads, glm": ("glm", "plain", {"rope_parameters": FULL}),
+    "rotation of whole heads, glm4": ("glm4", "plain", {"rope_parameters": FULL}),
+    "logits × 1": ("cohere", "plain", {"logit_scale": 1.0}),
+    "logits × 1, cohere2": ("cohere2", "plain", {"logit_scale": 1.0}),
+    "rope on the layer without": (
+        "cohere2", "plain", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 99}
+    ),
+    "rotation of whole heads, stablelm": ("stablelm", "3b", {"rope_parameters": FULL}),
+    "rotation of whole heads, nemotron": ("nemotron", "plain", {"rope_parameters": FULL}),
+    "relu for its square": ("nemotron", "plain", {"hidden_act": "relu"}),
+    "window off, starcoder2": ("starcoder2", "plain", {"sliding_window": None}),
+    "rotation of whole heads, phi": ("phi", "2", {"rope_parameters": FULL}),
+    "exact gelu, phi": ("phi", "2", {"hidden_act": "gelu"}),
+    "not scaled by the layer": ("gpt2", "inverse", {"scale_attn_by_inverse_layer_idx": False}),
+    "gelu for its tanh form, gpt2": ("gpt2", "plain", {"activation_function": "gelu"}),
+    "a quarter too little rotated": ("gptj", "plain", {"rotary_dim": 6}),
+    "rotation of whole heads, neox": ("gpt_neox", "pythia", {"rope_parameters": FULL}),
+    "one after the other": ("gpt_neox", "pythia", {"use_parallel_residual": False}),
+    "side by side": ("gpt_neox", "one by one", {"use_parallel_residual": True}),
+    "residual from the sum": (
+        "bloom", "normed", {"apply_residual_connection_post_layernorm": False}
+    ),
+    "clip off, mpt": ("mpt", "clip", {"attn_config": {"softmax_scale": 0.3}}),
+    "scale off, mpt": ("mpt", "clip", {"attn_config": {"clip_qkv": 0.9}}),
+    "norm before, 350m": ("opt", "350m", {"_remove_final_layer_norm": True,
+                                          "do_layer_norm_before": True}),
+    "relu for gelu": ("opt", "galactica", {"activation_function": "relu"}),
+}  # fmt: skip
+TENSOR_MUTATIONS = {
+    "swapped heads": ("llama", "v2", swap_rows("q_proj", 16)),
+    "gate and up swapped": ("llama", "v2", swap_names("gate_proj", "up_proj")),
+    "gate and up swapped, phi3": ("phi3", "4k", swap_rows("gate_up_proj", 96)),
+    "wrong KV group": ("llama", "v3", swap_kv_heads(16)),
+    "biases lost": ("llama", "biases", no_biases),
+    "biases lost, qwen2": ("qwen2", "plain", no_biases),
+    "biases lost, gpt2": ("gpt2", "plain", no_biases),
+    "biases lost, opt": ("opt", "125m", no_biases),
+    "biases lost, falcon": ("falcon", "rw", no_biases),
+    "norms swapped": ("llama", "v2", swap_names("input_layernorm", "post_attention_layernorm")),
+    "q and k norms swapped": ("qwen3", "plain", swap_names("q_norm", "k_norm")),
+    "norms of attention and MLP swapped": ("falcon", "40b", swap_names("ln_attn", "ln_mlp")),
+    "norms of all heads swapped": ("olmo2", "multihead", swap_names("q_norm", "k_norm")),
+    "norm offset 0": ("gemma2", "plain", minus_one),
+    "norm offset 0, gemma": ("gemma", "2b", minus_one),
+    "norm offset 0, gemma3": ("gemma3_text", "plain", minus_one),
+    "norm offset 0, nemotron": ("nemotron", "plain", minus_one),
+    "q and k swapped": ("phi3", "mini", swap_rows("qkv_proj", 64)),
+}
+CODE_MUTATIONS = {
+    "qk-norm off": ("qwen3", "plain", no_head_norm),
+    "embedding scale 1": ("gemma2", "plain", scale_one),
+    "halves for pairs, cohere": ("cohere", "plain", replaced(cohere, "Rope", halves)),
+    "halves for pairs, glm": ("glm", "plain", replaced(glm, "Rope", halves)),
+    "one weight for all heads": ("cohere", "plus", replaced(cohere, "HeadLayerNorm", one_weight)),
+    "head norms off, phi": ("phi", "qk norm", replaced(llama, "Attention", without("head_norm"))),
+    "norms off, olmo2": ("olmo2", "plain", replaced(llama, "Attention", without("head_norm"))),
+    "head bias dropped": ("phi", "2", replaced(llama, "Head", headless)),
+    "grouped read as packed": ("gpt_neox", "pythia", replaced(gpt_neox, "grouped", as_packed)),
+    "grouped read as packed, bloom": ("bloom", "plain", replaced(bloom, "grouped", as_packed)),
+    "grouped read as packed, falcon": ("falcon", "40b", replaced(falcon, "grouped", as_packed)),
+    "grouped read as packed, mha": (
+        "gpt_bigcode", "mha", replaced(gpt_bigcode, "grouped", as_packed)
+    ),
+    "no slopes": ("bloom", "plain", replaced(bloom, "Attention", without("alibi"))),
+    "slopes of a power of two": ("bloom", "6 heads", replaced(bloom, "alibi_slopes", eight)),
+    "slopes unscaled": ("falcon", "rw", replaced(falcon, "alibi_slopes", sixteenfold)),
+    "slopes of a power of two, mpt": ("mpt", "clip", replaced(mpt, "alibi_slopes", eight)),
+    "positions from row 0 on": ("opt", "125m", replaced(opt, "LearnedPositions", no_offset)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIG_MUTATIONS)
+def test_config_mutation_shows(name: str, mutant: Callable[..., tuple[Path, Any]]) -> None:
+    family, variant, changes = CONFIG_MUTATIONS[name]
+    folder, oracle = mutant(family, variant)
+    zoo.edit_config(folder, **changes)
+    assert stepwise(Driver(folder), oracle) > TOLERANCE
+
+
+@pytest.mark.parametrize("name", TENSOR_MUTATIONS)
+def test_tensor_mutation_shows(name: str, mutant: Callable[..., tuple[Path, Any]]) -> None:
+    family, variant, change = TENSOR_MUTATIONS[name]
+    folder, oracle = mutant(family, variant)
+    zoo.edit_tensors(folder, change)
+    assert stepwise(Driver(folder), oracle) > TOLERANCE
+
+
+@pytest.mark.parametrize("name", CODE_MUTATIONS)
+def test_code_mutation_shows(
+    name: str, mutant: Callable[..., tuple[Path, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, variant, replace = CODE_MUTATIONS[name]
+    folder, oracle = mutant(family, variant)
+    replace(monkeypatch)
+    assert stepwise(Driver(folder), oracle) > TOLERANCE

@@ -100,6 +100,7 @@ class Checkpoint:
         self.group = group
         self.parameter_bytes = 0  # of what was read, as this rank holds it
         dummy = load_format == "dummy"
+        self._renamed: dict[str, str] = {}
         self._source: Source = RandomSource(seed) if dummy else FileSource(Path(folder))
 
     @property
@@ -109,7 +110,15 @@ class Checkpoint:
 
     def has(self, name: str, otherwise: bool) -> bool:
         """Whether the file holds `name`; `otherwise` where there is no file."""
-        return self._source.has(name, otherwise)
+        return self._source.has(self._stored(name), otherwise)
+
+    def rename(self, prefix: str, stored: str) -> None:
+        """Names that begin with `prefix` begin with `stored` in the file."""
+        self._renamed[prefix] = stored
+
+    def _stored(self, name: str) -> str:
+        found = (old for old in self._renamed if name.startswith(old))
+        return next((self._renamed[old] + name[len(old) :] for old in found), name)
 
     def read(
         self,
@@ -122,7 +131,7 @@ class Checkpoint:
 
         Raises BadCheckpoint for another shape; names that are missing are reported by `finish`.
         """
-        self._source.expect(name, shape, dtype or self.dtype)
+        self._source.expect(self._stored(name), shape, dtype or self.dtype)
         cut = cut or (None,) * len(shape)
         kept = tuple(_kept(size, ranges) for size, ranges in zip(shape, cut, strict=True))
         out = torch.empty(kept, dtype=dtype or self.dtype, device=self.device)
@@ -134,7 +143,7 @@ class Checkpoint:
         for s in shards:
             shape = (s.out_features, s.in_features)
             shape = shape[::-1] if s.transposed else shape
-            self._source.expect(f"{s.name}.{suffix}", shape, self.dtype)
+            self._source.expect(self._stored(f"{s.name}.{suffix}"), shape, self.dtype)
         rows, cols = sum(s.shape[0] for s in shards), shards[0].shape[1]
         out = torch.empty((rows, cols), dtype=self.dtype, device=self.device)
         at = 0
@@ -160,7 +169,7 @@ class Checkpoint:
         # All of a dimension is no cut: such rows are read as they lie.
         pairs = zip(shape, cut, strict=True)
         needed = [None if ranges == ((0, size),) else ranges for size, ranges in pairs]
-        self._source.fill(name, shape, needed, out)
+        self._source.fill(self._stored(name), shape, needed, out)
         self.parameter_bytes += out.nbytes
 
     def skip(self, *prefixes: str) -> None:

@@ -13,7 +13,7 @@ _ALIASES = {
     "hidden_size": ("n_embd", "d_model"),
     "num_hidden_layers": ("n_layer", "n_layers"),
     "num_attention_heads": ("n_head", "n_heads", "num_heads"),
-    "max_position_embeddings": ("n_positions", "max_seq_len"),
+    "max_position_embeddings": ("n_positions", "max_seq_len", "model_max_length", "seq_length"),
     "num_kv_heads": ("n_head_kv",),
 }
 

@@ -38,8 +38,9 @@ class Embedding:
 
 
 class Head:
-    """x [rows, hidden] -> logits [rows, vocab], times `scale`; `softcap` c maps them to
-    c·tanh(y / c).
+    """x [rows, hidden] -> logits [rows, vocab], times `scale` (one, or [vocab]).
+
+    `softcap` c maps them to c·tanh(y / c).
 
     Logits are in the dtype of x, or fp32 where they are mapped. `bias`: the head has one.
     """
@@ -52,7 +53,7 @@ class Head:
         *,
         tied: bool,
         softcap: float | None = None,
-        scale: float | None = None,
+        scale: float | torch.Tensor | None = None,
         bias: bool = False,
     ) -> None:
         self._scale = scale

@@ -14,7 +14,8 @@ from tests.runtime.models.compare import LONG, TOLERANCE, prompt, reference, ste
 
 
 def test_every_family_of_the_folder_is_compared() -> None:
-    assert set(zoo.VARIANTS) == set(registry.names("kvrun.runtime.models"))
+    elsewhere = {"baichuan"}  # test_baichuan.py: transformers does not have it
+    assert set(zoo.VARIANTS) | elsewhere == set(registry.names("kvrun.runtime.models"))
 
 
 @pytest.mark.parametrize("small", [0, 1 << 16], ids=["packed", "plain"])

@@ -1,0 +1,159 @@
+"""Files as the hub has them: other names, other tensors beside them, and files that do not fit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kvrun.errors import BadCheckpoint, Unsupported
+from kvrun.runtime.checkpoint import Checkpoint
+from kvrun.runtime.models import build
+from tests.runtime.driver import Driver
+from tests.runtime.models import zoo
+from tests.runtime.models.compare import TOLERANCE, stepwise
+
+Tensors = dict[str, torch.Tensor]
+
+
+def renamed(old: str, new: str) -> Any:
+    return lambda tensors: {k.replace(old, new, 1): t for k, t in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix"),
+    [("gpt2", "transformer."), ("bloom", "transformer."), ("opt", "model.")],
+)
+def test_names_without_the_prefix(tmp_path: Path, family: str, prefix: str) -> None:
+    variant = next(iter(zoo.VARIANTS[family]))
+    oracle = zoo.make(tmp_path, family, variant)
+    zoo.edit_tensors(tmp_path, renamed(prefix, ""))
+    assert not any(name.startswith(prefix) for name in load_file(tmp_path / "model.safetensors"))
+    assert stepwise(Driver(tmp_path), oracle) <= TOLERANCE
+
+
+def test_masks_beside_the_weights_are_passed_over(tmp_path: Path) -> None:
+    oracle = zoo.make(tmp_path, "gpt2", "plain")
+
+    def add(tensors: Tensors) -> Tensors:
+        masks = {f"transformer.h.{n}.attn.bias": torch.ones(1, 1, 8, 8) for n in range(2)}
+        return {**tensors, **masks, "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+
+    zoo.edit_tensors(tmp_path, add)
+    assert stepwise(Driver(tmp_path), oracle) <= TOLERANCE
+
+
+def test_the_first_santacoder(tmp_path: Path) -> None:
+    """It says that it is GPT-2, and holds BigCode's matrices the other way round."""
+    oracle = zoo.make(tmp_path, "gpt_bigcode", "mqa")
+
+    def change(tensors: Tensors) -> Tensors:
+        found = {}
+        for name, tensor in tensors.items():
+            matrix = any(part in name for part in (".c_attn", ".c_proj", ".c_fc"))
+            if ".c_attn" in name:
+                q, kv = tensor.split((64, 32))
+                parts = {name.replace("c_attn", "q_attn"): q, name.replace("c_attn", "kv_attn"): kv}
+            else:
+                parts = {name: tensor}
+            found |= {n: t.t() if matrix and t.ndim == 2 else t for n, t in parts.items()}
+        return found
+
+    zoo.edit_tensors(tmp_path, change)
+    zoo.edit_config(tmp_path, model_type="gpt2", attention_head_type="multiquery",
+                    activation_function="gelu_pytorch_tanh")  # fmt: skip
+    assert stepwise(Driver(tmp_path), oracle) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "variant"), [("RefinedWebModel", "7b"), ("RefinedWeb", "40b")])
+def test_falcons_former_names(tmp_path: Path, name: str, variant: str) -> None:
+    oracle = zoo.make(tmp_path, "falcon", variant)
+    config: dict[str, Any] = {
+        "model_type": name, "vocab_size": 128, "hidden_size": 64, "n_layer": 2, "n_head": 4,
+        "layer_norm_epsilon": 1e-5, "bias": False, "alibi": False, "ffn_hidden_size": None,
+    }  # fmt: skip
+    config |= {"multi_query": True, "parallel_attn": True} if variant == "7b" else {"n_head_kv": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert stepwise(Driver(tmp_path), oracle) <= TOLERANCE
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_model_that_sees_images(tmp_path: Path, prefix: str) -> None:
+    oracle = zoo.make(tmp_path, "mistral", "nemo")
+    path = tmp_path / "config.json"
+    text = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({"model_type": "mistral3", "text_config": text, "vision_config": {}})
+    )
+    zoo.edit_tensors(tmp_path, renamed("model.", prefix))
+    head = "language_model.lm_head" if prefix.startswith("language") else "lm_head"
+    zoo.edit_tensors(tmp_path, renamed("lm_head", head))
+    towers = {"vision_tower.patch_conv.weight": torch.ones(2, 2)}
+    towers |= {"model.multi_modal_projector.norm.weight": torch.ones(2)}
+    zoo.edit_tensors(tmp_path, lambda tensors: {**tensors, **towers})
+    assert stepwise(Driver(tmp_path), oracle) <= TOLERANCE
+
+
+def test_an_unknown_architecture_is_told_its_neighbours(tmp_path: Path) -> None:
+    zoo.make(tmp_path, "llama", "v2")
+    zoo.edit_config(tmp_path, model_type="lama")
+    with pytest.raises(Unsupported, match="'lama' is not supported") as caught:
+        build(Checkpoint(tmp_path))
+    assert "did you mean 'llama'?" in str(caught.value.hint)
+    assert "mistral" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("variant", [("gpt2", "plain"), ("phi3", "4k"), ("cohere", "plus")])
+def test_a_config_that_contradicts_its_tensors(tmp_path: Path, variant: tuple[str, str]) -> None:
+    zoo.make(tmp_path, *variant)
+    name = "n_embd" if variant[0] == "gpt2" else "hidden_size"
+    zoo.edit_config(tmp_path, **{name: 32})
+    with pytest.raises(BadCheckpoint, match="do not fit its config.json") as caught:
+        build(Checkpoint(tmp_path))
+    assert "expected" in str(caught.value.cause)
+
+
+def test_the_first_five_of_the_missing_and_the_surplus_are_named(tmp_path: Path) -> None:
+    zoo.make(tmp_path, "opt", "125m")
+
+    def change(tensors: Tensors) -> Tensors:
+        return {k.replace("fc2", "fc3"): t for k, t in tensors.items()}
+
+    zoo.edit_tensors(tmp_path, change)
+    with pytest.raises(BadCheckpoint) as caught:
+        build(Checkpoint(tmp_path))
+    cause = str(caught.value.cause)
+    assert "missing: model.decoder.layers.0.fc2.weight" in cause
+    assert "not part of this architecture: model.decoder.layers.0.fc3.bias" in cause
+
+
+@pytest.mark.parametrize(
+    "changes", [{"qk_ln": True}, {"alibi": False}, {"attn_type": "multiquery_attention"}]
+)
+def test_options_of_mpt_that_would_be_answered_wrongly(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    zoo.make(tmp_path, "mpt", "7b")
+    zoo.edit_config(tmp_path, attn_config=changes)
+    with pytest.raises(Unsupported, match=next(iter(changes))):
+        build(Checkpoint(tmp_path))
+
+
+def test_an_unknown_activation(tmp_path: Path) -> None:
+    zoo.make(tmp_path, "gpt2", "plain")
+    zoo.edit_config(tmp_path, activation_function="mish")
+    with pytest.raises(Unsupported, match="'mish'"):
+        build(Checkpoint(tmp_path))
+
+
+def test_dummy_weights_of_every_family(tmp_path: Path) -> None:
+    """What the configuration says is enough to know every tensor that files would hold."""
+    for family, variant in zoo.variants():
+        folder = tmp_path / f"{family}-{variant}"
+        zoo.make(folder, family, variant)
+        stored = load_file(folder / "model.safetensors").values()
+        (folder / "model.safetensors").unlink()
+        model = build(Checkpoint(folder, load_format="dummy"))
+        assert model.parameter_bytes >= sum(tensor.numel() * 4 for tensor in stored)

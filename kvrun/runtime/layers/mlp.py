@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu2": _square_relu,
 }
 # The same under the names that kernels know.
-_KERNELS = {
+KERNEL_NAMES = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -64,12 +64,12 @@ class Gate:
 
     def __init__(self, act: str, device: torch.device) -> None:
         self._act = activation(act)
-        if act not in _KERNELS:
+        if act not in KERNEL_NAMES:
             raise Unsupported(
                 f"the activation '{act}' in a gated MLP is not supported.",
-                hint=f"known: {', '.join(_KERNELS)}",
+                hint=f"known: {', '.join(KERNEL_NAMES)}",
             )
-        self._name = _KERNELS[act]
+        self._name = KERNEL_NAMES[act]
         self._kernel = kernel("gated", device) if device.type == "cuda" else None
 
     def __call__(self, both: torch.Tensor) -> torch.Tensor:

@@ -184,9 +184,18 @@ def _longrope(parameters: "HFConfig", frequencies: torch.Tensor) -> tuple[torch.
     """
     trained = parameters.number("original_max_position_embeddings")
     longest = parameters.number("max_position_embeddings")
-    name = "long_factor" if longest > trained else "short_factor"
-    divisors = parameters.numbers(name, len(frequencies))
+    kind = "long" if longest > trained else "short"
+    divisors = parameters.numbers(f"{kind}_factor", len(frequencies))
     factor = parameters.number("factor", longest / trained)
     spread = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
     found = frequencies / torch.tensor(divisors, dtype=torch.float32)
-    return found, parameters.number("attention_factor", spread)
+    spread = parameters.number("attention_factor", parameters.number(f"{kind}_mscale", spread))
+    return found, spread
+
+
+def yarn_growth(parameters: "HFConfig") -> float:
+    """What DeepSeek's models multiply the scale of their scores by under yarn."""
+    weight = parameters.number("mscale_all_dim", 0.0)
+    if parameters.text("rope_type") == "default" or not weight:
+        return 1.0
+    return (0.1 * weight * math.log(max(parameters.number("factor"), 1.0)) + 1.0) ** 2

@@ -11,6 +11,18 @@ _LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 _WINDOWED = {"layer_types": ["sliding_attention", "full_attention"]}
+_MLA = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "kv_lora_rank": 32,
+}
 # family -> variant -> what its config says differently
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
@@ -212,6 +224,145 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "enable_bias": False,
             "layer_norm_elementwise_affine": False,
             "activation_function": "gelu",
+        },
+    },
+    "mixtral": {
+        "plain": {"num_local_experts": 5, "num_experts_per_tok": 2},
+        "window": {"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 6},
+    },
+    "qwen2_moe": {
+        "plain": {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 80,
+        },
+        "every other": {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 32,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "max_window_layers": 1,
+        },
+    },
+    "qwen3_moe": {
+        "plain": {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+            "head_dim": 32,
+        },
+        "dense first": {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "mlp_only_layers": [0],
+        },
+    },
+    "olmoe": {"plain": {"num_experts": 6, "num_experts_per_tok": 3}},
+    "granitemoe": {
+        "plain": {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "embedding_multiplier": 6.0,
+            "logits_scaling": 0.5,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.2,
+        },
+    },
+    "granitemoeshared": {
+        "plain": {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 48,
+            "residual_multiplier": 0.8,
+            "attention_multiplier": 0.3,
+        },
+    },
+    "phimoe": {
+        "plain": {
+            "num_local_experts": 4,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "router_jitter_noise": 0.3,
+        },
+    },
+    "dbrx": {
+        "plain": {
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_seq_len": 256,
+            "attn_config": {"clip_qkv": 0.9, "kv_n_heads": 2, "rope_theta": 5e5},
+            "ffn_config": {
+                "hidden_size": 64,
+                "ffn_hidden_size": 48,
+                "moe_num_experts": 5,
+                "moe_top_k": 3,
+                "moe_normalize_expert_weights": 2.0,
+            },
+            # Which transformers reads instead of the place where DBRX's own files say it.
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        },
+    },
+    "gpt_oss": {
+        "plain": {
+            "head_dim": 16,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 6,
+            "swiglu_limit": 1.0,
+            "rope_parameters": {"rope_theta": 1e4, "truncate": False, **_YARN},
+        },
+    },
+    "deepseek_v2": {
+        "lite": {"topk_method": "greedy", "q_lora_rank": None, **_MLA},
+        "grouped": {
+            "topk_method": "group_limited_greedy",
+            "n_group": 3,
+            "topk_group": 2,
+            "q_lora_rank": 24,
+            "routed_scaling_factor": 2.0,
+            **_MLA,
+        },
+    },
+    "deepseek_v3": {
+        "plain": {
+            "n_group": 3,
+            "topk_group": 2,
+            "q_lora_rank": 24,
+            "routed_scaling_factor": 2.5,
+            "rope_parameters": {
+                "rope_theta": 1e4,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                **_YARN,
+            },
+            **_MLA,
+        },
+        "halves": {
+            "n_group": 1,
+            "topk_group": 1,
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "norm_topk_prob": False,
+            **_MLA,
+        },
+    },
+    "glm4_moe": {
+        "plain": {
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "head_dim": 32,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "routed_scaling_factor": 1.5,
         },
     },
 }

@@ -51,6 +51,9 @@ def make(folder: Path, family: str, variant: str, **changes: Any) -> Any:
                 parameter += torch.randn_like(parameter) * (0.3 if "bias" in name else 0.1)
             else:
                 parameter.normal_(0.0, 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.2)
     model.tie_weights()
     model.save_pretrained(folder)
     return model.eval()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from kvrun.runtime.attention import AttentionSpec
-from kvrun.runtime.device import kernel
+from kvrun.runtime.device import fused
 from kvrun.runtime.layers.linear import Linear, split_cols
 from kvrun.runtime.layers.norm import HeadNorm, Norm, before_product
 
@@ -70,7 +70,7 @@ class Attention:
         self._clip = clip
         self._rope = rope
         self._head_norm = head_norm
-        self._kernel = kernel("rotary", w.device) if w.device.type == "cuda" else None
+        self._kernel = fused("rotary", w.device)
 
     def __call__(
         self,
@@ -88,11 +88,11 @@ class Attention:
             heads.clamp_(-self._clip, self._clip)
         q, k, v = heads[:, :queries], heads[:, queries:rotated], heads[:, rotated:]
         qk = heads[:, :rotated]
-        fused = self._kernel is not None
+        whole = self._kernel is not None
         # The kernel knows HeadNorm only.
-        if self._head_norm is not None and not (fused and isinstance(self._head_norm, HeadNorm)):
+        if self._head_norm is not None and not (whole and isinstance(self._head_norm, HeadNorm)):
             self._head_norm(qk, batch)
-        if fused:
+        if whole:
             self._rotate_and_store(heads, batch)
         else:
             if self._rope is not None:

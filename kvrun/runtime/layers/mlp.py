@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kvrun.errors import Unsupported
-from kvrun.runtime.device import kernel
+from kvrun.runtime.device import fused
 from kvrun.runtime.layers.linear import Linear, split_cols, split_rows
 from kvrun.runtime.layers.norm import Norm, before_product
 
@@ -70,7 +70,7 @@ class Gate:
                 hint=f"known: {', '.join(KERNEL_NAMES)}",
             )
         self._name = KERNEL_NAMES[act]
-        self._kernel = kernel("gated", device) if device.type == "cuda" else None
+        self._kernel = fused("gated", device)
 
     def __call__(self, both: torch.Tensor) -> torch.Tensor:
         if self._kernel is not None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 import torch.nn.functional as F
 
-from kvrun.runtime.device import kernel
+from kvrun.runtime.device import fused
 
 if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
@@ -47,7 +47,7 @@ class RMSNorm:
         self.eps = eps
         self._weight = weight * size**0.5
         self._floor = torch.full((1,), (size * eps) ** 0.5, device=weight.device)
-        self._kernel = kernel("norm", weight.device) if weight.is_cuda else None
+        self._kernel = fused("norm", weight.device)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., size] -> the same shape and dtype, written to `out` (x itself, say) if given."""

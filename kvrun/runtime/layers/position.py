@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kvrun.errors import Unsupported
-from kvrun.runtime.device import kernel
+from kvrun.runtime.device import fused
 
 if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
@@ -38,7 +38,7 @@ class Rope:
         self._dtype = dtype
         frequencies, self._factor = scaled_frequencies(parameters, self._width)
         self._frequencies = frequencies.to(device)
-        self._kernel = kernel("rotary", device) if device.type == "cuda" else None
+        self._kernel = fused("rotary", device)
         # out = x·cos + partner·sin, where the first of a pair takes its partner with a minus:
         # sin(-a) = -sin(a) and cos(-a) = cos(a), so the sign lies in the frequency.
         pair = torch.stack((-frequencies, frequencies), dim=1 if interleaved else 0)

@@ -8,20 +8,25 @@ import pytest
 import torch
 
 from kvrun.runtime.layers.embedding import Embedding
+from kvrun.runtime.layers.moe import softmax_top, top_softmax
 from kvrun.runtime.layers.norm import HeadNorm
 from kvrun.runtime.layers.position import Rope
 from kvrun.runtime.layers.qkv import packed
 from kvrun.runtime.models import (
     bloom,
     cohere,
+    deepseek_v3,
     falcon,
     glm,
     gpt_bigcode,
     gpt_neox,
+    gpt_oss,
+    granitemoe,
     llama,
     mpt,
     opt,
     qwen3,
+    qwen3_moe,
 )
 from tests.runtime.driver import Driver
 from tests.runtime.models import zoo
@@ -136,6 +141,45 @@ def no_offset(part: Any) -> Any:
     return positions
 
 
+def by_top_softmax(part: Any) -> Any:
+    return lambda count, **options: top_softmax(count)
+
+
+def by_softmax_top(part: Any) -> Any:
+    return lambda count: softmax_top(count)
+
+
+def corrected_weights(part: Any) -> Any:
+    """Weights from the scores that the correction has moved, as if it were no mere choice."""
+
+    def route(w: Any, p: str) -> Any:
+        inner = part(w, p)
+        bias = w.read(f"{p}.e_score_correction_bias", (6,), dtype=torch.float32)
+
+        def moved(logits: torch.Tensor) -> Any:
+            weights, chosen = inner(logits)
+            return weights + bias[chosen], chosen
+
+        return moved
+
+    return route
+
+
+def unshared(part: Any) -> Any:
+    return lambda *args, **options: part(*args, **{**options, "shared": None})
+
+
+def halved(part: Any) -> Any:
+    """Gates and ups taken for the two halves of a stack in which they alternate."""
+
+    def experts(gate_up: Any, down: Any, act: str, gate_up_bias: Any, *rest: Any) -> Any:
+        both = torch.stack(gate_up.chunk(2, 1), 2).flatten(1, 2)
+        bias = torch.stack(gate_up_bias.chunk(2, 1), 2).flatten(1, 2)
+        return part(both, down, act, bias, *rest)
+
+    return experts
+
+
 BIGGER = {"rope_type": "default", "rope_theta": 10100.0}
 FULL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
@@ -222,6 +266,36 @@ CONFIG_MUTATIONS = {
     "norm before, 350m": ("opt", "350m", {"_remove_final_layer_norm": True,
                                           "do_layer_norm_before": True}),
     "relu for gelu": ("opt", "galactica", {"activation_function": "relu"}),
+    "weights not normalised": ("qwen3_moe", "plain", {"norm_topk_prob": False}),
+    "weights normalised": ("qwen2_moe", "plain", {"norm_topk_prob": True}),
+    "one expert less": ("mixtral", "plain", {"num_experts_per_tok": 1}),
+    "window off, mixtral": ("mixtral", "window", {"sliding_window": None}),
+    "windows on the other layers": (
+        "qwen2_moe", "every other", {"layer_types": ["full_attention", "sliding_attention"]}
+    ),
+    "residual × 1, granitemoe": ("granitemoe", "plain", {"residual_multiplier": 1.0}),
+    "scores × 1, shared": ("granitemoeshared", "plain", {"attention_multiplier": 1.0}),
+    "every expert is near": ("phimoe", "plain", {"router_jitter_noise": 9.0}),
+    "gate not clamped": ("gpt_oss", "plain", {"swiglu_limit": 99.0}),
+    "window off, gpt-oss": ("gpt_oss", "plain", {"sliding_window": 4096}),
+    "norm of weights, dbrx": (
+        "dbrx",
+        "plain",
+        {
+            "ffn_config": {
+                "ffn_hidden_size": 48, "moe_num_experts": 5, "moe_top_k": 3,
+                "moe_normalize_expert_weights": 1.0,
+            }
+        },
+    ),
+    "clip off, dbrx": ("dbrx", "plain", {"attn_config": {"kv_n_heads": 2}}),
+    "no groups": ("deepseek_v3", "plain", {"n_group": 1, "topk_group": 1}),
+    "no groups, v2": ("deepseek_v2", "grouped", {"topk_method": "greedy"}),
+    "factor of experts": ("deepseek_v2", "grouped", {"routed_scaling_factor": 1.0}),
+    "halves for pairs, v3": ("deepseek_v3", "plain", {"rope_interleave": False}),
+    "pairs for halves, v3": ("deepseek_v3", "halves", {"rope_interleave": True}),
+    "rotation of whole heads, glm 4.5": ("glm4_moe", "plain", {"rope_parameters": FULL}),
+    "factor of experts, glm 4.5": ("glm4_moe", "plain", {"routed_scaling_factor": 1.0}),
 }  # fmt: skip
 TENSOR_MUTATIONS = {
     "swapped heads": ("llama", "v2", swap_rows("q_proj", 16)),
@@ -241,6 +315,12 @@ TENSOR_MUTATIONS = {
     "norm offset 0, gemma": ("gemma", "2b", minus_one),
     "norm offset 0, gemma3": ("gemma3_text", "plain", minus_one),
     "norm offset 0, nemotron": ("nemotron", "plain", minus_one),
+    "gate and up swapped, mixtral": ("mixtral", "plain", swap_names(".w1.", ".w3.")),
+    "gate and up swapped, dbrx": ("dbrx", "plain", swap_names("mlp.w1", "mlp.v1")),
+    "experts in another order": ("qwen3_moe", "plain", swap_names("experts.0.", "experts.1.")),
+    "biases lost, gpt-oss": ("gpt_oss", "plain", no_biases),
+    "norms of all heads swapped, olmoe": ("olmoe", "plain", swap_names("q_norm", "k_norm")),
+    "norms of latents": ("deepseek_v3", "plain", minus_one),
     "q and k swapped": ("phi3", "mini", swap_rows("qkv_proj", 64)),
 }
 CODE_MUTATIONS = {
@@ -256,14 +336,45 @@ CODE_MUTATIONS = {
     "grouped read as packed, bloom": ("bloom", "plain", replaced(bloom, "grouped", as_packed)),
     "grouped read as packed, falcon": ("falcon", "40b", replaced(falcon, "grouped", as_packed)),
     "grouped read as packed, mha": (
-        "gpt_bigcode", "mha", replaced(gpt_bigcode, "grouped", as_packed)
+        "gpt_bigcode",
+        "mha",
+        replaced(gpt_bigcode, "grouped", as_packed),
     ),
     "no slopes": ("bloom", "plain", replaced(bloom, "Attention", without("alibi"))),
     "slopes of a power of two": ("bloom", "6 heads", replaced(bloom, "alibi_slopes", eight)),
     "slopes unscaled": ("falcon", "rw", replaced(falcon, "alibi_slopes", sixteenfold)),
     "slopes of a power of two, mpt": ("mpt", "clip", replaced(mpt, "alibi_slopes", eight)),
+    "softmax behind the choice": (
+        "qwen2_moe",
+        "plain",
+        replaced(qwen3_moe, "softmax_top", by_top_softmax),
+    ),
+    "softmax before the choice": (
+        "granitemoe",
+        "plain",
+        replaced(granitemoe, "top_softmax", by_softmax_top),
+    ),
+    "softmax before the choice, gpt-oss": (
+        "gpt_oss",
+        "plain",
+        replaced(gpt_oss, "top_softmax", by_softmax_top),
+    ),
+    "sinks off": ("gpt_oss", "plain", replaced(llama, "Attention", without("sinks"))),
+    "gates and ups do not alternate": ("gpt_oss", "plain", replaced(gpt_oss, "Experts", halved)),
+    "correction in the weights": (
+        "deepseek_v3",
+        "plain",
+        replaced(deepseek_v3, "sigmoid_groups", corrected_weights),
+    ),
+    "no shared expert": ("deepseek_v3", "plain", replaced(deepseek_v3, "MoE", unshared)),
+    "no shared expert, qwen2": ("qwen2_moe", "plain", replaced(qwen3_moe, "MoE", unshared)),
+    "no growth under yarn": (
+        "deepseek_v3",
+        "plain",
+        replaced(deepseek_v3, "yarn_growth", lambda _: lambda rope: 1.0),
+    ),
     "positions from row 0 on": ("opt", "125m", replaced(opt, "LearnedPositions", no_offset)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CONFIG_MUTATIONS)

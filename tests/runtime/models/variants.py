@@ -264,7 +264,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "mlp_only_layers": [0],
         },
     },
-    "olmoe": {"plain": {"num_experts": 6, "num_experts_per_tok": 3}},
+    "olmoe": {"plain": {"num_experts": 6, "num_experts_per_tok": 3, "num_key_value_heads": 4}},
     "granitemoe": {
         "plain": {
             "num_local_experts": 5,
@@ -325,7 +325,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "grouped": {
             "topk_method": "group_limited_greedy",
             "n_group": 3,
-            "topk_group": 2,
+            "topk_group": 1,
             "q_lora_rank": 24,
             "routed_scaling_factor": 2.0,
             **_MLA,

@@ -25,13 +25,15 @@ class HFConfig:
     """The raw values of a config.json; those of `text_config`, where there is one, come first.
 
     `config.name` gives a required value as it stands; the typed getters check it. A JSON null
-    counts as absent. Raises NotFound without the file and BadCheckpoint for a damaged one.
+    counts as absent. `context` is the length that an engine is limited to, where it is. Raises
+    NotFound without the file and BadCheckpoint for a damaged one.
     """
 
     def __init__(self, values: dict[str, Any], source: str = "config.json") -> None:
         text = values.get("text_config")
         self._values = {**values, **text} if isinstance(text, dict) else dict(values)
         self._source = source
+        self.context: int | None = None
         if not isinstance(self._values.get("model_type"), str):
             raise self._wrong("model_type", "a string that names the architecture")
 
@@ -68,6 +70,10 @@ class HFConfig:
         if default is _MISSING:
             raise BadCheckpoint(f"{self._source} does not say '{name}'.")
         return default
+
+    def defaults(self, **values: Any) -> None:
+        """What counts where nothing is said: files leave out what a family calls usual."""
+        self._values = {**values, **{k: v for k, v in self._values.items() if v is not None}}
 
     def integer(self, name: str, default: int = _MISSING) -> int:
         """A whole number of at least 1."""
@@ -196,6 +202,7 @@ class HFConfig:
                 trained = self.get("max_position_embeddings", _MISSING)
             values["original_max_position_embeddings"] = trained
         values["model_type"] = "rope"
+        values["context"] = self.context
         return HFConfig(values, f"{self._source}: rope_parameters")
 
     def _wrong(self, name: str, expected: str) -> BadCheckpoint:

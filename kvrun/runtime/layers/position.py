@@ -179,12 +179,12 @@ def _yarn(
 def _longrope(parameters: "HFConfig", frequencies: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Each frequency divided by a factor of its own, of two lists (Ding et al. 2024).
 
-    The list is the model's, whatever the length of a sequence: keys in the cache are rotated
-    already, and a sequence must not depend on its neighbours.
+    The list is chosen by the longest context there may be, whatever the length of a sequence: keys
+    in the cache are rotated already, and a sequence must not depend on its neighbours.
     """
     trained = parameters.number("original_max_position_embeddings")
     longest = parameters.number("max_position_embeddings")
-    kind = "long" if longest > trained else "short"
+    kind = "long" if parameters.number("context", longest) > trained else "short"
     divisors = parameters.numbers(f"{kind}_factor", len(frequencies))
     factor = parameters.number("factor", longest / trained)
     spread = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))

@@ -12,9 +12,19 @@ from kvrun.runtime.models import gemma2, llama
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint
 
+# The 4b size says little more than what differs from this.
+_USUAL = {
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+}
+
 
 def build(w: "Checkpoint") -> Decoder:
     c = w.config
+    c.defaults(**_USUAL)
     c.refuse("use_bidirectional_attention", True)
     theta, size = c.number("rope_local_base_freq", 10000.0), llama.heads(w).head_dim
     local = c.rope("sliding_attention", theta=theta, scaled=False)

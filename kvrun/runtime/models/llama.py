@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint
 
 
+# Text parts of models that see images say little more than what differs from this.
+USUAL = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+
+
 def build(w: "Checkpoint") -> Decoder:
+    w.config.defaults(**USUAL)
     return decoder(w, block)
 
 

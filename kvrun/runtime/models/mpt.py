@@ -25,6 +25,8 @@ def build(w: "Checkpoint") -> Decoder:
     a.refuse("alibi", False)
     a.refuse("attn_type", "multiquery_attention")
     c.refuse("no_bias", False)
+    if c.get("logit_scale") is not None:
+        c.refuse("logit_scale", c.get("logit_scale"))
     vocab, hidden = c.integer("vocab_size"), c.integer("hidden_size")
     embedding = Embedding(w, "transformer.wte", vocab, hidden)
     most = a.number("alibi_bias_max", 8)

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Gemma3TextConfig
 
 from kvrun.errors import BadCheckpoint, Unsupported
 from kvrun.runtime.checkpoint import Checkpoint
-from kvrun.runtime.models import build
+from kvrun.runtime.hf_config import HFConfig
+from kvrun.runtime.models import build, gemma3_text
 from tests.runtime.driver import Driver
 from tests.runtime.models import zoo
-from tests.runtime.models.compare import TOLERANCE, stepwise
+from tests.runtime.models.compare import TOLERANCE, prompt, reference, stepwise, worst
 
 Tensors = dict[str, torch.Tensor]
 
@@ -94,6 +96,59 @@ def test_the_text_part_of_a_model_that_sees_images(tmp_path: Path, prefix: str) 
     towers |= {"model.multi_modal_projector.norm.weight": torch.ones(2)}
     zoo.edit_tensors(tmp_path, lambda tensors: {**tensors, **towers})
     assert stepwise(Driver(tmp_path), oracle) <= TOLERANCE
+
+
+def test_a_text_part_that_leaves_out_what_is_usual(tmp_path: Path) -> None:
+    """As in gemma-3-4b: what its config.json does not say follows from the family."""
+    said = {
+        "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240,
+        "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }  # fmt: skip
+    theirs = Gemma3TextConfig(**said)
+    config = HFConfig({"model_type": "gemma3", "text_config": said})
+    config.defaults(**gemma3_text._USUAL)
+    for name in ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+                 "max_position_embeddings"):  # fmt: skip
+        assert config.integer(name) == getattr(theirs, name)
+    for layer in (0, 5):
+        kind = theirs.layer_types[layer]
+        window = config.window(layer, every=6)
+        assert window == (1024 if kind == "sliding_attention" else None)
+    local = config.rope("sliding_attention", theta=1e4, scaled=False)
+    whole = config.rope("full_attention", theta=1e6)
+    for ours, kind in ((local, "sliding_attention"), (whole, "full_attention")):
+        for name, value in theirs.rope_parameters[kind].items():
+            assert ours.get(name) == value
+
+
+def test_an_engine_of_short_contexts_takes_the_short_list_of_longrope(tmp_path: Path) -> None:
+    oracle = zoo.make(tmp_path, "phi3", "128k")
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint.config.context = 8  # as long as it was trained for
+    driver = Driver(tmp_path)
+    driver.model = build(checkpoint)
+    ids = prompt(1, 7)
+    assert worst(driver.step([(0, ids)]), reference(oracle, ids)) <= TOLERANCE
+
+
+def test_dbrx_says_theta_among_the_options_of_attention(tmp_path: Path) -> None:
+    oracle = zoo.make(tmp_path, "dbrx", "plain")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["attn_config"]["rope_theta"] == 5e5
+    del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert stepwise(Driver(tmp_path), oracle) <= TOLERANCE
+    config["attn_config"]["rope_theta"] = 1e4
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert stepwise(Driver(tmp_path), oracle) > TOLERANCE
+
+
+def test_experts_in_another_form_than_plain_matrices(tmp_path: Path) -> None:
+    zoo.make(tmp_path, "gpt_oss", "plain")
+    zoo.edit_config(tmp_path, quantization_config={"quant_method": "mxfp4"})
+    with pytest.raises(Unsupported, match="mxfp4"):
+        build(Checkpoint(tmp_path))
 
 
 def test_an_unknown_architecture_is_told_its_neighbours(tmp_path: Path) -> None:

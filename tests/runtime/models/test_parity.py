@@ -18,6 +18,13 @@ def test_every_family_of_the_folder_is_compared() -> None:
     assert set(zoo.VARIANTS) | elsewhere == set(registry.names("kvrun.runtime.models"))
 
 
+def test_the_page_of_families_lists_the_folder() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "models.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)[1:]  # the first is the heading
+    assert listed == registry.names("kvrun.runtime.models")
+    assert "**no**" not in page
+
+
 @pytest.mark.parametrize("small", [0, 1 << 16], ids=["packed", "plain"])
 def test_prefill_and_steps(
     model: tuple[Path, Any], small: int, monkeypatch: pytest.MonkeyPatch

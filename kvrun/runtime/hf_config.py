@@ -10,7 +10,7 @@ _MISSING: Any = object()
 _ROPE_SCALED = ("llama3", "yarn", "longrope", "su")
 # What a value is called in the configurations of some families, by its usual name.
 _ALIASES = {
-    "hidden_size": ("n_embd", "d_model"),
+    "hidden_size": ("n_embd", "d_model", "n_embed"),
     "num_hidden_layers": ("n_layer", "n_layers"),
     "num_attention_heads": ("n_head", "n_heads", "num_heads"),
     "max_position_embeddings": ("n_positions", "max_seq_len", "model_max_length", "seq_length"),
@@ -73,7 +73,7 @@ class HFConfig:
 
     def defaults(self, **values: Any) -> None:
         """What counts where nothing is said: files leave out what a family calls usual."""
-        self._values = {**values, **{k: v for k, v in self._values.items() if v is not None}}
+        self._values |= {name: v for name, v in values.items() if self.get(name) is None}
 
     def integer(self, name: str, default: int = _MISSING) -> int:
         """A whole number of at least 1."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def build(w: "Checkpoint") -> Decoder:
     c = w.config
     p = gpt2.prefix(w, "word_embeddings", "transformer.", "")
-    vocab, hidden = c.integer("vocab_size"), c.integer("hidden_size", c.get("n_embed", 64))
+    vocab, hidden = c.integer("vocab_size"), c.integer("hidden_size")
     embedding = Embedding(w, f"{p}word_embeddings", vocab, hidden)
     first = gpt2.norm(w, f"{p}word_embeddings_layernorm")
     slopes = alibi_slopes(c.integer("num_attention_heads"), w.device)

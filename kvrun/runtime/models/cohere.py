@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def build(w: "Checkpoint") -> Decoder:
+    w.config.defaults(rope_theta=500000.0)
     return decoder(w, block)
 
 

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 
 def build(w: "Checkpoint") -> Decoder:
+    w.config.defaults(n_shared_experts=2, n_routed_experts=64, first_k_dense_replace=0)
     w.config.refuse("norm_topk_prob", True)
     w.config.refuse("topk_method", "noaux_tc")
     return deepseek_v3.decoder(w, block, pairs=True)
 
 
 def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
-    p, dense = f"model.layers.{n}", w.config.get("first_k_dense_replace", 0)
+    p, dense = f"model.layers.{n}", w.config.get("first_k_dense_replace")
     return Block(
         llama.rms(w, f"{p}.input_layernorm"),
         deepseek_v3.attention(w, n, rope),

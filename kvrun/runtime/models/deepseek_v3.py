@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def build(w: "Checkpoint") -> Decoder:
+    w.config.defaults(n_group=8, topk_group=4, routed_scaling_factor=2.5, first_k_dense_replace=3)
     return decoder(w, block, pairs=w.config.flag("rope_interleave", True))
 
 
@@ -28,9 +29,9 @@ def decoder(w: "Checkpoint", block: Any, *, pairs: bool) -> Decoder:
     return llama.decoder(w, block, rope=rope)
 
 
-def block(w: "Checkpoint", n: int, rope: Rope, dense: int = 3) -> Block:
+def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
     c, p = w.config, f"model.layers.{n}"
-    count = c.get("first_k_dense_replace", dense)
+    count = c.get("first_k_dense_replace")
     return Block(
         llama.rms(w, f"{p}.input_layernorm"),
         attention(w, n, rope),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def build(w: "Checkpoint") -> Decoder:
+    w.config.defaults(head_dim=256)
     w.config.refuse("use_bidirectional_attention", True)
     scale = w.config.integer("hidden_size") ** 0.5
     return llama.decoder(w, block, norm=gemma2.norm, embedding_scale=scale, tied=True)

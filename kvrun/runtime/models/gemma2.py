@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def build(w: "Checkpoint") -> Decoder:
+    w.config.defaults(head_dim=256, num_key_value_heads=4)
     c = w.config
     c.refuse("use_bidirectional_attention", True)
     return llama.decoder(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def build(w: "Checkpoint") -> Decoder:
+    w.config.defaults(rms_norm_eps=1.5625e-7, num_key_value_heads=2, head_dim=128)
     return llama.decoder(w, block, rope=glm.rope(w))
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def build(w: "Checkpoint") -> Decoder:
+    w.config.defaults(rms_norm_eps=1e-5)
     rope = Rope(w.config.rope(partial=0.5), llama.heads(w).head_dim, w.dtype, w.device)
     return llama.decoder(w, block, rope=rope)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def build(w: "Checkpoint") -> Decoder:
+    w.config.defaults(rms_norm_eps=1e-5, head_dim=64)
     theta = w.config.number("rope_theta", 150000.0)
     rope = Rope(w.config.rope(theta=theta), llama.heads(w).head_dim, w.dtype, w.device)
     return llama.decoder(w, block, rope=rope)

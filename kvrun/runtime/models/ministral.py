@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def build(w: "Checkpoint") -> Decoder:
+    w.config.defaults(num_key_value_heads=8)
     return llama.decoder(w, block)
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def build(w: "Checkpoint") -> Decoder:
+    w.config.defaults(rms_norm_eps=1e-5, num_key_value_heads=8, rope_theta=1e6)
     return llama.decoder(w, block)
 
 

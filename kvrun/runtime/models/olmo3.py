@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def build(w: "Checkpoint") -> Decoder:
+    w.config.defaults(rms_norm_eps=1e-5)
     c, size = w.config, llama.heads(w).head_dim
     theta = c.number("rope_theta", 500000.0)
     local = c.rope("sliding_attention", theta=theta, scaled=False)

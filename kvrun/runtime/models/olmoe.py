@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def build(w: "Checkpoint") -> Decoder:
+    w.config.defaults(rms_norm_eps=1e-5)
     if w.config.get("clip_qkv") is not None:
         w.config.refuse("clip_qkv", w.config.get("clip_qkv"))
     return llama.decoder(w, block)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def build(w: "Checkpoint") -> Decoder:
+    w.config.defaults(rms_norm_eps=1e-5)
     return llama.decoder(w, block)
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def build(w: "Checkpoint") -> Decoder:
+    w.config.defaults(num_key_value_heads=4, rope_theta=2e6)
     return llama.decoder(w, block, tied=True)
 
 

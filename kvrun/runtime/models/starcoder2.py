@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def build(w: "Checkpoint") -> Decoder:
+    w.config.defaults(num_key_value_heads=2)
     return llama.decoder(w, block, norm=norm, tied=True)
 
 

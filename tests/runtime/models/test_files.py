@@ -1,6 +1,7 @@
 """Files as the hub has them: other names, other tensors beside them, and files that do not fit."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,36 @@ def test_experts_in_another_form_than_plain_matrices(tmp_path: Path) -> None:
     zoo.edit_config(tmp_path, quantization_config={"quant_method": "mxfp4"})
     with pytest.raises(Unsupported, match="mxfp4"):
         build(Checkpoint(tmp_path))
+
+
+def before_five(values: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """A config.json as older versions of transformers wrote it, without what is usual."""
+    rope = values.pop("rope_parameters", None) or {}
+    sizes = ("hidden_size", "n_layer")  # which nobody leaves out, but Bloom's are tiny by default
+    kept = {k: v for k, v in values.items() if k in sizes or k not in usual or usual[k] != v}
+    whole = rope.get("full_attention", rope)
+    scaling = {k: v for k, v in whole.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    kind = scaling.pop("rope_type", "default")
+    kept |= {k: whole[k] for k in ("rope_theta", "partial_rotary_factor") if k in whole}
+    if "sliding_attention" in rope:
+        kept["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    if kind != "default":
+        kept["rope_scaling"] = {"type": kind, **scaling}
+    if values["model_type"] == "gpt_neox":
+        kept["rotary_pct"] = kept.pop("partial_rotary_factor")
+        kept["rotary_emb_base"] = kept.pop("rope_theta")
+    return {"model_type": values["model_type"], **kept}
+
+
+def test_configurations_of_older_versions(model: tuple[Path, Any], tmp_path: Path) -> None:
+    """Which the hub is full of: rotations said in another way, and the usual left out."""
+    folder, oracle = model
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    values = json.loads((copy / "config.json").read_text())
+    old = before_five(dict(values), type(oracle.config)().to_dict())
+    assert len(old) < len(values)
+    (copy / "config.json").write_text(json.dumps(old))
+    assert stepwise(Driver(copy), oracle) <= TOLERANCE
 
 
 def test_an_unknown_architecture_is_told_its_neighbours(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Every family of the folder gives the logits that transformers gives."""
 
+import re
 from pathlib import Path
 from typing import Any
 

@@ -48,7 +48,8 @@ class Work:
 # Families whose MLP has two matrices and no gate, and where they say its width if it is not four
 # times theirs.
 _UNGATED = {
-    "bloom": "", "falcon": "ffn_hidden_size", "gpt2": "n_inner", "gpt_bigcode": "n_inner",
+    "arcee": "intermediate_size", "bloom": "", "falcon": "ffn_hidden_size", "gpt2": "n_inner",
+    "gpt_bigcode": "n_inner",
     "gpt_neox": "intermediate_size", "gptj": "n_inner", "mpt": "", "nemotron": "intermediate_size",
     "opt": "ffn_dim", "phi": "intermediate_size", "starcoder2": "intermediate_size",
 }  # fmt: skip

@@ -56,6 +56,29 @@ def in_best_groups(scores: torch.Tensor, groups: int, kept: int, best: int) -> t
     return grouped.masked_fill(hidden.unsqueeze(-1), float("-inf")).flatten(1)
 
 
+def sigmoid_top(
+    count: int,
+    bias: torch.Tensor,
+    *,
+    groups: int = 1,
+    kept: int = 1,
+    normalise: bool = True,
+    factor: float = 1.0,
+) -> Route:
+    """The `count` best by sigmoid and `bias` [experts], of the best groups; the bias takes part in
+    the choice, not in the weights."""
+
+    def route(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = logits.sigmoid()
+        chosen = in_best_groups(scores + bias, groups, kept, best=2).topk(count, dim=-1)[1]
+        weights = scores.gather(1, chosen)
+        if normalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights * factor, chosen
+
+    return route
+
+
 @dataclass(frozen=True)
 class Experts:
     """Stacked matrices of this rank: gate_up [experts, 2 * inner, hidden], the gates on top, down

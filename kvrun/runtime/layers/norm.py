@@ -146,3 +146,31 @@ class HeadLayerNorm:
         """Normalise qk [tokens, heads + kv_heads, head_dim] in place."""
         y = F.layer_norm(qk.float(), qk.shape[-1:], eps=self._eps).mul_(self._weight)
         qk.copy_(y if self._bias is None else y.add_(self._bias))
+
+
+class WholeNorm:
+    """RMSNorm over all queries of a token and over all its keys, also those of other ranks.
+
+    q, k: names of weights [heads * head_dim] and [kv_heads * head_dim].
+    """
+
+    def __init__(self, w: "Checkpoint", q: str, k: str, h: "Heads", eps: float) -> None:
+        self._group = w.group
+        self._eps = eps
+        self._sides = []
+        for name, total, mine in ((q, h.heads, h.mine), (k, h.kv_heads, h.mine_kv)):
+            size, count = total * h.head_dim, mine[1] - mine[0]
+            weight = w.read(f"{name}.weight", (size,), (h.scaled(mine),), torch.float32)
+            # A head that several ranks keep counts once for each in the sum over them.
+            copies = count * w.group.size / total
+            self._sides.append((count, weight.view(-1, h.head_dim), size * copies))
+
+    def __call__(self, qk: torch.Tensor, batch: "Batch") -> None:
+        """Normalise qk [tokens, heads + kv_heads, head_dim] in place."""
+        first = 0
+        for count, weight, size in self._sides:
+            part = qk[:, first : first + count]
+            wide = part.float()
+            squares = self._group.all_reduce(wide.square().sum((1, 2), keepdim=True))
+            part.copy_(wide.mul_(torch.rsqrt(squares / size + self._eps)).mul_(weight))
+            first += count

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvrun.runtime.layers.block import Block
+from kvrun.runtime.layers.block import Block, Part
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.layers.mla import MLA
 from kvrun.runtime.layers.mlp import GatedMLP
-from kvrun.runtime.layers.moe import MoE, Route, in_best_groups, listed
+from kvrun.runtime.layers.moe import MoE, Route, listed, sigmoid_top
 from kvrun.runtime.layers.position import Rope, yarn_growth
 from kvrun.runtime.models import llama
 
@@ -30,14 +30,21 @@ def decoder(w: "Checkpoint", block: Any, *, pairs: bool) -> Decoder:
 
 
 def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
-    c, p = w.config, f"model.layers.{n}"
-    count = c.get("first_k_dense_replace")
+    p = f"model.layers.{n}"
     return Block(
         llama.rms(w, f"{p}.input_layernorm"),
         attention(w, n, rope),
         llama.rms(w, f"{p}.post_attention_layernorm"),
-        llama.mlp(w, n) if n < count else moe(w, f"{p}.mlp", sigmoid_groups(w, f"{p}.mlp.gate")),
+        mlp(w, n),
     )
+
+
+def mlp(w: "Checkpoint", n: int) -> Part:
+    """Dense on the first layers, then experts."""
+    if n < w.config.get("first_k_dense_replace"):
+        return llama.mlp(w, n)
+    p = f"model.layers.{n}.mlp"
+    return moe(w, p, sigmoid_groups(w, f"{p}.gate"))
 
 
 def attention(w: "Checkpoint", n: int, rope: Rope) -> MLA:
@@ -61,20 +68,13 @@ def moe(w: "Checkpoint", p: str, route: Route) -> MoE:
 
 
 def sigmoid_groups(w: "Checkpoint", p: str) -> Route:
-    """A bias takes part in the choice of groups and experts, not in their weights."""
     c = w.config
-    total, count = c.integer("n_routed_experts"), c.integer("num_experts_per_tok")
-    groups, kept = c.integer("n_group", 1), c.integer("topk_group", 1)
-    normalise, factor = c.flag("norm_topk_prob", True), c.number("routed_scaling_factor", 1.0)
-    bias = w.read(f"{p}.e_score_correction_bias", (total,), dtype=torch.float32)
-
-    def route(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = logits.sigmoid()
-        ranked = in_best_groups(scores + bias, groups, kept, best=2)
-        chosen = ranked.topk(count, dim=-1)[1]
-        weights = scores.gather(1, chosen)
-        if normalise:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return weights * factor, chosen
-
-    return route
+    total = c.integer("n_routed_experts")
+    return sigmoid_top(
+        c.integer("num_experts_per_tok"),
+        w.read(f"{p}.e_score_correction_bias", (total,), dtype=torch.float32),
+        groups=c.integer("n_group", 1),
+        kept=c.integer("topk_group", 1),
+        normalise=c.flag("norm_topk_prob", True),
+        factor=c.number("routed_scaling_factor", 1.0),
+    )

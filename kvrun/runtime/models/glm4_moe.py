@@ -15,21 +15,18 @@ if TYPE_CHECKING:
 
 
 def build(w: "Checkpoint") -> Decoder:
-    w.config.defaults(rms_norm_eps=1e-5)
+    w.config.defaults(rms_norm_eps=1e-5, first_k_dense_replace=1)
     rope = Rope(w.config.rope(partial=0.5), llama.heads(w).head_dim, w.dtype, w.device)
     return llama.decoder(w, block, rope=rope)
 
 
 def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
-    p, dense = f"model.layers.{n}", w.config.get("first_k_dense_replace", 1)
-    mlp = f"{p}.mlp"
+    p = f"model.layers.{n}"
     return Block(
         llama.rms(w, f"{p}.input_layernorm"),
         attention(w, n, rope),
         llama.rms(w, f"{p}.post_attention_layernorm"),
-        llama.mlp(w, n)
-        if n < dense
-        else deepseek_v3.moe(w, mlp, deepseek_v3.sigmoid_groups(w, f"{mlp}.gate")),
+        deepseek_v3.mlp(w, n),
     )
 
 

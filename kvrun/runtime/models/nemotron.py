@@ -20,20 +20,25 @@ def build(w: "Checkpoint") -> Decoder:
 
 
 def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
-    c, p = w.config, f"model.layers.{n}"
+    p = f"model.layers.{n}"
     return Block(
         norm(w, f"{p}.input_layernorm"),
         llama.attention(w, n, rope=rope),
         norm(w, f"{p}.post_attention_layernorm"),
-        MLP(
-            w,
-            f"{p}.mlp.up_proj",
-            f"{p}.mlp.down_proj",
-            hidden=c.integer("hidden_size"),
-            inner=c.integer("intermediate_size"),
-            act=c.text("hidden_act", "relu2"),
-            bias=c.flag("mlp_bias", False),
-        ),
+        mlp(w, n),
+    )
+
+
+def mlp(w: "Checkpoint", n: int) -> MLP:
+    c, p = w.config, f"model.layers.{n}.mlp"
+    return MLP(
+        w,
+        f"{p}.up_proj",
+        f"{p}.down_proj",
+        hidden=c.integer("hidden_size"),
+        inner=c.integer("intermediate_size"),
+        act=c.text("hidden_act", "relu2"),
+        bias=c.flag("mlp_bias", False),
     )
 
 

@@ -23,7 +23,7 @@ def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
     p = f"model.layers.{n}"
     return Block(
         llama.rms(w, f"{p}.input_layernorm"),
-        llama.attention(w, n, rope=rope, head_norm=olmo2.WholeNorm(w, n)),
+        llama.attention(w, n, rope=rope, head_norm=olmo2.whole_norm(w, n)),
         llama.rms(w, f"{p}.post_attention_layernorm"),
         qwen3_moe.moe(w, n, inner="intermediate_size"),
     )

@@ -365,4 +365,32 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "routed_scaling_factor": 1.5,
         },
     },
+    "exaone4": {
+        "32b": {"sliding_window": 6, "head_dim": 32, **_WINDOWED},
+        "1.2b": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    },
+    "arcee": {"plain": {}, "biases": {"mlp_bias": True, "attention_bias": True, "head_dim": 32}},
+    "seed_oss": {"plain": {"head_dim": 32}},
+    "ernie4_5": {"plain": {"head_dim": 32}, "biases": {"use_bias": True, "head_dim": 16}},
+    "helium": {"plain": {"head_dim": 16}},
+    "dots1": {
+        "plain": {
+            "n_routed_experts": 6,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "sliding_window": 6,
+            "max_window_layers": 1,
+        },
+    },
+    "minimax_m2": {
+        "plain": {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "head_dim": 32,
+            "rotary_dim": 16,
+        },
+    },
 }

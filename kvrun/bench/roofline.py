@@ -45,6 +45,8 @@ class Work:
         return products + max(self.kv_bytes / at.bandwidth, self.attention_flops / at.flops)
 
 
+# What a configuration says of models that are not counted here.
+_UNCOUNTED = {"kv_lora_rank": "latent attention", "attention_chunk_size": "chunks of attention"}
 # Families whose MLP has two matrices and no gate, and where they say its width if it is not four
 # times theirs.
 _UNGATED = {
@@ -80,10 +82,11 @@ class Cost:
         """From a config.json, with weights in `dtype`, keys and values in `kv_dtype` or the same.
 
         Raises BadCheckpoint when the configuration does not say what is needed, and Unsupported
-        for latent attention, whose cache is not counted here.
+        for what is not counted here.
         """
-        if config.get("kv_lora_rank") is not None:
-            raise Unsupported("kvrun bench does not know the limit of a model of latent attention.")
+        for name, what in _UNCOUNTED.items():
+            if config.get(name) is not None:
+                raise Unsupported(f"kvrun bench does not know the limit of a model with {what}.")
         hidden = config.integer("hidden_size")
         layers, heads = config.integer("num_hidden_layers"), config.integer("num_attention_heads")
         kv_heads = _kv_heads(config, heads)

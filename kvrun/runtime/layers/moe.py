@@ -185,9 +185,15 @@ class MoE:
         add: torch.Tensor | None = None,
         norm: "Norm | None" = None,
     ) -> torch.Tensor:
-        e = self._experts
         x = x if norm is None else norm(x)
         weights, chosen = self._route(self._logits(x, batch))
+        y = self._group.all_reduce(self._mixed(x, weights, chosen))
+        if add is not None:
+            y = add.add_(y)
+        return y if self._shared is None else self._shared(x, batch, add=y)
+
+    def _mixed(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        e = self._experts
         y: torch.Tensor = self._kernel.experts(
             x,
             e.gate_up,
@@ -199,10 +205,7 @@ class MoE:
             down_bias=e.down_bias,
             limit=e.limit,
         )
-        y = self._group.all_reduce(y)
-        if add is not None:
-            y = add.add_(y)
-        return y if self._shared is None else self._shared(x, batch, add=y)
+        return y
 
     def _logits(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
         if self._router is not None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
     from kvrun.runtime.checkpoint import Checkpoint
     from kvrun.runtime.hf_config import HFConfig
+    from kvrun.runtime.layers.qkv import Heads
 
 
 class Rope:
@@ -95,6 +96,23 @@ class LearnedPositions:
         # A captured step may run a few positions past the end, and nobody reads what it draws.
         positions = batch.positions.clamp(max=len(self._table) - 1)
         return self._embedding(batch).add_(F.embedding(positions, self._table))
+
+
+class GrowingQueries:
+    """Queries times 1 + beta · log(1 + floor((position + shift) / span)), before they are rotated,
+    which commutes."""
+
+    def __init__(self, heads: "Heads", beta: float, span: float, shift: int = 0) -> None:
+        self._queries = heads.count
+        self._beta = beta
+        self._span = span
+        self._shift = shift
+
+    def __call__(self, qk: torch.Tensor, batch: "Batch") -> None:
+        """Scale the queries of qk [tokens, heads + kv_heads, head_dim] in place."""
+        spans = ((batch.positions + self._shift) / self._span).floor_()
+        factor = spans.log1p_().mul_(self._beta).add_(1.0).to(qk.dtype)
+        qk[:, : self._queries].mul_(factor.view(-1, 1, 1))
 
 
 def alibi_slopes(heads: int, device: torch.device, most: float = 8.0) -> torch.Tensor:

@@ -1,14 +1,11 @@
 """Ministral 3: Mistral with queries that grow with their position. Source: transformers,
 models/ministral3/modeling_ministral3.py."""
 
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from kvrun.runtime.layers.block import Block
 from kvrun.runtime.layers.decoder import Decoder
-from kvrun.runtime.layers.position import Rope
-from kvrun.runtime.layers.qkv import Heads
+from kvrun.runtime.layers.position import GrowingQueries, Rope
 from kvrun.runtime.models import llama
 
 if TYPE_CHECKING:
@@ -23,7 +20,7 @@ def build(w: "Checkpoint") -> Decoder:
 def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
     c, p, h = w.config, f"model.layers.{n}", llama.heads(w)
     size, beta = c.get("sliding_window"), c.rope().number("llama_4_scaling_beta", 0.0)
-    grown = Grown(h, beta, c.rope().number("original_max_position_embeddings"))
+    grown = GrowingQueries(h, beta, c.rope().number("original_max_position_embeddings"))
     window = None if size is None else c.integer("sliding_window")
     return Block(
         llama.rms(w, f"{p}.input_layernorm"),
@@ -31,17 +28,3 @@ def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
         llama.rms(w, f"{p}.post_attention_layernorm"),
         llama.mlp(w, n),
     )
-
-
-class Grown:
-    """Queries times 1 + beta · log(1 + floor(position / trained)); rotating them commutes."""
-
-    def __init__(self, heads: Heads, beta: float, trained: float) -> None:
-        self._queries = heads.count
-        self._beta = beta
-        self._trained = trained
-
-    def __call__(self, qk: torch.Tensor, batch: Any) -> None:
-        spans = (batch.positions / self._trained).floor_()
-        factor = spans.log1p_().mul_(self._beta).add_(1.0).to(qk.dtype)
-        qk[:, : self._queries].mul_(factor.view(-1, 1, 1))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import Gemma3TextConfig
 
 from kvrun.errors import BadCheckpoint, Unsupported
+from kvrun.runtime.attention import triton
 from kvrun.runtime.checkpoint import Checkpoint
 from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.models import build, gemma3_text
@@ -225,6 +226,13 @@ def test_options_of_mpt_that_would_be_answered_wrongly(
     zoo.edit_config(tmp_path, attn_config=changes)
     with pytest.raises(Unsupported, match=next(iter(changes))):
         build(Checkpoint(tmp_path))
+
+
+def test_kernels_that_know_no_chunks_say_so(tmp_path: Path) -> None:
+    zoo.make(tmp_path, "llama4_text", "scout")
+    specs = Driver(tmp_path).model.specs
+    reasons = [triton.Attention.reject(spec, torch.device("cuda")) for spec in specs]
+    assert reasons == ["its kernels know windows, not chunks", None]
 
 
 def test_an_unknown_activation(tmp_path: Path) -> None:

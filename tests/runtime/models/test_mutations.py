@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvrun.runtime.layers.embedding import Embedding
-from kvrun.runtime.layers.moe import softmax_top, top_softmax
+from kvrun.runtime.layers.moe import MoE, softmax_top, top_softmax
 from kvrun.runtime.layers.norm import HeadNorm
 from kvrun.runtime.layers.position import Rope
 from kvrun.runtime.layers.qkv import packed
@@ -25,6 +25,7 @@ from kvrun.runtime.models import (
     granitemoe,
     helium,
     llama,
+    llama4_text,
     mpt,
     opt,
     qwen3,
@@ -268,6 +269,11 @@ CONFIG_MUTATIONS = {
     "norm before, 350m": ("opt", "350m", {"_remove_final_layer_norm": True,
                                           "do_layer_norm_before": True}),
     "relu for gelu": ("opt", "galactica", {"activation_function": "relu"}),
+    "chunks off": ("llama4_text", "scout", {"attention_chunk_size": None}),
+    "chunks one too long": ("llama4_text", "maverick", {"attention_chunk_size": 7}),
+    "queries do not grow, llama4": ("llama4_text", "scout", {"attn_temperature_tuning": False}),
+    "head norms off, llama4": ("llama4_text", "scout", {"use_qk_norm": False}),
+    "rotation on the other layer": ("llama4_text", "scout", {"no_rope_layers": [0, 1]}),
     "window off, exaone": ("exaone4", "32b", {"sliding_window": 4096}),
     "rope on the layer without, exaone": (
         "exaone4", "32b", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 99}
@@ -343,6 +349,11 @@ CODE_MUTATIONS = {
     "embedding scale 1": ("gemma2", "plain", scale_one),
     "halves for pairs, cohere": ("cohere", "plain", replaced(cohere, "Rope", halves)),
     "halves for pairs, glm": ("glm", "plain", replaced(glm, "Rope", halves)),
+    "what comes out is scaled": (
+        "llama4_text",
+        "scout",
+        replaced(llama4_text, "InputScaled", lambda _: MoE),
+    ),
     "halves for pairs, ernie": ("ernie4_5", "plain", replaced(ernie4_5, "Rope", halves)),
     "halves for pairs, helium": ("helium", "plain", replaced(helium, "Rope", halves)),
     "one weight for all heads": ("cohere", "plus", replaced(cohere, "HeadLayerNorm", one_weight)),

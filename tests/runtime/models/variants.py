@@ -393,4 +393,23 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "rotary_dim": 16,
         },
     },
+    "llama4_text": {
+        "scout": {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "no_rope_layers": [1, 0],
+            "attention_chunk_size": 8,
+            "floor_scale": 4,
+            "attn_scale": 0.5,
+        },
+        "maverick": {
+            "head_dim": 32,
+            "num_local_experts": 4,
+            "no_rope_layers": [1, 1],
+            "attention_chunk_size": 6,
+            "interleave_moe_layer_step": 2,
+            "intermediate_size_mlp": 80,
+            "use_qk_norm": False,
+        },
+    },
 }

@@ -43,11 +43,12 @@ of standard deviation 0.2 and random biases and norms, so that mistakes show.
 * **mistakes caught**: deliberate faults in what is read or computed (a window off, biases lost,
   heads in another order, ...) that the comparison must notice, and does.
 
-Of a model that sees images the text part is read (Gemma 3, Mistral Small 3, LLaVA), and images are
-refused. Scaled rotations: linear, dynamic, llama3, yarn, longrope; the two lists of longrope are
+Of a model that sees images the text part is read (Gemma 3, Mistral Small 3, Llama 4, LLaVA); images
+are not. Scaled rotations: linear, dynamic, llama3, yarn, longrope; the two lists of longrope are
 chosen between once for an engine, by its longest context (`max_model_len`), so that no answer
 depends on its neighbours. Latent attention (DeepSeek) keeps the keys and values of every head in
-the cache, not the latent. Experts are read from plain matrices in 16 or 32 bits.
+the cache, not the latent. Attention in chunks (Llama 4) runs without kvrun's own kernels. Experts
+are read from plain matrices in 16 or 32 bits.
 
 """
 

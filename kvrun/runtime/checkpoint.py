@@ -28,7 +28,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _PIECE = 16 << 20  # bytes read at once where they are cut or converted
 _MISSING = 1000  # names after which a load gives up
 # Masks and tables that old files carry beside their weights.
-_SKIPPED = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|attention\.bias|rotary_emb\.inv_freq)$")
+_SKIPPED = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 

@@ -82,6 +82,25 @@ class HFConfig:
             raise self._wrong(name, "a whole number of at least 1")
         return value
 
+    def integer_or_none(self, name: str) -> int | None:
+        return None if self.get(name) is None else self.integer(name)
+
+    def number_or_none(self, name: str) -> float | None:
+        return None if self.get(name) is None else self.number(name)
+
+    def count(self, name: str, default: int = _MISSING) -> int:
+        """A whole number of at least 0."""
+        return 0 if self.get(name, default) == 0 else self.integer(name, default)
+
+    def indices(self, name: str, default: list[int], least: int = 0) -> list[int]:
+        """A list of at least so many whole numbers, or of ones and zeros."""
+        value = self.get(name, default)
+        if not isinstance(value, list) or not all(isinstance(v, int) for v in value):
+            raise self._wrong(name, "a list of whole numbers")
+        if len(value) < least:
+            raise self._wrong(name, f"a list of at least {least} whole numbers")
+        return value
+
     def number(self, name: str, default: float = _MISSING) -> float:
         """A finite number."""
         value = self.get(name, default)

@@ -189,6 +189,7 @@ def test_nan_is_read_as_it_is(tmp_path: Path) -> None:
         "model.layers.2.mlp.gate_proj.weight",  # beyond num_hidden_layers
         "transformer.h.0.attn.bias",
         "gpt_neox.layers.0.attention.bias",
+        "gpt_neox.layers.0.attention.masked_bias",
     ],
 )
 def test_what_old_files_carry_is_passed_over(tmp_path: Path, name: str) -> None:

@@ -23,7 +23,7 @@ def build(w: "Checkpoint") -> Decoder:
 
 
 def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
-    p, dense = f"model.layers.{n}", w.config.get("first_k_dense_replace")
+    p, dense = f"model.layers.{n}", w.config.count("first_k_dense_replace")
     return Block(
         llama.rms(w, f"{p}.input_layernorm"),
         deepseek_v3.attention(w, n, rope),

@@ -41,7 +41,7 @@ def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
 
 def mlp(w: "Checkpoint", n: int) -> Part:
     """Dense on the first layers, then experts."""
-    if n < w.config.get("first_k_dense_replace"):
+    if n < w.config.count("first_k_dense_replace"):
         return llama.mlp(w, n)
     p = f"model.layers.{n}.mlp"
     return moe(w, p, sigmoid_groups(w, f"{p}.gate"))

@@ -44,7 +44,9 @@ def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
 def attention(w: "Checkpoint", n: int, rope: Rope) -> Attention:
     c, h = w.config, llama.heads(w)
     every = c.integer("no_rope_layer_interval", 4)
-    rotated = (c.get("no_rope_layers") or [i % every != 0 for i in range(1, n + 2)])[n]
+    usual = [int(i % every != 0) for i in range(1, n + 2)]
+    said = c.get("no_rope_layers")  # files may say an empty list
+    rotated = (c.indices("no_rope_layers", usual, n + 1) if said else usual)[n]
     if rotated:
         size = c.optional("attention_chunk_size", 8192)
         chunk = None if size is None else int(size)
@@ -69,7 +71,7 @@ class UnitNorm(HeadNorm):
 def feed_forward(w: "Checkpoint", n: int) -> Part:
     c, p = w.config, f"model.layers.{n}.feed_forward"
     step = c.integer("interleave_moe_layer_step", 1)
-    if n not in (c.get("moe_layers") or range(step - 1, n + 1, step)):
+    if n not in c.indices("moe_layers", list(range(step - 1, n + 1, step))):
         return mlp(w, p, c.integer("intermediate_size_mlp", 16384))
     shared = mlp(w, f"{p}.shared_expert", c.integer("intermediate_size"))
     return InputScaled(w, f"{p}.router", likeliest, experts(w, f"{p}.experts"), shared=shared)

@@ -19,9 +19,9 @@ def build(w: "Checkpoint") -> Decoder:
 
 def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
     c, p, h = w.config, f"model.layers.{n}", llama.heads(w)
-    size, beta = c.get("sliding_window"), c.rope().number("llama_4_scaling_beta", 0.0)
+    window = c.integer_or_none("sliding_window")
+    beta = c.rope().number("llama_4_scaling_beta", 0.0)
     grown = GrowingQueries(h, beta, c.rope().number("original_max_position_embeddings"))
-    window = None if size is None else c.integer("sliding_window")
     return Block(
         llama.rms(w, f"{p}.input_layernorm"),
         llama.attention(w, n, rope=rope, window=window, head_norm=grown),

@@ -18,8 +18,7 @@ def build(w: "Checkpoint") -> Decoder:
 
 
 def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
-    p, said = f"model.layers.{n}", w.config.get("sliding_window")
-    window = None if said is None else w.config.integer("sliding_window")
+    p, window = f"model.layers.{n}", w.config.integer_or_none("sliding_window")
     route = softmax_top(w.config.integer("num_experts_per_tok", 2), normalise=1)
     return Block(
         llama.rms(w, f"{p}.input_layernorm"),

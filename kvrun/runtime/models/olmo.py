@@ -20,8 +20,7 @@ def build(w: "Checkpoint") -> Decoder:
 
 
 def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
-    said = w.config.get("clip_qkv")
-    clip = None if said is None else w.config.number("clip_qkv")
+    clip = w.config.number_or_none("clip_qkv")
     return Block(norm(w), llama.attention(w, n, rope=rope, clip=clip), norm(w), llama.mlp(w, n))
 
 

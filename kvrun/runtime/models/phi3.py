@@ -22,8 +22,7 @@ def build(w: "Checkpoint") -> Decoder:
 
 def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
     c, h, p = w.config, llama.heads(w), f"model.layers.{n}"
-    hidden, said = c.integer("hidden_size"), c.get("sliding_window")
-    window = None if said is None else c.integer("sliding_window")
+    hidden, window = c.integer("hidden_size"), c.integer_or_none("sliding_window")
     qkv = packed(h, hidden, f"{p}.self_attn.qkv_proj")
     return Block(
         llama.rms(w, f"{p}.input_layernorm"),

@@ -24,7 +24,7 @@ def build(w: "Checkpoint") -> Decoder:
 def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
     c, p = w.config, f"model.layers.{n}"
     c.refuse("num_experts_per_tok", 1)
-    window = None if c.get("sliding_window") is None else c.integer("sliding_window")
+    window = c.integer_or_none("sliding_window")
     route, name = mixer(c.number("router_jitter_noise", 0.01)), f"{p}.block_sparse_moe"
     return Block(
         norm(w, f"{p}.input_layernorm"),

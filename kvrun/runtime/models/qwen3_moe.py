@@ -27,7 +27,10 @@ def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
 
 
 def is_sparse(w: "Checkpoint", n: int) -> bool:
-    every, dense = w.config.integer("decoder_sparse_step", 1), w.config.get("mlp_only_layers", [])
+    every, dense = (
+        w.config.integer("decoder_sparse_step", 1),
+        w.config.indices("mlp_only_layers", []),
+    )
     return n not in dense and (n + 1) % every == 0
 
 

@@ -20,7 +20,8 @@ def build(w: "Checkpoint") -> Decoder:
 def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
     p, c = f"model.layers.{n}", w.config
     every = c.integer("no_rope_layer_interval", 4)
-    rotated = c.get("no_rope_layers") or [i % every != 0 for i in range(1, n + 2)]  # 1: with rope
+    usual = [int(i % every != 0) for i in range(1, n + 2)]
+    rotated = c.indices("no_rope_layers", usual, n + 1)  # 1: with rope
     windows = c.flag("use_sliding_window", False) and c.get("layer_types") is not None
     attention = llama.attention(
         w, n, rope=rope if rotated[n] else None, window=c.window(n) if windows else None

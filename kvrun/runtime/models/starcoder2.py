@@ -21,8 +21,7 @@ def build(w: "Checkpoint") -> Decoder:
 
 def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
     c, p = w.config, f"model.layers.{n}"
-    bias, said = c.flag("use_bias", True), c.get("sliding_window")
-    window = None if said is None else c.integer("sliding_window")
+    bias, window = c.flag("use_bias", True), c.integer_or_none("sliding_window")
     return Block(
         norm(w, f"{p}.input_layernorm"),
         llama.attention(w, n, rope=rope, qkv_bias=bias, out_bias=bias, window=window),

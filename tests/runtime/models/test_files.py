@@ -235,6 +235,39 @@ def test_kernels_that_know_no_chunks_say_so(tmp_path: Path) -> None:
     assert reasons == ["its kernels know windows, not chunks", None]
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("smollm3", {"no_rope_layers": [1]}),
+        ("smollm3", {"no_rope_layers": "all"}),
+        ("qwen3_moe", {"mlp_only_layers": 1}),
+        ("deepseek_v3", {"first_k_dense_replace": "three"}),
+        ("deepseek_v3", {"first_k_dense_replace": -1}),
+        ("mixtral", {"sliding_window": "wide"}),
+        ("olmo", {"clip_qkv": [8]}),
+        ("mpt", {"attn_config": "alibi"}),
+        ("olmo3", {"layer_types": ["full_attention"]}),
+        ("llama4_text", {"moe_layers": 0}),
+    ],
+)
+def test_values_that_are_no_such_thing(
+    tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    zoo.make(tmp_path, family, next(iter(zoo.VARIANTS[family])))
+    zoo.edit_config(tmp_path, **changes)
+    with pytest.raises(BadCheckpoint, match=f"'{next(iter(changes))}' must be"):
+        build(Checkpoint(tmp_path))
+
+
+def test_an_empty_list_of_layers_without_positions_says_nothing(tmp_path: Path) -> None:
+    """As in the files of Llama 4."""
+    oracle = zoo.make(
+        tmp_path, "llama4_text", "scout", no_rope_layers=None, no_rope_layer_interval=2
+    )
+    zoo.edit_config(tmp_path, no_rope_layers=[], moe_layers=None)
+    assert stepwise(Driver(tmp_path), oracle) <= TOLERANCE
+
+
 def test_an_unknown_activation(tmp_path: Path) -> None:
     zoo.make(tmp_path, "gpt2", "plain")
     zoo.edit_config(tmp_path, activation_function="mish")

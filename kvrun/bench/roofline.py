@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
+from kvrun.errors import Unsupported
 from kvrun.runtime.hf_config import HFConfig
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a value; all others have one
@@ -44,12 +45,25 @@ class Work:
         return products + max(self.kv_bytes / at.bandwidth, self.attention_flops / at.flops)
 
 
+# What a configuration says of models that are not counted here.
+_UNCOUNTED = {"kv_lora_rank": "latent attention", "attention_chunk_size": "chunks of attention"}
+# Families whose MLP has two matrices and no gate, and where they say its width if it is not four
+# times theirs.
+_UNGATED = {
+    "arcee": "intermediate_size", "bloom": "", "falcon": "ffn_hidden_size", "gpt2": "n_inner",
+    "gpt_bigcode": "n_inner",
+    "gpt_neox": "intermediate_size", "gptj": "n_inner", "mpt": "", "nemotron": "intermediate_size",
+    "opt": "ffn_dim", "phi": "intermediate_size", "starcoder2": "intermediate_size",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Cost:
-    """A dense decoder with gated MLPs, by its parameters.
+    """A decoder by its parameters.
 
-    `linear` and `head` count the parameters of the layers' matrices and of the output; `windows`
-    has for each layer the most tokens it attends to, 0 for all. Widths are bytes of a value.
+    `linear` and `head` count the parameters of the layers' matrices and of the output, `experts`
+    those of experts, of which a token goes through `share`; `windows` has for each layer the most
+    tokens it attends to, 0 for all. Widths are bytes of a value.
     """
 
     linear: int
@@ -58,6 +72,8 @@ class Cost:
     kv_heads: int
     head_dim: int
     windows: tuple[int, ...]
+    experts: int = 0
+    share: float = 1.0
     width: float = 2
     kv_width: float = 2
 
@@ -65,28 +81,46 @@ class Cost:
     def of(cls, config: HFConfig, dtype: str = "bfloat16", kv_dtype: str | None = None) -> "Cost":
         """From a config.json, with weights in `dtype`, keys and values in `kv_dtype` or the same.
 
-        Raises BadCheckpoint when the configuration does not say what is needed.
+        Raises BadCheckpoint when the configuration does not say what is needed, and Unsupported
+        for what is not counted here.
         """
-        hidden, inner = config.integer("hidden_size"), config.integer("intermediate_size")
+        for name, what in _UNCOUNTED.items():
+            if config.get(name) is not None:
+                raise Unsupported(f"kvrun bench does not know the limit of a model with {what}.")
+        hidden = config.integer("hidden_size")
         layers, heads = config.integer("num_hidden_layers"), config.integer("num_attention_heads")
-        kv_heads = config.integer("num_key_value_heads", heads)
+        kv_heads = _kv_heads(config, heads)
         head_dim = config.integer("head_dim", hidden // heads)
         attention = hidden * (heads + 2 * kv_heads) * head_dim + heads * head_dim * hidden
+        dense, experts, share = _mlps(config, hidden, layers)
         return cls(
-            linear=layers * (attention + 3 * hidden * inner),
+            linear=layers * attention + dense,
             head=config.integer("vocab_size") * hidden,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
             windows=_windows(config, layers),
+            experts=experts,
+            share=share,
             width=WIDTHS.get(dtype, 1),
             kv_width=WIDTHS.get(kv_dtype or dtype, 1),
         )
 
     @property
     def weight_bytes(self) -> float:
-        """What a decode step reads of the weights, whatever its batch."""
-        return (self.linear + self.head) * self.width
+        """What the weights take."""
+        return (self.linear + self.head + self.experts) * self.width
+
+    def weights_read(self, tokens: float) -> float:
+        """Bytes of weights that a step of so many tokens reads, with choices of experts that are
+        evenly spread."""
+        chosen = 1 - (1 - self.share) ** max(tokens, 1) if self.share < 1 else 1.0
+        return (self.linear + self.head + self.experts * chosen) * self.width
+
+    @property
+    def _active(self) -> float:
+        """Parameters of the layers that a token is multiplied with."""
+        return self.linear + self.experts * self.share
 
     @property
     def kv_bytes_per_token(self) -> float:
@@ -97,9 +131,9 @@ class Cost:
         """One decode step of `batch` sequences with `context` tokens each, the mean of them."""
         attended = batch * sum(min(context, window or context) for window in self.windows)
         return Work(
-            weight_bytes=self.weight_bytes,
+            weight_bytes=self.weights_read(batch),
             kv_bytes=attended * 2 * self.kv_heads * self.head_dim * self.kv_width,
-            product_flops=2 * (self.linear + self.head) * batch,
+            product_flops=2 * (self._active + self.head) * batch,
             attention_flops=4 * attended * self.heads * self.head_dim,
         )
 
@@ -108,9 +142,9 @@ class Cost:
         reach = depth + tokens / 2  # keys that a token sees, on average
         attended = batch * tokens * sum(min(reach, window or reach) for window in self.windows)
         return Work(
-            weight_bytes=self.weight_bytes,
+            weight_bytes=self.weights_read(batch * tokens),
             kv_bytes=0.0,  # a tile of queries shares what it reads
-            product_flops=2 * batch * (self.linear * tokens + self.head),
+            product_flops=2 * batch * (self._active * tokens + self.head),
             attention_flops=4 * attended * self.heads * self.head_dim,
         )
 
@@ -142,7 +176,7 @@ class Cost:
                     context += prompt
                     heappush(ends, (now + answer - 1, prompt + answer - 1))
             if not now:
-                seconds = max(seconds, self.weight_bytes / at.bandwidth)
+                seconds = max(seconds, self.weights_read(lengths[0][0]) / at.bandwidth)
             if not ends:
                 continue
             now += 1
@@ -151,6 +185,44 @@ class Cost:
             while ends and ends[0][0] == now:
                 context -= heappop(ends)[1]
         return seconds
+
+
+def _kv_heads(config: HFConfig, heads: int) -> int:
+    if config.model_type in ("falcon", "gpt_bigcode") and not config.flag(
+        "new_decoder_architecture", False
+    ):
+        return 1 if config.flag("multi_query", True) else heads
+    said = config.get("num_key_value_heads") or config.get("num_kv_heads")
+    said = said or config.part("attn_config").get("kv_n_heads")
+    usual = config.model_type not in ("bloom", "gpt2", "gpt_neox", "gptj", "mpt", "opt")
+    return int(said) if said and usual else heads
+
+
+def _mlps(config: HFConfig, hidden: int, layers: int) -> tuple[int, int, float]:
+    """Parameters of all dense MLPs and routers, of all experts, and a token's share of these."""
+    if config.model_type in _UNGATED:
+        inner = config.get(_UNGATED[config.model_type]) or 4 * hidden
+        return layers * 2 * hidden * int(inner), 0, 1.0
+    ffn = config.part("ffn_config")
+    count = config.get("n_routed_experts") or ffn.get("moe_num_experts")
+    if count is None:
+        return layers * 3 * hidden * config.integer("intermediate_size"), 0, 1.0
+    every, dense = config.integer("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    first = config.get("first_k_dense_replace") or 0
+    sparse = sum((n + 1) % every == 0 and n not in dense and n >= first for n in range(layers))
+    inner = config.get("moe_intermediate_size") or ffn.get("ffn_hidden_size")
+    inner = inner or config.integer("intermediate_size")
+    shared = (config.get("n_shared_experts") or 0) * inner
+    shared += config.get("shared_expert_intermediate_size") or 0
+    shared += config.get("shared_intermediate_size") or 0
+    plain = 0 if sparse == layers else 3 * hidden * config.integer("intermediate_size")
+    each = 3 * hidden * shared + hidden * count
+    chosen = config.get("num_experts_per_tok") or ffn.get("moe_top_k", 1)
+    return (
+        (layers - sparse) * plain + sparse * each,
+        sparse * count * 3 * hidden * inner,
+        chosen / count,
+    )
 
 
 def _windows(config: HFConfig, layers: int) -> tuple[int, ...]:

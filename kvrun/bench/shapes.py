@@ -43,6 +43,13 @@ SHAPES = {
                          theta=1e6, tied=True, context=40960, eps=1e-6),
     "smollm2-135m": _shape("llama", 576, 1536, 30, 9, 3, 64, 49152,
                            theta=1e5, tied=True, context=8192, eps=1e-5),
+    "gemma-2-2b": _shape("gemma2", 2304, 9216, 26, 8, 4, 256, 256000,
+                         theta=1e4, tied=True, context=8192, eps=1e-6)
+    | {"sliding_window": 4096},
+    # A quarter of Mixtral 8x7B's layers, so that it fits beside its cache.
+    "mixtral-8-layers": _shape("mixtral", 4096, 14336, 8, 32, 8, 128, 32000,
+                               theta=1e6, tied=False, context=32768, eps=1e-5)
+    | {"num_local_experts": 8, "num_experts_per_tok": 2},
 }  # fmt: skip
 
 

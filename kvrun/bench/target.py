@@ -127,7 +127,7 @@ class Target:
             "weights": "random" if self.model.random else "real",
             "model_type": config.model_type,
             "shape": {name: config.get(name) for name in DIMENSIONS},
-            "parameters": self.cost.linear + self.cost.head,
+            "parameters": self.cost.linear + self.cost.head + self.cost.experts,
             "dtype": ready.dtype,
             "kv_dtype": self.kv_dtype,
             "device": ready.device,
@@ -213,8 +213,8 @@ def _check_room(model: Model, device: str, dtype: str) -> None:
     if needed > free:
         raise Unsupported(
             f"the weights of {model.name} need {size(needed)}, {size(free)} are free.",
-            cause=f"{cost.linear + cost.head:,} parameters, {size(int(cost.kv_bytes_per_token))} "
-            "more for each token of context",
+            cause=f"{cost.linear + cost.head + cost.experts:,} parameters, "
+            f"{size(int(cost.kv_bytes_per_token))} more for each token of context",
             hint="choose a smaller shape or --dtype bfloat16, or close other programs",
         )
 

@@ -66,7 +66,7 @@ Shape = Annotated[
         "--shape",
         metavar="NAME",
         help="Instead of MODEL: random weights in the shape of llama-3-8b, llama-3.2-1b, "
-        "qwen3-0.6b or smollm2-135m; nothing is downloaded.",
+        "qwen3-0.6b, smollm2-135m, gemma-2-2b or mixtral-8-layers; nothing is downloaded.",
         rich_help_panel=MODEL,
     ),
 ]

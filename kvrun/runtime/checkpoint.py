@@ -28,7 +28,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _PIECE = 16 << 20  # bytes read at once where they are cut or converted
 _MISSING = 1000  # names after which a load gives up
 # Masks and tables that old files carry beside their weights.
-_SKIPPED = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|attention\.bias|rotary_emb\.inv_freq)$")
+_SKIPPED = re.compile(r"(^|\.)((attn|attention)\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -37,7 +37,7 @@ class Shard:
     """A stored matrix, `name` without its suffix, and the part of it that this rank keeps.
 
     The full matrix is [out_features, in_features]; `rows` and `cols` are ranges of it, in the
-    order in which they are wanted, None for all.
+    order in which they are wanted, None for all. `transposed`: it is stored [in, out].
     """
 
     name: str
@@ -45,6 +45,7 @@ class Shard:
     in_features: int
     rows: Ranges | None = None
     cols: Ranges | None = None
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -65,6 +66,9 @@ class Source(Protocol):
 
     def fill(self, name: str, shape: tuple[int, ...], cut: Cut, out: torch.Tensor) -> None:
         """Write the kept part of a tensor whose full shape is `shape` to `out`."""
+
+    def skip(self, prefixes: tuple[str, ...]) -> None:
+        """Names that begin so may stay unread."""
 
     def finish(self, layers: int) -> None:
         """Raise BadCheckpoint unless everything wanted was there, and all of it was wanted."""
@@ -97,6 +101,7 @@ class Checkpoint:
         self.parameter_bytes = 0  # of what was read, as this rank holds it
         self.products: list[tuple[Shard, ...]] = []  # what adapters can change, by its shards
         dummy = load_format == "dummy"
+        self._renamed: dict[str, str] = {}
         self._source: Source = RandomSource(seed) if dummy else FileSource(Path(folder))
 
     @property
@@ -106,7 +111,15 @@ class Checkpoint:
 
     def has(self, name: str, otherwise: bool) -> bool:
         """Whether the file holds `name`; `otherwise` where there is no file."""
-        return self._source.has(name, otherwise)
+        return self._source.has(self._stored(name), otherwise)
+
+    def rename(self, prefix: str, stored: str) -> None:
+        """Names that begin with `prefix` begin with `stored` in the file."""
+        self._renamed[prefix] = stored
+
+    def _stored(self, name: str) -> str:
+        found = (old for old in self._renamed if name.startswith(old))
+        return next((self._renamed[old] + name[len(old) :] for old in found), name)
 
     def read(
         self,
@@ -119,7 +132,7 @@ class Checkpoint:
 
         Raises BadCheckpoint for another shape; names that are missing are reported by `finish`.
         """
-        self._source.expect(name, shape, dtype or self.dtype)
+        self._source.expect(self._stored(name), shape, dtype or self.dtype)
         cut = cut or (None,) * len(shape)
         kept = tuple(_kept(size, ranges) for size, ranges in zip(shape, cut, strict=True))
         out = torch.empty(kept, dtype=dtype or self.dtype, device=self.device)
@@ -130,15 +143,20 @@ class Checkpoint:
         """The kept parts [out, in] of plain matrices, one below the other."""
         for s in shards:
             shape = (s.out_features, s.in_features)
-            self._source.expect(f"{s.name}.{suffix}", shape, self.dtype)
+            shape = shape[::-1] if s.transposed else shape
+            self._source.expect(self._stored(f"{s.name}.{suffix}"), shape, self.dtype)
         rows, cols = sum(s.shape[0] for s in shards), shards[0].shape[1]
         out = torch.empty((rows, cols), dtype=self.dtype, device=self.device)
         at = 0
         for s in shards:
             part = out[at : at + s.shape[0]]
-            self._fill(
-                f"{s.name}.{suffix}", (s.out_features, s.in_features), (s.rows, s.cols), part
-            )
+            name, shape = f"{s.name}.{suffix}", (s.out_features, s.in_features)
+            if s.transposed:
+                stored = torch.empty(s.shape[::-1], dtype=self.dtype, device=self.device)
+                self._fill(name, shape[::-1], (s.cols, s.rows), stored)
+                part.copy_(stored.t())
+            else:
+                self._fill(name, shape, (s.rows, s.cols), part)
             at += len(part)
         return out
 
@@ -152,8 +170,12 @@ class Checkpoint:
         # All of a dimension is no cut: such rows are read as they lie.
         pairs = zip(shape, cut, strict=True)
         needed = [None if ranges == ((0, size),) else ranges for size, ranges in pairs]
-        self._source.fill(name, shape, needed, out)
+        self._source.fill(self._stored(name), shape, needed, out)
         self.parameter_bytes += out.nbytes
+
+    def skip(self, *prefixes: str) -> None:
+        """Tensors whose names begin so are not asked for, and not missed by `finish`."""
+        self._source.skip(prefixes)
 
     def close(self) -> None:
         """Let go of the files; nothing can be read afterwards."""
@@ -194,6 +216,9 @@ class FileSource:
         if not self._missing:
             file, stored = self._tensors.find(name)
             _read(file, stored, cut, out)
+
+    def skip(self, prefixes: tuple[str, ...]) -> None:
+        self._unread = {name for name in self._unread if not name.startswith(prefixes)}
 
     def finish(self, layers: int) -> None:
         extra = sorted(name for name in self._unread if not _ignored(name, layers))
@@ -239,8 +264,11 @@ class RandomSource:
         generator.manual_seed(zlib.crc32(f"{self._seed} {name} {cut}".encode()))
         # Products keep the size of what they are given; norms stay near one.
         out.normal_(0.0, 0.02 if len(shape) == 1 else shape[-1] ** -0.5, generator=generator)
-        if name.endswith("norm.weight"):
+        if len(shape) == 1 and name.endswith(".weight"):  # a norm's
             out.add_(1.0)
+
+    def skip(self, prefixes: tuple[str, ...]) -> None:
+        pass
 
     def finish(self, layers: int) -> None:
         pass

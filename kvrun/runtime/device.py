@@ -13,3 +13,8 @@ TRITON = f"{kernels.__name__}.triton"
 def kernel(name: str, device: torch.device) -> ModuleType:
     """The module of kernel `name` for tensors on `device`."""
     return folder.load(TRITON if device.type == "cuda" else kernels.__name__, name)
+
+
+def fused(name: str, device: torch.device) -> ModuleType | None:
+    """A kernel that takes the place of several operators, where launches are dear: on CUDA."""
+    return kernel(name, device) if device.type == "cuda" else None

@@ -7,21 +7,33 @@ from typing import Any
 from kvrun.errors import BadCheckpoint, NotFound, Unsupported
 
 _MISSING: Any = object()
-# Names under which configurations have said the same thing.
-_ROPE_SCALED = ("llama3", "yarn", "longrope")
+_ROPE_SCALED = ("llama3", "yarn", "longrope", "su")
+# What a value is called in the configurations of some families, by its usual name.
+_ALIASES = {
+    "hidden_size": ("n_embd", "d_model", "n_embed"),
+    "num_hidden_layers": ("n_layer", "n_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "max_position_embeddings": ("n_positions", "max_seq_len", "model_max_length", "seq_length"),
+    "num_kv_heads": ("n_head_kv",),
+    "num_experts": ("num_local_experts",),
+    "num_local_experts": ("num_experts",),
+    "n_routed_experts": ("num_local_experts", "num_experts"),
+}
 
 
 class HFConfig:
     """The raw values of a config.json; those of `text_config`, where there is one, come first.
 
     `config.name` gives a required value as it stands; the typed getters check it. A JSON null
-    counts as absent. Raises NotFound without the file and BadCheckpoint for a damaged one.
+    counts as absent. `context` is the length that an engine is limited to, where it is. Raises
+    NotFound without the file and BadCheckpoint for a damaged one.
     """
 
     def __init__(self, values: dict[str, Any], source: str = "config.json") -> None:
         text = values.get("text_config")
         self._values = {**values, **text} if isinstance(text, dict) else dict(values)
         self._source = source
+        self.context: int | None = None
         if not isinstance(self._values.get("model_type"), str):
             raise self._wrong("model_type", "a string that names the architecture")
 
@@ -51,12 +63,17 @@ class HFConfig:
         return self.get(name, _MISSING)
 
     def get(self, name: str, default: Any = None) -> Any:
-        value = self._values.get(name)
-        if value is not None:
-            return value
+        for said in (name, *_ALIASES.get(name, ())):
+            value = self._values.get(said)
+            if value is not None:
+                return value
         if default is _MISSING:
             raise BadCheckpoint(f"{self._source} does not say '{name}'.")
         return default
+
+    def defaults(self, **values: Any) -> None:
+        """What counts where nothing is said: files leave out what a family calls usual."""
+        self._values |= {name: v for name, v in values.items() if self.get(name) is None}
 
     def integer(self, name: str, default: int = _MISSING) -> int:
         """A whole number of at least 1."""
@@ -65,12 +82,39 @@ class HFConfig:
             raise self._wrong(name, "a whole number of at least 1")
         return value
 
+    def integer_or_none(self, name: str) -> int | None:
+        return None if self.get(name) is None else self.integer(name)
+
+    def number_or_none(self, name: str) -> float | None:
+        return None if self.get(name) is None else self.number(name)
+
+    def count(self, name: str, default: int = _MISSING) -> int:
+        """A whole number of at least 0."""
+        return 0 if self.get(name, default) == 0 else self.integer(name, default)
+
+    def indices(self, name: str, default: list[int], least: int = 0) -> list[int]:
+        """A list of at least so many whole numbers, or of ones and zeros."""
+        value = self.get(name, default)
+        if not isinstance(value, list) or not all(isinstance(v, int) for v in value):
+            raise self._wrong(name, "a list of whole numbers")
+        if len(value) < least:
+            raise self._wrong(name, f"a list of at least {least} whole numbers")
+        return value
+
     def number(self, name: str, default: float = _MISSING) -> float:
         """A finite number."""
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
             raise self._wrong(name, "a number")
         return float(value)
+
+    def numbers(self, name: str, count: int) -> list[float]:
+        """A list of so many finite numbers."""
+        value = self.get(name, _MISSING)
+        listed = isinstance(value, list) and len(value) == count
+        if not listed or not all(isinstance(v, int | float) and _finite(v) for v in value):
+            raise self._wrong(name, f"a list of {count} numbers")
+        return [float(v) for v in value]
 
     def optional(self, name: str, default: float) -> float | None:
         """A finite number; unlike elsewhere a JSON null says that there is none."""
@@ -95,6 +139,13 @@ class HFConfig:
             raise self._wrong(name, "a string")
         return value
 
+    def part(self, name: str) -> "HFConfig":
+        """The object that is the value of `name`; an empty one where there is none."""
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            raise self._wrong(name, "an object")
+        return HFConfig({**value, "model_type": name}, f"{self._source}: {name}")
+
     def layer_types(self, default: list[str]) -> list[str]:
         """What kind of attention each layer has, in the words of `layer_types`."""
         value = self.get("layer_types", default)
@@ -102,6 +153,19 @@ class HFConfig:
         if not known or len(value) < self.integer("num_hidden_layers"):
             raise self._wrong("layer_types", "a list with a name for every layer")
         return list(value)
+
+    def window(self, layer: int, *, every: int = 0, size: int = 4096) -> int | None:
+        """The window of a layer, or None for one that sees everything.
+
+        Where `layer_types` is not said, each layer has a window but every so many-th. Where
+        `sliding_window` is not said it is `size`; a null says that there is none.
+        """
+        count = self.integer("num_hidden_layers")
+        full = [every and (n + 1) % every == 0 for n in range(count)]
+        kinds = self.layer_types(["full_attention" if f else "sliding_attention" for f in full])
+        if kinds[layer] != "sliding_attention" or self.optional("sliding_window", size) is None:
+            return None
+        return self.integer("sliding_window", size)
 
     @property
     def dtype(self) -> str | None:
@@ -120,21 +184,35 @@ class HFConfig:
             raise self._wrong("quantization_config", "an object that names its quant_method")
         return method
 
-    def rope(self, layer_type: str | None = None) -> "HFConfig":
+    def rope(
+        self,
+        layer_type: str | None = None,
+        *,
+        theta: float = 10000.0,
+        partial: float = 1.0,
+        scaled: bool = True,
+    ) -> "HFConfig":
         """The rotary parameters, in one form: `rope_type`, `rope_theta` and what the type needs.
 
         Accepts `rope_theta` beside `rope_scaling`, and `rope_parameters`, which may be nested by
-        layer type.
+        layer type. `theta` and `partial` hold where nothing is said. With `scaled=False` only what
+        stands under the layer type counts, else `theta` and no scaling.
         """
         found = self.get("rope_parameters", self.get("rope_scaling", {}))
         if not isinstance(found, dict):
             raise self._wrong("rope_parameters", "an object")
         if layer_type is not None and isinstance(found.get(layer_type), dict):
             found = found[layer_type]
+        elif not scaled:
+            found = {"rope_theta": theta}
         values = {key: value for key, value in found.items() if value is not None}
         values.setdefault("rope_type", values.get("type", "default"))
-        values.setdefault("rope_theta", self.number("rope_theta", 10000.0))
-        values.setdefault("partial_rotary_factor", self.number("partial_rotary_factor", 1.0))
+        values.setdefault("rope_theta", self.number("rope_theta", theta))
+        said = self.number("partial_rotary_factor", partial)
+        values.setdefault("partial_rotary_factor", said)
+        longest = self.get("max_position_embeddings")
+        if longest is not None:
+            values.setdefault("max_position_embeddings", longest)
         if values["rope_type"] in _ROPE_SCALED:
             trained = self.get("original_max_position_embeddings")
             if trained is None:
@@ -143,6 +221,7 @@ class HFConfig:
                 trained = self.get("max_position_embeddings", _MISSING)
             values["original_max_position_embeddings"] = trained
         values["model_type"] = "rope"
+        values["context"] = self.context
         return HFConfig(values, f"{self._source}: rope_parameters")
 
     def _wrong(self, name: str, expected: str) -> BadCheckpoint:

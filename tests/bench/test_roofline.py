@@ -1,12 +1,17 @@
 """Bounds from a config.json alone, beside those worked out by hand for an 8B model on an H200."""
 
+import json
+
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvrun.bench import shapes, workloads
 from kvrun.bench.datasheet import promised
 from kvrun.bench.roofline import Ceilings, Cost
-from kvrun.errors import NotFound
+from kvrun.errors import NotFound, Unsupported
 from kvrun.runtime.hf_config import HFConfig
+from tests.runtime.models import zoo
 
 H200 = Ceilings(4.3e12, 790e12)
 
@@ -96,6 +101,48 @@ def test_layers_with_a_window_read_no_more_than_it() -> None:
     assert mixed.step(1, 300).kv_bytes == full.step(1, 200).kv_bytes
     # Qwen's configurations name a window that they do not use.
     assert Cost.of(HFConfig(values | {"sliding_window": 100})).windows == (0,) * 4
+
+
+UNCOUNTED = ("deepseek_v2", "deepseek_v3", "llama4_text")
+COUNTED = [v for v in zoo.variants() if v[0] not in UNCOUNTED and v[1] != "350m"]
+
+
+@pytest.mark.parametrize(("family", "variant"), COUNTED)
+def test_parameters_are_those_of_transformers(family: str, variant: str) -> None:
+    config = AutoConfig.for_model(family, **{**zoo.SMALL, **zoo.VARIANTS[family][variant]})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings().weight
+    tables = {id(head), id(model.get_input_embeddings().weight)}
+    matrices = {
+        name: p
+        for name, p in model.named_parameters()
+        if id(p) not in tables and p.ndim > 1 and not name.endswith(("bias", "_norm.weight"))
+    }
+    layers = {n: p for n, p in matrices.items() if ".wpe" not in n and "positions" not in n}
+    experts = sum(p.numel() for n, p in layers.items() if ".experts." in n)
+    found = Cost.of(HFConfig(json.loads(config.to_json_string(use_diff=False))))
+    gates = 64 * sum("shared_expert_gate" in name for name in layers)  # one row each: not counted
+    assert found.experts == experts
+    assert found.linear == sum(p.numel() for p in layers.values()) - experts - gates
+    assert found.head == head.numel()
+
+
+def test_experts_are_read_as_far_as_they_are_chosen() -> None:
+    found = cost("mixtral-8-layers")
+    assert found.share == 0.25
+    dense = (found.linear + found.head) * found.width
+    assert found.weights_read(1) == dense + 0.25 * found.experts * found.width
+    assert found.weights_read(1) < found.weights_read(2) < found.weights_read(64)
+    assert found.weights_read(64) == pytest.approx(found.weight_bytes, rel=1e-3)
+    assert found.step(1, 10).product_flops == 2 * (found.linear + found.head + found.experts / 4)
+
+
+def test_what_has_no_known_limit() -> None:
+    with pytest.raises(Unsupported, match="latent attention"):
+        Cost.of(HFConfig({"model_type": "deepseek_v3", "kv_lora_rank": 512}))
+    with pytest.raises(Unsupported, match="chunks of attention"):
+        Cost.of(HFConfig({"model_type": "llama4_text", "attention_chunk_size": 8192}))
 
 
 def test_a_shape_that_is_none() -> None:

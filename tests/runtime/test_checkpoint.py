@@ -130,6 +130,41 @@ def test_a_shard_is_exactly_its_rows_and_columns(
     w.close()
 
 
+@pytest.mark.parametrize("rows", RANGES)
+@pytest.mark.parametrize("cols", RANGES)
+def test_a_transposed_shard_is_the_same_part(tmp_path: Path, rows: Any, cols: Any) -> None:
+    matrix = torch.randn(12, 12)
+    write(tmp_path, {"a.weight": matrix, "b.weight": matrix.t().contiguous()})
+    w = Checkpoint(tmp_path)
+    plain = w.matrix(Shard("a", 12, 12, rows, cols))
+    turned = w.matrix(Shard("b", 12, 12, rows, cols, transposed=True))
+    w.close()
+    assert torch.equal(turned, plain)
+
+
+def test_a_transposed_shard_states_the_stored_shape(tmp_path: Path) -> None:
+    write(tmp_path, {"a.weight": torch.randn(4, 6)})
+    w = Checkpoint(tmp_path)
+    with pytest.raises(BadCheckpoint, match="do not fit") as caught:
+        w.matrix(Shard("a", 4, 6, transposed=True))
+    assert "a.weight is [4, 6], expected [6, 4]" in str(caught.value.cause)
+    w.close()
+
+
+def test_names_that_are_stored_under_another_prefix(tmp_path: Path) -> None:
+    value = torch.randn(3)
+    write(tmp_path, {"text.model.a.weight": value, "tower.b": value.clone()})
+    w = Checkpoint(tmp_path)
+    w.rename("model.", "text.model.")
+    assert w.has("model.a.weight", otherwise=False)
+    assert torch.equal(w.read("model.a.weight", (3,)), value)
+    with pytest.raises(BadCheckpoint, match="do not fit"):
+        w.finish()
+    w.skip("tower.")
+    w.finish()
+    w.close()
+
+
 def test_only_the_kept_rows_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"a.weight": torch.randn(64, 32)}
     w = Checkpoint(write(tmp_path / "m", values))
@@ -154,6 +189,7 @@ def test_nan_is_read_as_it_is(tmp_path: Path) -> None:
         "model.layers.2.mlp.gate_proj.weight",  # beyond num_hidden_layers
         "transformer.h.0.attn.bias",
         "gpt_neox.layers.0.attention.bias",
+        "gpt_neox.layers.0.attention.masked_bias",
     ],
 )
 def test_what_old_files_carry_is_passed_over(tmp_path: Path, name: str) -> None:
@@ -454,8 +490,7 @@ def test_unknown_quantization_is_named(tmp_path: Path) -> None:
     "change",
     [
         {"hidden_act": "quick_gelu"},
-        {"rope_scaling": {"rope_type": "longrope", "short_factor": []}},
-        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "proportional"}},
     ],
 )
 def test_unknown_options_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:

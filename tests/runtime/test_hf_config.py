@@ -148,3 +148,63 @@ def test_rope_must_be_an_object() -> None:
         config(rope_scaling="linear").rope()
     with pytest.raises(BadCheckpoint, match="'factor'"):
         config(rope_scaling={"rope_type": "linear"}).rope().number("factor")
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("n_embd", "hidden_size"), ("d_model", "hidden_size"), ("n_layer", "num_hidden_layers"),
+        ("n_heads", "num_attention_heads"), ("n_positions", "max_position_embeddings"),
+        ("num_local_experts", "num_experts"), ("n_head_kv", "num_kv_heads"),
+    ],
+)  # fmt: skip
+def test_other_names_of_the_same(said: str, name: str) -> None:
+    for values, found in (({}, 6), ({name: 7}, 7), ({name: None}, 6)):
+        assert HFConfig({"model_type": "x", said: 6, **values}).integer(name) == found
+
+
+def test_what_is_usual_counts_where_nothing_is_said() -> None:
+    found = config(a=1, b=None, window=None, n_embd=8)
+    found.defaults(a=2, b=3, c=4, hidden_size=16)
+    assert [found.get(name) for name in ("a", "b", "c", "hidden_size")] == [1, 3, 4, 8]
+    assert found.optional("window", 5) is None  # a null that was not spoken of stays one
+
+
+def test_windows_of_layers() -> None:
+    every = config(num_hidden_layers=4, sliding_window=9)
+    assert [every.window(n, every=2) for n in range(4)] == [9, None, 9, None]
+    assert [every.window(n) for n in range(4)] == [9] * 4
+    named = config(
+        num_hidden_layers=2, sliding_window=9, layer_types=["full_attention", "sliding_attention"]
+    )
+    assert [named.window(n, every=2) for n in range(2)] == [None, 9]
+    assert config(num_hidden_layers=1).window(0, size=7) == 7
+    assert config(num_hidden_layers=1, sliding_window=None).window(0) is None
+
+
+def test_parts_and_lists() -> None:
+    found = config(part={"a": 2}, few=[1, 0], wrong=[1, "x"], zero=0)
+    assert found.part("part").integer("a") == 2
+    assert found.part("none").get("a") is None
+    assert found.indices("few", [], 2) == [1, 0]
+    assert found.indices("none", [3]) == [3]
+    for name, least in (("few", 3), ("wrong", 0), ("zero", 0)):
+        with pytest.raises(BadCheckpoint, match=f"'{name}' must be a list"):
+            found.indices(name, [], least)
+    with pytest.raises(BadCheckpoint, match="'few' must be an object"):
+        found.part("few")
+    assert found.count("zero") == 0
+    assert found.integer_or_none("none") is None
+    with pytest.raises(BadCheckpoint, match="'zero' must be a whole number of at least 1"):
+        found.integer_or_none("zero")
+
+
+def test_rotations_of_layers_without_scaling_of_their_own() -> None:
+    old = config(rope_theta=1e6, rope_scaling={"rope_type": "linear", "factor": 8.0})
+    local = old.rope("sliding_attention", theta=1e4, scaled=False)
+    assert (local.text("rope_type"), local.number("rope_theta")) == ("default", 1e4)
+    whole = old.rope("full_attention", theta=5.0)
+    assert (whole.text("rope_type"), whole.number("rope_theta")) == ("linear", 1e6)
+    nested = config(rope_parameters={"sliding_attention": {"rope_theta": 7.0}})
+    assert nested.rope("sliding_attention", theta=1e4, scaled=False).number("rope_theta") == 7.0
+    assert config().rope(theta=9.0, partial=0.5).number("partial_rotary_factor") == 0.5

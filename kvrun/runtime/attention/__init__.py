@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class AttentionSpec:
     """What one attention layer asks of a backend, and what its cache must hold.
 
-    Key i is visible to query j when 0 <= j - i (and j - i < window, if there is one). `softcap` c
+    Key i is visible to query j when 0 <= j - i, and j - i < window, and i // chunk == j // chunk,
+    where there is a window or a chunk. `softcap` c
     maps a scaled score s to c·tanh(s / c) before masking. `alibi` [heads] adds slope·(i - j) to the
     scaled score. `sinks` [heads] is one more logit per head in the softmax whose value is dropped.
     """
@@ -29,6 +30,7 @@ class AttentionSpec:
     head_dim: int
     scale: float
     window: int | None = None
+    chunk: int | None = None
     softcap: float | None = None
     alibi: torch.Tensor | None = None
     sinks: torch.Tensor | None = None

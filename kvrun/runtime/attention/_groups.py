@@ -33,7 +33,9 @@ class Group:
     rows: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # of the batch
     kept: torch.Tensor | None = None  # which of size * queries are no padding; None: all
     targets: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # rows they are
-    _masks: dict[tuple[int | None, int], torch.Tensor | None] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, int | None, int], torch.Tensor | None] = field(
+        default_factory=dict
+    )
 
     def gather(self, cache: "KVCache", spec: "AttentionSpec") -> torch.Tensor:
         """Keys and values [2, size, kv_heads, keys, head_dim]"""
@@ -52,28 +54,34 @@ class Group:
         None when every query sees all keys, or plain causality says it all (`queries` == `keys`).
         """
         window = spec.window if spec.window is not None and spec.window < self.keys else None
-        key = (window, id(spec.alibi))
+        chunk = spec.chunk if spec.chunk is not None and spec.chunk < self.keys else None
+        key = (window, chunk, id(spec.alibi))
         if key not in self._masks:
             plain = self.aligned and self.queries in (1, self.keys)
-            needed = not plain or window is not None or spec.alibi is not None
-            self._masks[key] = self._mask(window, spec.alibi) if needed else None
+            bound = window is not None or chunk is not None
+            needed = not plain or bound or spec.alibi is not None
+            self._masks[key] = self._mask(window, chunk, spec.alibi) if needed else None
         return self._masks[key]
 
     def causal_mask(self) -> torch.Tensor:
         """The mask that `mask` leaves out when plain causality says it all."""
-        key = (None, -1)
+        key = (None, None, -1)
         if key not in self._masks:
-            self._masks[key] = self._mask(None, None)
+            self._masks[key] = self._mask(None, None, None)
         mask = self._masks[key]
         assert mask is not None
         return mask
 
-    def _mask(self, window: int | None, alibi: torch.Tensor | None) -> torch.Tensor:
+    def _mask(
+        self, window: int | None, chunk: int | None, alibi: torch.Tensor | None
+    ) -> torch.Tensor:
         keys = torch.arange(self.keys, device=self.positions.device)
         behind = self.positions.view(self.size, 1, self.queries, 1) - keys
         hidden = behind < 0
         if window is not None:
             hidden |= behind >= window
+        if chunk is not None:
+            hidden |= keys // chunk < self.positions.view(self.size, 1, self.queries, 1) // chunk
         if alibi is None:
             bias = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device)
         else:

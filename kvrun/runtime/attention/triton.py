@@ -43,6 +43,8 @@ class Attention:
         if not HEAD_DIMS[0] <= spec.head_dim <= HEAD_DIMS[1]:
             low, high = HEAD_DIMS
             return f"a head of {spec.head_dim} dimensions is not between {low} and {high}"
+        if spec.chunk is not None:
+            return "its kernels know windows, not chunks"
         return None
 
     def plan(self, batch: "Batch") -> None:

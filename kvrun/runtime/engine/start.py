@@ -238,6 +238,7 @@ def _thread_rule(asked: int | None, parameters: int) -> Callable[[int], int]:
 
 def _load(config: EngineConfig, folder: Path, device: torch.device) -> tuple[Decoder, torch.dtype]:
     checkpoint = Checkpoint(folder, device=device, load_format=config.load_format, seed=config.seed)
+    checkpoint.config.context = config.max_model_len
     checkpoint.dtype = choose_dtype(config.dtype, checkpoint.config.dtype, device)
     free = _free_bytes(device)
     if (needed := checkpoint.stored_parameters * checkpoint.dtype.itemsize) > free:

@@ -1,27 +1,36 @@
 """Attention: project, normalise, rotate, attend over the cache, project back."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from kvrun.runtime.attention import AttentionSpec
-from kvrun.runtime.device import kernel
-from kvrun.runtime.layers.linear import Linear, Prologue, split_cols
+from kvrun.runtime.device import fused
+from kvrun.runtime.layers.linear import Linear, split_cols
+from kvrun.runtime.layers.norm import HeadNorm, Norm, before_product
 
 if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
     from kvrun.runtime.checkpoint import Checkpoint, Shard
-    from kvrun.runtime.layers.norm import HeadNorm
     from kvrun.runtime.layers.position import Rope
     from kvrun.runtime.layers.qkv import Heads
+
+
+class QKNorm(Protocol):
+    """What happens to queries and keys before they are rotated."""
+
+    def __call__(self, qk: torch.Tensor, batch: "Batch") -> None:
+        """Normalise qk [tokens, heads + kv_heads, head_dim] in place."""
 
 
 class Attention:
     """x [tokens, hidden] -> [tokens, hidden], plus `add` if given; `norm` is applied to x first.
 
     `qkv` are the shards whose rows are this rank's [q; k; v], `out` names the matrix
-    [hidden, heads * head_dim]. The default scale is 1 / sqrt(head_dim).
+    [hidden, heads * head_dim], stored as those are. The default scale is 1 / sqrt(head_dim).
+    `clip` bounds what is projected. `alibi` and `sinks` [heads] are those of the whole model.
     """
 
     def __init__(
@@ -35,11 +44,16 @@ class Attention:
         qkv_bias: bool = False,
         out_bias: bool = False,
         rope: "Rope | None" = None,
-        head_norm: "HeadNorm | None" = None,
+        head_norm: QKNorm | None = None,
+        clip: float | None = None,
         scale: float | None = None,
         window: int | None = None,
+        chunk: int | None = None,
         softcap: float | None = None,
+        alibi: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
+        mine = slice(*heads.mine)
         self.spec = AttentionSpec(
             layer,
             heads.count,
@@ -47,33 +61,42 @@ class Attention:
             heads.head_dim,
             heads.head_dim**-0.5 if scale is None else scale,
             window=window,
+            chunk=chunk,
             softcap=softcap,
+            alibi=None if alibi is None else alibi[mine],
+            sinks=None if sinks is None else sinks[mine],
         )
-        width = heads.heads * heads.head_dim
         self._qkv = Linear(w, *qkv, bias=qkv_bias)
-        self._out = Linear(w, split_cols(w, out, qkv[0].in_features, width), bias=out_bias)
+        back = split_cols(w, out, qkv[0].in_features, heads.heads * heads.head_dim)
+        self._out = Linear(w, replace(back, transposed=qkv[0].transposed), bias=out_bias)
+        self._clip = clip
         self._rope = rope
         self._head_norm = head_norm
-        self._kernel = kernel("rotary", w.device) if w.device.type == "cuda" else None
+        self._kernel = fused("rotary", w.device)
 
     def __call__(
         self,
         x: torch.Tensor,
         batch: "Batch",
         add: torch.Tensor | None = None,
-        norm: Prologue | None = None,
+        norm: Norm | None = None,
     ) -> torch.Tensor:
         spec = self.spec
+        x, before = before_product(norm, x)
         queries, rotated = spec.heads, spec.heads + spec.kv_heads
         # One buffer [q; k; v]: what follows works on views of it, in place.
-        heads = self._qkv(x, batch, before=norm).view(-1, rotated + spec.kv_heads, spec.head_dim)
+        heads = self._qkv(x, batch, before=before).view(-1, rotated + spec.kv_heads, spec.head_dim)
+        if self._clip is not None:
+            heads.clamp_(-self._clip, self._clip)
         q, k, v = heads.split_with_sizes((queries, spec.kv_heads, spec.kv_heads), 1)
-        if self._kernel is not None:
+        qk = heads.narrow(1, 0, rotated)
+        whole = self._kernel is not None
+        # The kernel knows HeadNorm only.
+        if self._head_norm is not None and not (whole and isinstance(self._head_norm, HeadNorm)):
+            self._head_norm(qk, batch)
+        if whole:
             self._rotate_and_store(heads, batch)
         else:
-            qk = heads.narrow(1, 0, rotated)
-            if self._head_norm is not None:
-                self._head_norm(qk)
             if self._rope is not None:
                 self._rope(qk, batch)
             kv = heads.narrow(1, queries, 2 * spec.kv_heads)
@@ -83,7 +106,8 @@ class Attention:
     def _rotate_and_store(self, heads: torch.Tensor, batch: "Batch") -> None:
         """Norms, rotation and the cache's new rows by one kernel."""
         assert self._kernel is not None
-        spec, norm = self.spec, self._head_norm
+        spec = self.spec
+        norm = self._head_norm if isinstance(self._head_norm, HeadNorm) else None
         rope = {"cos": None, "sin": None, "width": 0, "interleaved": False}
         self._kernel.rotate_append(
             heads.view(len(heads), -1),

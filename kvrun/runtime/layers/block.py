@@ -1,26 +1,42 @@
-"""Block, Sandwich: attention and MLP on a residual stream, with norms before or on both sides."""
+"""Blocks: attention and MLP on a residual stream, one after the other or side by side, with norms
+before them, behind them or both."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 if TYPE_CHECKING:
     from kvrun.runtime.attention import AttentionSpec
     from kvrun.runtime.batch import Batch
-    from kvrun.runtime.layers.attention import Attention
-    from kvrun.runtime.layers.mlp import GatedMLP
-    from kvrun.runtime.layers.norm import RMSNorm
+    from kvrun.runtime.layers.norm import Norm
+
+
+class Part(Protocol):
+    """An MLP, dense or of experts."""
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        batch: "Batch",
+        add: torch.Tensor | None = None,
+        norm: "Norm | None" = None,
+    ) -> torch.Tensor:
+        """x [tokens, hidden] -> [tokens, hidden], plus `add` if given; it may be overwritten with
+        the result. `norm` is applied to x first."""
+
+
+class AttentionPart(Part, Protocol):
+    """Attention, which also says what it asks of the cache."""
+
+    @property
+    def spec(self) -> "AttentionSpec": ...
 
 
 class Block:
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(
-        self,
-        attention_norm: "RMSNorm",
-        attention: "Attention",
-        mlp_norm: "RMSNorm",
-        mlp: "GatedMLP",
+        self, attention_norm: "Norm", attention: AttentionPart, mlp_norm: "Norm", mlp: Part
     ) -> None:
         self._attention_norm = attention_norm
         self._attention = attention
@@ -36,17 +52,38 @@ class Block:
         return self._mlp(x, batch, add=x, norm=self._mlp_norm)
 
 
+class ParallelBlock:
+    """x + attention(norm(x)) + mlp(norm(x)), with one norm for both or one each."""
+
+    def __init__(
+        self, norm: "Norm", attention: AttentionPart, mlp: Part, mlp_norm: "Norm | None" = None
+    ) -> None:
+        self._norm = norm
+        self._attention = attention
+        self._mlp_norm = mlp_norm
+        self._mlp = mlp
+
+    @property
+    def spec(self) -> "AttentionSpec":
+        return self._attention.spec
+
+    def __call__(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
+        y = self._norm(x)
+        z = y if self._mlp_norm is None else self._mlp_norm(x)  # before x is overwritten
+        return self._mlp(z, batch, add=self._attention(y, batch, add=x))
+
+
 class Sandwich:
-    """x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))."""
+    """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))); a norm before may be None."""
 
     def __init__(
         self,
-        before_attention: "RMSNorm",
-        attention: "Attention",
-        after_attention: "RMSNorm",
-        before_mlp: "RMSNorm",
-        mlp: "GatedMLP",
-        after_mlp: "RMSNorm",
+        before_attention: "Norm | None",
+        attention: AttentionPart,
+        after_attention: "Norm",
+        before_mlp: "Norm | None",
+        mlp: Part,
+        after_mlp: "Norm",
     ) -> None:
         self._before_attention = before_attention
         self._attention = attention

@@ -1,17 +1,27 @@
 """Decoder: ids -> logits of the rows that are wanted."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+from kvrun.runtime.layers.norm import Norm, before_product
 
 if TYPE_CHECKING:
     from kvrun.runtime.attention import AttentionSpec
     from kvrun.runtime.batch import Batch
     from kvrun.runtime.checkpoint import Checkpoint
-    from kvrun.runtime.layers.block import Block, Sandwich
-    from kvrun.runtime.layers.embedding import Embedding, Head
-    from kvrun.runtime.layers.norm import RMSNorm
+    from kvrun.runtime.layers.embedding import Head
+
+
+class Layer(Protocol):
+    """A block of any kind."""
+
+    @property
+    def spec(self) -> "AttentionSpec": ...
+
+    def __call__(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
+        """x [tokens, hidden] -> the same; x may be overwritten."""
 
 
 class Decoder:
@@ -19,15 +29,15 @@ class Decoder:
 
     `specs`: what each layer asks of the attention backend. `parameter_bytes`: its weights on this
     rank. `products`: what adapters can change, by its shards. `max_position`: the context it was
-    made for, in tokens, or None.
+    made for, in tokens, or None. `norm` None: the head has its input as it is.
     """
 
     def __init__(
         self,
         w: "Checkpoint",
-        embedding: "Embedding",
-        blocks: "Sequence[Block | Sandwich]",
-        norm: "RMSNorm",
+        embedding: "Callable[[Batch], torch.Tensor]",
+        blocks: Sequence[Layer],
+        norm: Norm | None,
         head: "Head",
     ) -> None:
         self._embedding = embedding
@@ -51,10 +61,12 @@ class Decoder:
         for block in self._blocks:
             x = block(x, batch)
         if batch.state_rows is not None:
-            batch.states = self._norm(x.index_select(0, batch.state_rows))
+            states = x.index_select(0, batch.state_rows)
+            batch.states = states if self._norm is None else self._norm(states)
         wanted = len(batch.last_rows)
         if wanted == 0:
             return x.new_empty((0, self.vocab_size))
         if wanted < len(x):  # else every row is wanted, in order
             x = x.index_select(0, batch.last_rows)
-        return self._head(x, batch, self._norm, out)
+        x, before = before_product(self._norm, x)
+        return self._head(x, batch, before, out)

@@ -38,9 +38,11 @@ class Embedding:
 
 
 class Head:
-    """x [rows, hidden] -> logits [rows, vocab]; `softcap` c maps them to c·tanh(y / c).
+    """x [rows, hidden] -> logits [rows, vocab], times `scale` (one, or [vocab]).
 
-    Logits are in the dtype of x, or fp32 where they are mapped.
+    `softcap` c maps them to c·tanh(y / c).
+
+    Logits are in the dtype of x, or fp32 where they are mapped. `bias`: the head has one.
     """
 
     def __init__(
@@ -51,7 +53,10 @@ class Head:
         *,
         tied: bool,
         softcap: float | None = None,
+        scale: float | torch.Tensor | None = None,
+        bias: bool = False,
     ) -> None:
+        self._scale = scale
         self._softcap = softcap
         self.softcapped = softcap is not None
         self.vocab_size, hidden = embedding.weight.shape
@@ -59,9 +64,10 @@ class Head:
         tied = tied if said is None else w.config.flag("tie_word_embeddings")
         self.copy_bytes = 0  # of a second copy of the embedding
         if w.has(f"{name}.weight", otherwise=not tied) or said is False:
-            self._weight = quant.read(w, [Shard(name, self.vocab_size, hidden)], False)
-        elif embedding.weight.nbytes <= _COPY_BYTES:
-            self._weight = dense.lay_out(embedding.weight)
+            self._weight = quant.read(w, [Shard(name, self.vocab_size, hidden)], bias)
+        elif bias or embedding.weight.nbytes <= _COPY_BYTES:
+            more = w.read(f"{name}.bias", (self.vocab_size,)) if bias else None
+            self._weight = dense.lay_out(embedding.weight, more)
             if not isinstance(self._weight, dense.Plain):
                 self.copy_bytes = embedding.weight.nbytes
         else:
@@ -76,7 +82,8 @@ class Head:
     ) -> torch.Tensor:
         """`norm` is applied to x first; `out` [rows, vocab], if given, gets the logits."""
         if self._softcap is None:
-            return product(self._weight, x, before=norm, out=out)
+            logits = product(self._weight, x, before=norm, out=out)
+            return logits if self._scale is None else logits.mul_(self._scale)
         logits = product(self._weight, x, before=norm).float()
         logits.div_(self._softcap).tanh_().mul_(self._softcap)
         return logits if out is None else out.copy_(logits)

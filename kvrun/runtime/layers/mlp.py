@@ -1,22 +1,28 @@
-"""GatedMLP: act(gate(x)) · up(x), projected back."""
+"""GatedMLP: act(gate(x)) · up(x), projected back; MLP: act(up(x)), projected back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 
 from kvrun.errors import Unsupported
-from kvrun.runtime.device import kernel
-from kvrun.runtime.layers.linear import Linear, Prologue, split_cols, split_rows
+from kvrun.runtime.device import fused
+from kvrun.runtime.layers.linear import Linear, split_cols, split_rows
+from kvrun.runtime.layers.norm import Norm, before_product
 
 if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
-    from kvrun.runtime.checkpoint import Checkpoint
+    from kvrun.runtime.checkpoint import Checkpoint, Shard
 
 
 def _tanh_gelu(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
+
+
+def _square_relu(x: torch.Tensor) -> torch.Tensor:
+    return F.relu(x).square_()
 
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -25,27 +31,46 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_new": _tanh_gelu,
     "gelu_pytorch_tanh": _tanh_gelu,
+    "gelu_fast": _tanh_gelu,
     "relu": F.relu,
+    "relu2": _square_relu,
 }
 # The same under the names that kernels know.
-_KERNELS = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+KERNEL_NAMES = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+def activation(act: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Raises Unsupported for a name that is not in ACTIVATIONS."""
+    if act not in ACTIVATIONS:
+        raise Unsupported(
+            f"the activation '{act}' is not supported.", hint=f"known: {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[act]
 
 
 class Gate:
     """[gate; up] [tokens, 2 * inner] -> act(gate) · up [tokens, inner]
 
-    Raises Unsupported for an activation that is not in ACTIVATIONS.
+    Raises Unsupported for an activation that kernels do not know either.
     """
 
     def __init__(self, act: str, device: torch.device) -> None:
-        if act not in ACTIVATIONS:
+        self._act = activation(act)
+        if act not in KERNEL_NAMES:
             raise Unsupported(
-                f"the activation '{act}' is not supported.",
-                hint=f"known: {', '.join(ACTIVATIONS)}",
+                f"the activation '{act}' in a gated MLP is not supported.",
+                hint=f"known: {', '.join(KERNEL_NAMES)}",
             )
-        self._act = ACTIVATIONS[act]
-        self._name = _KERNELS.get(act, act)
-        self._kernel = kernel("gated", device) if device.type == "cuda" else None
+        self._name = KERNEL_NAMES[act]
+        self._kernel = fused("gated", device)
 
     def __call__(self, both: torch.Tensor) -> torch.Tensor:
         if self._kernel is not None:
@@ -62,14 +87,14 @@ class Gate:
 class GatedMLP:
     """x [tokens, hidden] -> [tokens, hidden], plus `add` if given; `norm` is applied to x first.
 
-    `gate` and `up` name matrices [inner, hidden], `down` [hidden, inner].
+    `gate_up` names two matrices [inner, hidden], or one [2 * inner, hidden] with the gate on top;
+    `down` one [hidden, inner].
     """
 
     def __init__(
         self,
         w: "Checkpoint",
-        gate: str,
-        up: str,
+        gate_up: Sequence[str],
         down: str,
         *,
         hidden: int,
@@ -78,8 +103,7 @@ class GatedMLP:
         bias: bool = False,
     ) -> None:
         self._gate = Gate(act, w.device)
-        halves = [split_rows(w, name, inner, hidden) for name in (gate, up)]
-        self._gate_up = Linear(w, *halves, bias=bias)
+        self._gate_up = Linear(w, *gate_and_up(w, gate_up, hidden, inner), bias=bias)
         self._down = Linear(w, split_cols(w, down, hidden, inner), bias=bias)
 
     def __call__(
@@ -87,6 +111,51 @@ class GatedMLP:
         x: torch.Tensor,
         batch: "Batch",
         add: torch.Tensor | None = None,
-        norm: Prologue | None = None,
+        norm: Norm | None = None,
     ) -> torch.Tensor:
-        return self._down(self._gate_up(x, batch, before=norm), batch, add, before=self._gate)
+        x, before = before_product(norm, x)
+        return self._down(self._gate_up(x, batch, before=before), batch, add, before=self._gate)
+
+
+def gate_and_up(w: "Checkpoint", names: Sequence[str], hidden: int, inner: int) -> list["Shard"]:
+    """This rank's rows of a gate and an up matrix, in two tensors or in one."""
+    if len(names) == 2:
+        return [split_rows(w, name, inner, hidden) for name in names]
+    first, last = w.group.cut(inner, names[0])
+    rows = ((first, last), (inner + first, inner + last))
+    return [replace(split_rows(w, names[0], 2 * inner, hidden), rows=rows)]
+
+
+class MLP:
+    """x [tokens, hidden] -> [tokens, hidden], plus `add` if given; `norm` is applied to x first.
+
+    `up` names a matrix [inner, hidden], `down` one [hidden, inner]; `transposed`: they are stored
+    the other way round.
+    """
+
+    def __init__(
+        self,
+        w: "Checkpoint",
+        up: str,
+        down: str,
+        *,
+        hidden: int,
+        inner: int,
+        act: str,
+        bias: bool = True,
+        transposed: bool = False,
+    ) -> None:
+        self._act = activation(act)
+        rows, cols = split_rows(w, up, inner, hidden), split_cols(w, down, hidden, inner)
+        self._up = Linear(w, replace(rows, transposed=transposed), bias=bias)
+        self._down = Linear(w, replace(cols, transposed=transposed), bias=bias)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        batch: "Batch",
+        add: torch.Tensor | None = None,
+        norm: Norm | None = None,
+    ) -> torch.Tensor:
+        x, before = before_product(norm, x)
+        return self._down(self._act(self._up(x, batch, before=before)), batch, add)

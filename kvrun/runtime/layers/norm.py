@@ -1,14 +1,35 @@
-"""RMSNorm, over a row or over each head of queries and keys."""
+"""RMSNorm and LayerNorm, over a row or over each head of queries and keys."""
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 
-from kvrun.runtime.device import kernel
+from kvrun.runtime.device import fused
 
 if TYPE_CHECKING:
+    from kvrun.runtime.batch import Batch
     from kvrun.runtime.checkpoint import Checkpoint
+    from kvrun.runtime.layers.linear import Prologue
     from kvrun.runtime.layers.qkv import Heads
+
+
+class Norm(Protocol):
+    """A norm over the last dimension."""
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., size] -> the same shape and dtype, written to `out` (x itself, say) if given."""
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """residual + norm(x), written to `residual`."""
+
+
+def before_product(norm: Norm | None, x: torch.Tensor) -> tuple[torch.Tensor, "Prologue | None"]:
+    """What a product is given as its x and its `before`: it may take in an RMSNorm, others are
+    applied ahead of it."""
+    if norm is None or isinstance(norm, RMSNorm):
+        return x, norm
+    return norm(x), None
 
 
 class RMSNorm:
@@ -26,7 +47,7 @@ class RMSNorm:
         self.eps = eps
         self._weight = weight * size**0.5
         self._floor = torch.full((1,), (size * eps) ** 0.5, device=weight.device)
-        self._kernel = kernel("norm", weight.device) if weight.is_cuda else None
+        self._kernel = fused("norm", weight.device)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., size] -> the same shape and dtype, written to `out` (x itself, say) if given."""
@@ -58,20 +79,98 @@ def rms_norm(w: "Checkpoint", name: str, size: int, eps: float, *, offset: float
     return RMSNorm(w.read(f"{name}.weight", (size,), dtype=torch.float32) + offset, eps)
 
 
+class LayerNorm:
+    """(x - mean) / sqrt(variance + eps) · weight + bias over the last dimension.
+
+    weight, bias: [size] in the model's dtype; without a bias nothing is added.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> None:
+        self._weight = weight
+        self._bias = bias
+        self._eps = eps
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        y = F.layer_norm(x, self._weight.shape, self._weight, self._bias, self._eps)
+        return y if out is None else out.copy_(y)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return residual.add_(self(x))
+
+
+def layer_norm(
+    w: "Checkpoint", name: str, size: int, eps: float, *, bias: bool = True, offset: float = 0.0
+) -> LayerNorm:
+    """A LayerNorm over rows; `offset` is 1 in families that store their weight minus one."""
+    weight = w.read(f"{name}.weight", (size,))
+    return LayerNorm(
+        weight + offset if offset else weight,
+        w.read(f"{name}.bias", (size,)) if bias else None,
+        eps,
+    )
+
+
 class HeadNorm:
     """RMSNorm over each head of [q; k]: one weight for all query heads, one for all key heads.
 
-    q, k: names of weights [head_dim].
+    q, k: names of weights [head_dim]; `offset` is 1 in families that store them minus one.
     """
 
-    def __init__(self, w: "Checkpoint", q: str, k: str, h: "Heads", eps: float) -> None:
+    def __init__(
+        self, w: "Checkpoint", q: str, k: str, h: "Heads", eps: float, *, offset: float = 0.0
+    ) -> None:
         self.q, self.k = (
-            w.read(f"{name}.weight", (h.head_dim,), dtype=torch.float32) for name in (q, k)
+            w.read(f"{name}.weight", (h.head_dim,), dtype=torch.float32) + offset for name in (q, k)
         )
         self.eps = eps
         rows = [self.q.expand(h.count, -1), self.k.expand(h.kv_count, -1)]
         self._norm = RMSNorm(torch.cat(rows), eps)
 
-    def __call__(self, qk: torch.Tensor) -> None:
+    def __call__(self, qk: torch.Tensor, batch: "Batch") -> None:
         """Normalise qk [tokens, heads + kv_heads, head_dim] in place."""
         self._norm(qk, out=qk)
+
+
+class HeadLayerNorm:
+    """LayerNorm over each head of [q; k], with a weight of its own for every head.
+
+    weight, bias: [heads + kv_heads, head_dim] of this rank; without a bias nothing is added.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> None:
+        self._weight = weight
+        self._bias = bias
+        self._eps = eps
+
+    def __call__(self, qk: torch.Tensor, batch: "Batch") -> None:
+        """Normalise qk [tokens, heads + kv_heads, head_dim] in place."""
+        y = F.layer_norm(qk.float(), qk.shape[-1:], eps=self._eps).mul_(self._weight)
+        qk.copy_(y if self._bias is None else y.add_(self._bias))
+
+
+class WholeNorm:
+    """RMSNorm over all queries of a token and over all its keys, also those of other ranks.
+
+    q, k: names of weights [heads * head_dim] and [kv_heads * head_dim].
+    """
+
+    def __init__(self, w: "Checkpoint", q: str, k: str, h: "Heads", eps: float) -> None:
+        self._group = w.group
+        self._eps = eps
+        self._sides = []
+        for name, total, mine in ((q, h.heads, h.mine), (k, h.kv_heads, h.mine_kv)):
+            size, count = total * h.head_dim, mine[1] - mine[0]
+            weight = w.read(f"{name}.weight", (size,), (h.scaled(mine),), torch.float32)
+            # A head that several ranks keep counts once for each in the sum over them.
+            copies = count * w.group.size / total
+            self._sides.append((count, weight.view(-1, h.head_dim), size * copies))
+
+    def __call__(self, qk: torch.Tensor, batch: "Batch") -> None:
+        """Normalise qk [tokens, heads + kv_heads, head_dim] in place."""
+        first = 0
+        for count, weight, size in self._sides:
+            part = qk[:, first : first + count]
+            wide = part.float()
+            squares = self._group.all_reduce(wide.square().sum((1, 2), keepdim=True))
+            part.copy_(wide.mul_(torch.rsqrt(squares / size + self._eps)).mul_(weight))
+            first += count

@@ -1,16 +1,21 @@
-"""Rope: rotary positions, in place on queries and keys together."""
+"""Positions: rotary, in place on queries and keys together; learned, added to the embedding; or
+slopes for a bias that grows with the distance."""
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from kvrun.errors import Unsupported
-from kvrun.runtime.device import kernel
+from kvrun.runtime.device import fused
 
 if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
+    from kvrun.runtime.checkpoint import Checkpoint
     from kvrun.runtime.hf_config import HFConfig
+    from kvrun.runtime.layers.qkv import Heads
 
 
 class Rope:
@@ -34,7 +39,7 @@ class Rope:
         self._dtype = dtype
         frequencies, self._factor = scaled_frequencies(parameters, self._width)
         self._frequencies = frequencies.to(device)
-        self._kernel = kernel("rotary", device) if device.type == "cuda" else None
+        self._kernel = fused("rotary", device)
         # out = x·cos + partner·sin, where the first of a pair takes its partner with a minus:
         # sin(-a) = -sin(a) and cos(-a) = cos(a), so the sign lies in the frequency.
         pair = torch.stack((-frequencies, frequencies), dim=1 if interleaved else 0)
@@ -72,6 +77,56 @@ class Rope:
         return cos.to(self._dtype), sin.to(self._dtype)
 
 
+class LearnedPositions:
+    """An embedding plus a row of its own for each position; the table begins at row `offset`."""
+
+    def __init__(
+        self,
+        w: "Checkpoint",
+        embedding: "Callable[[Batch], torch.Tensor]",
+        name: str,
+        count: int,
+        hidden: int,
+        offset: int = 0,
+    ) -> None:
+        self._embedding = embedding
+        self._table = w.read(f"{name}.weight", (count + offset, hidden))[offset:]
+
+    def __call__(self, batch: "Batch") -> torch.Tensor:
+        # A captured step may run a few positions past the end, and nobody reads what it draws.
+        positions = batch.positions.clamp(max=len(self._table) - 1)
+        return self._embedding(batch).add_(F.embedding(positions, self._table))
+
+
+class GrowingQueries:
+    """Queries times 1 + beta · log(1 + floor((position + shift) / span)), before they are rotated,
+    which commutes."""
+
+    def __init__(self, heads: "Heads", beta: float, span: float, shift: int = 0) -> None:
+        self._queries = heads.count
+        self._beta = beta
+        self._span = span
+        self._shift = shift
+
+    def __call__(self, qk: torch.Tensor, batch: "Batch") -> None:
+        """Scale the queries of qk [tokens, heads + kv_heads, head_dim] in place."""
+        spans = ((batch.positions + self._shift) / self._span).floor_()
+        factor = spans.log1p_().mul_(self._beta).add_(1.0).to(qk.dtype)
+        qk[:, : self._queries].mul_(factor.view(-1, 1, 1))
+
+
+def alibi_slopes(heads: int, device: torch.device, most: float = 8.0) -> torch.Tensor:
+    """[heads] fp32, as Bloom and MPT choose them (Press et al. 2022).
+
+    Powers of 2^(-most / n) for the largest power of two n of heads, and odd powers of its root for
+    the heads beyond.
+    """
+    base = 1 << (heads.bit_length() - 1)
+    slopes = [2 ** (-most * i / base) for i in range(1, base + 1)]
+    slopes += [2 ** (-most * (i + 0.5) / base) for i in range(heads - base)]
+    return torch.tensor(slopes, dtype=torch.float32, device=device)
+
+
 def scaled_frequencies(parameters: "HFConfig", width: int) -> tuple[torch.Tensor, float]:
     """Angles per position [width / 2] in fp32, and the factor on cos and sin.
 
@@ -82,7 +137,8 @@ def scaled_frequencies(parameters: "HFConfig", width: int) -> tuple[torch.Tensor
         raise Unsupported(f"rotary positions over {width} dimensions of a head are not supported.")
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     frequencies = 1.0 / parameters.number("rope_theta") ** exponents
-    if kind == "default":
+    # Dynamic scaling begins beyond max_position_embeddings, where a context ends.
+    if kind in ("default", "dynamic"):
         return frequencies, 1.0
     if kind == "linear":
         return frequencies / parameters.number("factor"), 1.0
@@ -90,9 +146,11 @@ def scaled_frequencies(parameters: "HFConfig", width: int) -> tuple[torch.Tensor
         return _llama3(parameters, frequencies), 1.0
     if kind == "yarn":
         return _yarn(parameters, frequencies, width)
+    if kind in ("longrope", "su"):
+        return _longrope(parameters, frequencies)
     raise Unsupported(
         f"the rotary scaling '{kind}' is not supported.",
-        hint="known: default, linear, llama3, yarn",
+        hint="known: default, linear, dynamic, llama3, yarn, longrope",
     )
 
 
@@ -134,3 +192,28 @@ def _yarn(
         attention = mscale(parameters.number("mscale"))
         attention /= mscale(parameters.number("mscale_all_dim"))
     return scaled, parameters.number("attention_factor", attention)
+
+
+def _longrope(parameters: "HFConfig", frequencies: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Each frequency divided by a factor of its own, of two lists (Ding et al. 2024).
+
+    The list is chosen by the longest context there may be, whatever the length of a sequence: keys
+    in the cache are rotated already, and a sequence must not depend on its neighbours.
+    """
+    trained = parameters.number("original_max_position_embeddings")
+    longest = parameters.number("max_position_embeddings")
+    kind = "long" if parameters.number("context", longest) > trained else "short"
+    divisors = parameters.numbers(f"{kind}_factor", len(frequencies))
+    factor = parameters.number("factor", longest / trained)
+    spread = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
+    found = frequencies / torch.tensor(divisors, dtype=torch.float32)
+    spread = parameters.number("attention_factor", parameters.number(f"{kind}_mscale", spread))
+    return found, spread
+
+
+def yarn_growth(parameters: "HFConfig") -> float:
+    """What DeepSeek's models multiply the scale of their scores by under yarn."""
+    weight = parameters.number("mscale_all_dim", 0.0)
+    if parameters.text("rope_type") == "default" or not weight:
+        return 1.0
+    return (0.1 * weight * math.log(max(parameters.number("factor"), 1.0)) + 1.0) ** 2

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvrun.errors import BadCheckpoint
-from kvrun.runtime.checkpoint import Ranges, Shard
+from kvrun.runtime.checkpoint import Ranges
+from kvrun.runtime.checkpoint import Shard as Shard  # families take it from here
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint

@@ -3,9 +3,9 @@ models/gemma2/modeling_gemma2.py."""
 
 from typing import TYPE_CHECKING
 
+from kvrun.runtime.layers.attention import Attention
 from kvrun.runtime.layers.block import Sandwich
 from kvrun.runtime.layers.decoder import Decoder
-from kvrun.runtime.layers.embedding import Embedding, Head
 from kvrun.runtime.layers.norm import RMSNorm, rms_norm
 from kvrun.runtime.layers.position import Rope
 from kvrun.runtime.models import llama
@@ -15,37 +15,40 @@ if TYPE_CHECKING:
 
 
 def build(w: "Checkpoint") -> Decoder:
+    w.config.defaults(head_dim=256, num_key_value_heads=4)
     c = w.config
     c.refuse("use_bidirectional_attention", True)
-    hidden = c.integer("hidden_size")
-    rope = Rope(c.rope(), llama.heads(w).head_dim, w.dtype, w.device)
-    embedding = Embedding(
-        w, "model.embed_tokens", c.integer("vocab_size"), hidden, scale=hidden**0.5
+    return llama.decoder(
+        w,
+        block,
+        norm=norm,
+        embedding_scale=c.integer("hidden_size") ** 0.5,
+        tied=True,
+        softcap=c.optional("final_logit_softcapping", 30.0),
     )
-    blocks = [block(w, n, rope) for n in range(c.integer("num_hidden_layers"))]
-    cap = c.optional("final_logit_softcapping", 30.0)
-    head = Head(w, "lm_head", embedding, tied=True, softcap=cap)
-    return Decoder(w, embedding, blocks, norm(w, "model.norm"), head)
 
 
 def block(w: "Checkpoint", n: int, rope: Rope) -> Sandwich:
-    c, p = w.config, f"model.layers.{n}"
-    every_other = ["sliding_attention", "full_attention"] * c.integer("num_hidden_layers")
-    sliding = c.layer_types(every_other)[n] == "sliding_attention"
+    c = w.config
     attention = llama.attention(
         w,
         n,
         rope=rope,
         scale=c.number("query_pre_attn_scalar", 256) ** -0.5,
         softcap=c.optional("attn_logit_softcapping", 50.0),
-        window=c.integer("sliding_window", 4096) if sliding else None,
+        window=c.window(n, every=2),
     )
+    return sandwich(w, n, attention)
+
+
+def sandwich(w: "Checkpoint", n: int, attention: Attention) -> Sandwich:
+    p = f"model.layers.{n}"
     return Sandwich(
         norm(w, f"{p}.input_layernorm"),
         attention,
         norm(w, f"{p}.post_attention_layernorm"),
         norm(w, f"{p}.pre_feedforward_layernorm"),
-        llama.mlp(w, n, act=c.text("hidden_activation", "gelu_pytorch_tanh")),
+        llama.mlp(w, n, act=w.config.text("hidden_activation", "gelu_pytorch_tanh")),
         norm(w, f"{p}.post_feedforward_layernorm"),
     )
 

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from kvrun.runtime.layers.attention import Attention
 from kvrun.runtime.layers.block import Block
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.layers.norm import HeadNorm
@@ -17,15 +18,19 @@ def build(w: "Checkpoint") -> Decoder:
 
 
 def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
-    c, h, p = w.config, llama.heads(w), f"model.layers.{n}"
-    q, k = f"{p}.self_attn.q_norm", f"{p}.self_attn.k_norm"
-    qk = HeadNorm(w, q, k, h, c.number("rms_norm_eps", 1e-6))
+    p = f"model.layers.{n}"
     return Block(
-        llama.norm(w, f"{p}.input_layernorm"),
-        llama.attention(w, n, rope=rope, head_norm=qk, window=window(w, n)),
-        llama.norm(w, f"{p}.post_attention_layernorm"),
-        llama.mlp(w, n, act=c.text("hidden_act", "silu")),
+        llama.rms(w, f"{p}.input_layernorm"),
+        attention(w, n, rope),
+        llama.rms(w, f"{p}.post_attention_layernorm"),
+        llama.mlp(w, n),
     )
+
+
+def attention(w: "Checkpoint", n: int, rope: Rope) -> Attention:
+    h, p = llama.heads(w), f"model.layers.{n}.self_attn"
+    qk = HeadNorm(w, f"{p}.q_norm", f"{p}.k_norm", h, w.config.number("rms_norm_eps", 1e-6))
+    return llama.attention(w, n, rope=rope, head_norm=qk, window=window(w, n))
 
 
 def window(w: "Checkpoint", n: int) -> int | None:

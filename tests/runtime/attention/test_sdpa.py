@@ -45,6 +45,8 @@ def dense(spec: AttentionSpec, q: torch.Tensor, known: Known, start: int) -> tor
     for row in range(len(q)):
         position = start + row
         first = 0 if spec.window is None else max(0, position - spec.window + 1)
+        if spec.chunk is not None:
+            first = max(first, position // spec.chunk * spec.chunk)
         for head in range(spec.heads):
             kv = head // (spec.heads // spec.kv_heads)
             keys = known.keys[first : position + 1, kv].double()
@@ -125,6 +127,7 @@ def close(result: tuple[torch.Tensor, torch.Tensor], tolerance: float = 2e-5) ->
 OPTIONS = {
     "plain": {},
     "window": {"window": 5},
+    "chunk": {"chunk": 6},
     "softcap": {"softcap": 0.7},
     "alibi": {"alibi": torch.tensor([0.5, 0.25, 0.125, 0.06])},
     "sinks": {"sinks": torch.tensor([0.3, -1.0, 2.0, 0.0])},
@@ -169,7 +172,7 @@ def test_blocks_that_follow_one_another(lengths: list[tuple[int, int]]) -> None:
     assert close(run(AttentionSpec(0, 4, 2, 8, 0.35), lengths, runs=True))
 
 
-@pytest.mark.parametrize("option", ["window", "softcap", "alibi", "sinks"])
+@pytest.mark.parametrize("option", ["window", "chunk", "softcap", "alibi", "sinks"])
 def test_options_matter(option: str) -> None:
     """The comparison above would notice if the backend left an option out."""
     spec = AttentionSpec(0, 4, 2, 8, 0.41, **OPTIONS[option])

@@ -14,9 +14,19 @@ from kvrun.runtime.checkpoint import Checkpoint, Shard
 from kvrun.runtime.layers import embedding
 from kvrun.runtime.layers.embedding import Embedding, Head
 from kvrun.runtime.layers.linear import Linear
-from kvrun.runtime.layers.mlp import GatedMLP
-from kvrun.runtime.layers.norm import HeadNorm, RMSNorm, rms_norm
+from kvrun.runtime.layers.mlp import MLP, GatedMLP, gate_and_up
+from kvrun.runtime.layers.norm import (
+    HeadLayerNorm,
+    HeadNorm,
+    LayerNorm,
+    RMSNorm,
+    before_product,
+    layer_norm,
+    rms_norm,
+)
+from kvrun.runtime.layers.position import LearnedPositions
 from kvrun.runtime.layers.qkv import Heads
+from kvrun.runtime.parallel import Group
 from kvrun.runtime.quant import dense
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -65,11 +75,103 @@ def test_head_norm_works_in_place_on_views(tmp_path: Path, dtype: torch.dtype) -
     buffer = torch.randn(5, 8, 8).to(dtype)
     before = buffer.clone()
     view = buffer[:, :6]
-    norm(view)
+    norm(view, NOBODY)
     assert torch.equal(buffer[:, 6:], before[:, 6:])
     assert torch.equal(buffer[:, :4], RMSNorm(q, 1e-6)(before[:, :4].contiguous()))
     assert torch.equal(buffer[:, 4:6], RMSNorm(k, 1e-6)(before[:, 4:6].contiguous()))
     w.close()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_layer_norm(tmp_path: Path, dtype: torch.dtype, bias: bool, offset: float) -> None:
+    torch.manual_seed(0)
+    weight, shift, x = torch.rand(24), torch.randn(24), torch.randn(5, 24)
+    w = stored(tmp_path, dtype, a__weight=weight, a__bias=shift)
+    norm = layer_norm(w, "a", 24, 1e-5, bias=bias, offset=offset)
+    w.close()
+    wanted = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+    wanted = wanted * (weight + offset) + (shift if bias else 0.0)
+    tolerance = 8 * torch.finfo(dtype).eps
+    found = norm(x.to(dtype))
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.float(), wanted, rtol=tolerance, atol=2 * tolerance)
+    rest = torch.ones(5, 24, dtype=dtype)
+    assert norm.add_to(rest, x.to(dtype)) is rest
+    torch.testing.assert_close(rest.float(), wanted + 1, rtol=tolerance, atol=4 * tolerance)
+
+
+def test_head_layer_norm_has_a_weight_for_every_head() -> None:
+    torch.manual_seed(0)
+    weight, buffer = torch.rand(5, 8), torch.randn(3, 6, 8)
+    before = buffer.clone()
+    HeadLayerNorm(weight, None, 1e-5)(buffer[:, :5], NOBODY)
+    assert torch.equal(buffer[:, 5], before[:, 5])
+    for head in range(5):
+        wanted = F.layer_norm(before[:, head], (8,), weight[head], None, 1e-5)
+        torch.testing.assert_close(buffer[:, head], wanted)
+
+
+def test_a_norm_goes_into_the_product_or_ahead_of_it() -> None:
+    x = torch.randn(2, 8)
+    rms = RMSNorm(torch.ones(8), 1e-5)
+    assert before_product(rms, x) == (x, rms)
+    assert before_product(None, x) == (x, None)
+    norm = LayerNorm(torch.ones(8), None, 1e-5)
+    y, before = before_product(norm, x)
+    assert before is None
+    assert torch.equal(y, norm(x))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("act", ["relu2", "gelu_new"])
+def test_plain_mlp(tmp_path: Path, transposed: bool, act: str) -> None:
+    torch.manual_seed(0)
+    up, down, a, b = (torch.randn(s) for s in ((12, 8), (8, 12), (12,), (8,)))
+    kept = [t.t().contiguous() if transposed else t for t in (up, down)]
+    w = stored(tmp_path, u__weight=kept[0], d__weight=kept[1], u__bias=a, d__bias=b)
+    mlp = MLP(w, "u", "d", hidden=8, inner=12, act=act, transposed=transposed)
+    w.close()
+    x, add = torch.randn(5, 8), torch.randn(5, 8)
+    y = F.linear(x, up, a)
+    y = F.relu(y) ** 2 if act == "relu2" else F.gelu(y, approximate="tanh")
+    wanted = F.linear(y, down, b)
+    torch.testing.assert_close(mlp(x, NOBODY), wanted, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(mlp(x, NOBODY, add), wanted + add, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_of_one_tensor_of_gates_and_ups(tmp_path: Path, rank: int) -> None:
+    both, down = torch.randn(24, 8), torch.randn(8, 12)
+    w = stored(tmp_path, gu__weight=both, d__weight=down)
+    w.group = Group(rank, 2)
+    rows = w.matrix(*gate_and_up(w, ["gu"], 8, 12))
+    w.close()
+    mine = slice(6 * rank, 6 * rank + 6)
+    assert torch.equal(rows, torch.cat((both[:12][mine], both[12:][mine])))
+
+
+@pytest.mark.parametrize("scale", [0.5, torch.rand(32)])
+def test_scaled_logits_and_a_bias(tmp_path: Path, scale: Any) -> None:
+    table, matrix, bias = torch.randn(32, 16), torch.randn(32, 16), torch.randn(32)
+    w = stored(tmp_path, e__weight=table, h__weight=matrix, h__bias=bias)
+    head = Head(w, "h", Embedding(w, "e", 32, 16), tied=False, scale=scale, bias=True)
+    w.close()
+    x, out = torch.randn(3, 16), torch.empty(3, 32)
+    wanted = F.linear(x, matrix, bias) * scale
+    torch.testing.assert_close(head(x, NOBODY), wanted, rtol=1e-5, atol=1e-5)
+    assert head(x, NOBODY, None, out) is out
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_learned_positions(tmp_path: Path) -> None:
+    table, places = torch.randn(8, 4), torch.randn(7, 4)
+    w = stored(tmp_path, e__weight=table, p__weight=places)
+    embed = LearnedPositions(w, Embedding(w, "e", 8, 4), "p", 5, 4, offset=2)
+    w.close()
+    batch: Any = SimpleNamespace(ids=torch.tensor([1, 3, 3]), positions=torch.tensor([0, 4, 9]))
+    assert torch.equal(embed(batch), table[[1, 3, 3]] + places[[2, 6, 6]])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -208,7 +310,7 @@ def test_gated_mlp(tmp_path: Path, act: str, function: Any) -> None:
     torch.manual_seed(0)
     gate, up, down = torch.randn(12, 8), torch.randn(12, 8), torch.randn(8, 12)
     w = stored(tmp_path, g__weight=gate, u__weight=up, d__weight=down)
-    mlp = GatedMLP(w, "g", "u", "d", hidden=8, inner=12, act=act)
+    mlp = GatedMLP(w, ("g", "u"), "d", hidden=8, inner=12, act=act)
     w.close()
     batch = NOBODY
     x, add = torch.randn(5, 8), torch.randn(5, 8)

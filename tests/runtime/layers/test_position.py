@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from kvrun.errors import BadCheckpoint, Unsupported
 from kvrun.runtime.hf_config import HFConfig
-from kvrun.runtime.layers.position import Rope, scaled_frequencies
+from kvrun.runtime.layers.position import Rope, alibi_slopes, scaled_frequencies
 
 CPU = torch.device("cpu")
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -48,12 +48,70 @@ def test_scalings_are_those_of_transformers(scaling: dict[str, Any], theta: floa
 
 
 def test_unknown_scaling_and_odd_widths_are_refused() -> None:
-    with pytest.raises(Unsupported, match="longrope"):
-        scaled_frequencies(parameters(rope_type="longrope", original_max_position_embeddings=8), 64)
+    with pytest.raises(Unsupported, match="proportional"):
+        scaled_frequencies(parameters(rope_type="proportional"), 64)
     with pytest.raises(Unsupported, match="7 dimensions"):
         scaled_frequencies(parameters(), 7)
     with pytest.raises(BadCheckpoint, match="factor"):
         scaled_frequencies(parameters(rope_type="linear"), 64)
+
+
+@pytest.mark.parametrize("longest", [64, 65, 512])
+def test_longrope_is_that_of_transformers(longest: int) -> None:
+    lists = {
+        "short_factor": [1.0 + i / 64 for i in range(32)],
+        "long_factor": [1.0 + i for i in range(32)],
+    }
+    oracle = Phi3Config(
+        hidden_size=256,
+        num_attention_heads=4,
+        max_position_embeddings=longest,
+        original_max_position_embeddings=64,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **lists},
+    )
+    wanted, factor = ROPE_INIT_FUNCTIONS["longrope"](oracle, CPU, seq_len=longest)
+    said = {"rope_type": "longrope", "rope_theta": 1e4, **lists}
+    found, ours = scaled_frequencies(
+        HFConfig(
+            {
+                "model_type": "x",
+                "rope_scaling": said,
+                "max_position_embeddings": longest,
+                "original_max_position_embeddings": 64,
+            }
+        ).rope(),
+        64,
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0.0)
+    assert math.isclose(ours, factor, rel_tol=1e-6)
+
+
+def test_longrope_needs_a_number_for_every_frequency() -> None:
+    few = {"short_factor": [1.0] * 31, "long_factor": [1.0] * 32}
+    with pytest.raises(BadCheckpoint, match="short_factor.* must be a list of 32 numbers"):
+        scaled_frequencies(
+            parameters(
+                rope_type="longrope",
+                original_max_position_embeddings=8,
+                max_position_embeddings=8,
+                **few,
+            ),
+            64,
+        )
+
+
+def test_dynamic_scaling_changes_nothing_within_the_context() -> None:
+    given = parameters(rope_type="dynamic", factor=4.0)
+    found, factor = scaled_frequencies(given, 64)
+    assert torch.equal(found, scaled_frequencies(parameters(), 64)[0])
+    assert factor == 1.0
+
+
+@pytest.mark.parametrize(("heads", "wanted"), [(4, [0.25, 1 / 16]), (6, [0.25, 1 / 16])])
+def test_alibi_slopes(heads: int, wanted: list[float]) -> None:
+    slopes = alibi_slopes(heads, CPU)
+    assert slopes[:2].tolist() == wanted
+    assert slopes[4:].tolist() == [0.5, 0.125][: heads - 4]
 
 
 def rotated(x: torch.Tensor, positions: list[int], pairs: list[tuple[int, int]]) -> torch.Tensor:

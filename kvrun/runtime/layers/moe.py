@@ -1,0 +1,214 @@
+"""MoE: a router chooses a few gated MLPs for each token; what they give is weighed and added up."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from kvrun.errors import Unsupported
+from kvrun.runtime.device import kernel
+from kvrun.runtime.layers.linear import Linear, split_cols
+from kvrun.runtime.layers.mlp import KERNEL_NAMES, gate_and_up
+from kvrun.runtime.layers.qkv import Shard
+
+if TYPE_CHECKING:
+    from kvrun.runtime.batch import Batch
+    from kvrun.runtime.checkpoint import Checkpoint
+    from kvrun.runtime.layers.block import Part
+    from kvrun.runtime.layers.norm import Norm
+
+# A router's logits [tokens, experts] fp32 -> weights [tokens, K] fp32 and experts [tokens, K].
+Route = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def softmax_top(count: int, *, normalise: float = 0.0) -> Route:
+    """The `count` likeliest experts; `normalise` p: their chances are divided by their p-norm."""
+
+    def route(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, chosen = logits.softmax(-1).topk(count)
+        if normalise:
+            weights = weights / torch.linalg.vector_norm(weights, normalise, -1, keepdim=True)
+        return weights, chosen
+
+    return route
+
+
+def top_softmax(count: int) -> Route:
+    """The `count` largest logits; weights are a softmax of these alone."""
+
+    def route(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, chosen = logits.topk(count)
+        return weights.softmax(-1), chosen
+
+    return route
+
+
+def in_best_groups(scores: torch.Tensor, groups: int, kept: int, best: int) -> torch.Tensor:
+    """Scores [tokens, experts], with -inf outside the `kept` groups of experts whose `best` best
+    add up to most."""
+    if groups == kept:
+        return scores
+    grouped = scores.view(len(scores), groups, -1)
+    ranks = grouped.topk(best, dim=-1)[0].sum(-1).topk(kept, dim=-1)[1]
+    hidden = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, ranks, False)
+    return grouped.masked_fill(hidden.unsqueeze(-1), float("-inf")).flatten(1)
+
+
+def sigmoid_top(
+    count: int,
+    bias: torch.Tensor,
+    *,
+    groups: int = 1,
+    kept: int = 1,
+    normalise: bool = True,
+    factor: float = 1.0,
+) -> Route:
+    """The `count` best by sigmoid and `bias` [experts], of the best groups; the bias takes part in
+    the choice, not in the weights."""
+
+    def route(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = logits.sigmoid()
+        chosen = in_best_groups(scores + bias, groups, kept, best=2).topk(count, dim=-1)[1]
+        weights = scores.gather(1, chosen)
+        if normalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights * factor, chosen
+
+    return route
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Stacked matrices of this rank: gate_up [experts, 2 * inner, hidden], the gates on top, down
+    [experts, hidden, inner]; biases [experts, ...] if any.
+
+    `act` is an activation of a gated MLP, or "clamped" with a `limit` (see kernels/moe.py).
+    """
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    act: str
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+    limit: float = 0.0
+
+
+def listed(
+    w: "Checkpoint",
+    name: str,
+    parts: tuple[str, str, str],
+    *,
+    count: int,
+    hidden: int,
+    inner: int,
+    act: str,
+) -> Experts:
+    """Experts with tensors of their own: `name`.N.part, for a gate, an up and a down matrix."""
+    plain(w, name)
+    gate, up, down = parts
+    rows: list[Shard] = []
+    for n in range(count):
+        rows += gate_and_up(w, (f"{name}.{n}.{gate}", f"{name}.{n}.{up}"), hidden, inner)
+    cols = [split_cols(w, f"{name}.{n}.{down}", hidden, inner) for n in range(count)]
+    return Experts(
+        w.matrix(*rows).view(count, -1, hidden), w.matrix(*cols).view(count, hidden, -1), act
+    )
+
+
+def stacked(
+    w: "Checkpoint",
+    gate_up: str,
+    down: str,
+    *,
+    count: int,
+    hidden: int,
+    inner: int,
+    act: str,
+) -> Experts:
+    """Experts in two tensors [count, 2 * inner, hidden] and [count, hidden, inner]."""
+    plain(w, gate_up)
+    first, last = w.group.cut(inner, gate_up)
+    rows, cols = ((first, last), (inner + first, inner + last)), ((first, last),)
+    return Experts(
+        w.read(gate_up, (count, 2 * inner, hidden), (None, rows, None)),
+        w.read(down, (count, hidden, inner), (None, None, cols)),
+        act,
+    )
+
+
+def plain(w: "Checkpoint", name: str) -> None:
+    """Raise Unsupported for experts that are stored in another form than plain matrices."""
+    if w.config.quant_method is not None:
+        raise Unsupported(
+            f"the experts {name} are stored as '{w.config.quant_method}', which kvrun cannot read.",
+            hint="use the model's version in 16 or 32 bits",
+        )
+
+
+class MoE:
+    """x [tokens, hidden] -> [tokens, hidden], plus `add` if given; `norm` is applied to x first.
+
+    `router` names a matrix [experts, hidden], `wide`: multiplied in fp32; `shared` is an MLP that
+    every token goes through.
+    """
+
+    def __init__(
+        self,
+        w: "Checkpoint",
+        router: str,
+        route: Route,
+        experts: Experts,
+        *,
+        bias: bool = False,
+        wide: bool = False,
+        shared: "Part | None" = None,
+    ) -> None:
+        count, hidden, _ = experts.down.shape
+        self._wide = (
+            w.read(f"{router}.weight", (count, hidden), None, torch.float32) if wide else None
+        )
+        self._router = None if wide else Linear(w, Shard(router, count, hidden), bias=bias)
+        self._route = route
+        if experts.act in KERNEL_NAMES:
+            experts = replace(experts, act=KERNEL_NAMES[experts.act])
+        self._experts = experts
+        self._shared = shared
+        self._group = w.group
+        self._kernel = kernel("moe", w.device)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        batch: "Batch",
+        add: torch.Tensor | None = None,
+        norm: "Norm | None" = None,
+    ) -> torch.Tensor:
+        x = x if norm is None else norm(x)
+        weights, chosen = self._route(self._logits(x, batch))
+        y = self._group.all_reduce(self._mixed(x, weights, chosen))
+        if add is not None:
+            y = add.add_(y)
+        return y if self._shared is None else self._shared(x, batch, add=y)
+
+    def _mixed(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        e = self._experts
+        y: torch.Tensor = self._kernel.experts(
+            x,
+            e.gate_up,
+            e.down,
+            chosen,
+            weights,
+            e.act,
+            gate_up_bias=e.gate_up_bias,
+            down_bias=e.down_bias,
+            limit=e.limit,
+        )
+        return y
+
+    def _logits(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
+        if self._router is not None:
+            return self._router(x, batch).float()
+        assert self._wide is not None
+        return F.linear(x.float(), self._wide)

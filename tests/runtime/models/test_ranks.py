@@ -1,0 +1,78 @@
+"""Two ranks, each with its own cut of every tensor, give the logits that one gives."""
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvrun.runtime.parallel import Group
+from tests.runtime.driver import Driver
+from tests.runtime.models import zoo
+
+PROMPT = list(range(3, 20))
+
+
+@dataclass
+class Sum:
+    """The sum of what two threads bring, handed to both; an error of one frees the other."""
+
+    barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(2, timeout=60))
+    parts: list[Any] = field(default_factory=lambda: [None, None])
+
+    def of(self, rank: int, x: torch.Tensor) -> torch.Tensor:
+        self.parts[rank] = x
+        self.barrier.wait()
+        total: torch.Tensor = self.parts[0] + self.parts[1]
+        self.barrier.wait()
+        return total
+
+
+@dataclass(frozen=True)
+class Threads(Group):
+    """Ranks that are threads of this process."""
+
+    size: int = 2
+    sum: Any = None
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return self.sum.of(self.rank, x)  # type: ignore[no-any-return]
+
+
+def logits(driver: Driver) -> torch.Tensor:
+    rows = driver.step([(0, PROMPT[:-2])])
+    for token in PROMPT[-2:]:
+        rows += driver.step([(0, [token])])
+    return torch.cat(rows)
+
+
+def ranks(folder: Path) -> list[Any]:
+    """What each of two ranks computes, or the error it ends with."""
+    total = Sum()
+    found: list[Any] = [None, None]
+
+    def run(rank: int) -> None:
+        try:
+            found[rank] = logits(Driver(folder, group=Threads(rank, sum=total)))
+        except Exception as error:
+            found[rank] = error
+            total.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize(("family", "variant"), list(zoo.variants()))
+def test_two_ranks_are_one_model(tmp_path: Path, family: str, variant: str) -> None:
+    zoo.make(tmp_path, family, variant)
+    whole = logits(Driver(tmp_path))
+    for part in ranks(tmp_path):
+        if isinstance(part, Exception):
+            raise part
+        assert (part - whole).abs().max() <= 1e-4

@@ -17,7 +17,7 @@ import msgspec
 from kvrun.errors import EngineDead, InvalidRequest, KvrunError
 from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine import wire
-from kvrun.runtime.engine.request import Delta, Ready, Request, Stats
+from kvrun.runtime.engine.request import Delta, Pages, Ready, Request, Stats
 
 # Threads of the engine sleep while they wait for each other: spinning, they would take the cores
 # from the very threads they wait for as soon as another program is busy.
@@ -55,6 +55,7 @@ class EngineClient:
         self._names: dict[str, str] = {}  # request id -> its name in the engine
         self._queues: dict[str, asyncio.Queue[_Item]] = {}  # by name
         self._stats: list[asyncio.Future[Stats]] = []
+        self._pages: list[asyncio.Future[Pages]] = []
         self._dead: KvrunError | None = None
         self._closing = False
 
@@ -110,6 +111,18 @@ class EngineClient:
         self._stats.append(future)
         self._write(wire.encode(wire.AskStats()))
         return await future
+
+    async def pages(self) -> Pages:
+        """Which blocks of the KV cache belong to which of this client's requests, now."""
+        if self._dead:
+            raise self._dead
+        future: asyncio.Future[Pages] = self._loop.create_future()
+        self._pages.append(future)
+        self._write(wire.encode(wire.AskPages()))
+        pages = await future
+        ids = {name: request_id for request_id, name in self._names.items()}
+        pages.requests = {ids[n]: blocks for n, blocks in pages.requests.items() if n in ids}
+        return pages
 
     async def ended(self) -> KvrunError:
         """Wait until the engine process has ended, however it comes; returns why it has."""
@@ -181,6 +194,10 @@ class EngineClient:
             future = self._stats.pop(0)
             if not future.done():
                 future.set_result(message.stats)
+        elif isinstance(message, wire.PageMap):
+            waiting = self._pages.pop(0)
+            if not waiting.done():
+                waiting.set_result(message.pages)
         elif isinstance(message, wire.Started) and not self._started.done():
             self._started.set_result(message.ready)
 
@@ -188,13 +205,14 @@ class EngineClient:
         self._dead = error
         for queue in self._queues.values():
             queue.put_nowait(error)
-        for future in self._stats:
+        for future in [*self._stats, *self._pages]:
             if not future.done():
                 future.set_exception(error)
         if not self._started.done():
             self._started.set_exception(error)
             self._started.exception()  # nobody waits for it any more when `start` was cancelled
         self._stats.clear()
+        self._pages.clear()
         self._ended.set()
 
     def _obituary(self, code: int, fault: wire.Fault | None) -> KvrunError:

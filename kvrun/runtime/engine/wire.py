@@ -7,7 +7,7 @@ from typing import IO
 import msgspec
 
 from kvrun import errors
-from kvrun.runtime.engine.request import Delta, Ready, Request, Stats
+from kvrun.runtime.engine.request import Delta, Pages, Ready, Request, Stats
 
 _LENGTH = struct.Struct("<I")
 
@@ -56,6 +56,10 @@ class AskStats(msgspec.Struct, tag=True):
     pass
 
 
+class AskPages(msgspec.Struct, tag=True):
+    pass
+
+
 class Started(msgspec.Struct, tag=True):
     ready: Ready
 
@@ -73,14 +77,18 @@ class Statistics(msgspec.Struct, tag=True):
     stats: Stats
 
 
+class PageMap(msgspec.Struct, tag=True):
+    pages: Pages
+
+
 class Died(msgspec.Struct, tag=True):
     """The last message of a worker that cannot go on (or never could start)."""
 
     fault: Fault
 
 
-ToEngine = Submit | Abort | AskStats
-FromEngine = Started | Deltas | Rejected | Statistics | Died
+ToEngine = Submit | Abort | AskStats | AskPages
+FromEngine = Started | Deltas | Rejected | Statistics | PageMap | Died
 
 _encoder = msgspec.msgpack.Encoder()
 to_engine = msgspec.msgpack.Decoder(ToEngine)

@@ -112,6 +112,8 @@ class Worker:
                 wire.send(self._outlet, rejected)
         elif isinstance(message, wire.Abort):
             self._engine.abort(message.request_id, message.index)
+        elif isinstance(message, wire.AskPages):
+            wire.send(self._outlet, wire.PageMap(self._engine.pages()))
         else:
             wire.send(self._outlet, wire.Statistics(self._engine.stats()))
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import re
 from io import StringIO
 from typing import TextIO
 
@@ -12,10 +11,10 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.segment import Segment, SegmentLines
 
+from kvrun.chat.blocks import split
 from kvrun.chat.printable import printable
 
 FRAME_SECONDS = 0.04
-FENCES = ("```", "~~~")
 
 
 class MarkdownScreen:
@@ -113,29 +112,6 @@ class MarkdownScreen:
         if text:
             self._out.write(text)
             self._out.flush()
-
-
-def split(text: str) -> tuple[list[str], str]:
-    """The blocks of Markdown that what follows can no longer change, and the rest.
-
-    A block ends before a line at the margin that follows an empty line outside of a code fence.
-    """
-    blocks, start, at, fence, empty = [], 0, 0, "", False
-    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
-        # Even of a line that is not complete the beginning tells that it is not indented.
-        if empty and not fence and line[:1].strip():
-            blocks.append(text[start:at])
-            start = at
-        if not line.endswith("\n"):
-            break
-        mark = line.lstrip()[:3]
-        if fence:
-            fence = "" if mark == fence else fence
-        elif mark in FENCES:
-            fence = mark
-        empty = not line.strip()
-        at += len(line)
-    return blocks, text[start:]
 
 
 def _lines(console: Console, text: str) -> list[tuple[str, str]]:

@@ -24,7 +24,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     prompt_ids: Sequence[int]
     params: SamplingParams
-    adapter: str | None = None  # part of the prefix-cache key
+    adapter: str | list[tuple[str, float]] | None = None  # part of the prefix-cache key
 
 
 class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):

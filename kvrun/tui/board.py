@@ -82,6 +82,20 @@ class Board:
         talk.stop()
         self.talks.remove(talk)
 
+    def give(self, talk: Talk, speaker: Speaker, source: Source | None) -> None:
+        """Let somebody else answer in a column, from the next question on."""
+        asked: Source | None = source or self.host
+        assert asked
+        gate = self.host.gate if source is None and self.host else self._open
+        talk.become(speaker, asked, gate)
+
+    def forget_adapters(self) -> None:
+        """The engine holds another model: those adapters that it lacks give way to the base."""
+        known = self.host.adapters if self.host else {}
+        for talk in filter(self.local, self.talks):
+            if talk.speaker.adapter not in known:
+                talk.speaker = Speaker()
+
     def local(self, talk: Talk) -> bool:
         """Whether a column asks the engine of this machine."""
         return talk.source is self.host

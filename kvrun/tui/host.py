@@ -12,14 +12,14 @@ from kvrun.runtime.sampling.params import SamplingParams
 
 
 class Host:
-    """`connect` makes the session of a model's name, whose engine then begins to start.
+    """`connect` makes the session of another model, whose engine then begins to start.
 
     `changed` is called when the engine is ready, has died, or has other adapters. `gate` is set
     while questions can be asked.
     """
 
-    def __init__(self, name: str, connect: Callable[[str], Session]) -> None:
-        self.session = connect(name)
+    def __init__(self, session: Session, connect: Callable[[str], Session]) -> None:
+        self.session = session
         self.gate = asyncio.Event()
         self.failure: KvrunError | None = None
         self.adapters: dict[str, AdapterInfo] = {}

@@ -15,12 +15,14 @@ from kvrun.errors import KvrunError
 from kvrun.runtime.sampling.params import SamplingParams
 
 BASE = "base"
+WIDE = 52  # cells from which a column has room for all words of its counts
 
 
 class Source(Protocol):
     """Who answers: the engine of this machine, or a server."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     async def ask(
         self, messages: list[dict[str, str]], params: SamplingParams, adapter: Adapter = None
@@ -70,6 +72,7 @@ class Talk:
         self.reply: Answering | None = None
         self.error: KvrunError | None = None
         self.stopped = False
+        self.turn = 0  # answers asked for so far
         self._gate = gate
         self._ended = ended
         self._task: asyncio.Task[None] | None = None
@@ -103,6 +106,10 @@ class Talk:
     def last_question(self) -> Message | None:
         branch = self.conversation.branch()
         return next((m for m in reversed(branch) if m.role == "user"), None)
+
+    def become(self, speaker: Speaker, source: Source, gate: asyncio.Event) -> None:
+        """Let somebody else answer."""
+        self.speaker, self.source, self._gate = speaker, source, gate
 
     # -- asking -----------------------------------------------------------------------------
 
@@ -152,6 +159,7 @@ class Talk:
         self.arrived.clear()
         self.reply = self.error = None
         self.stopped = False
+        self.turn += 1
         self._began = time.perf_counter()
         self._task = asyncio.create_task(self._answer())
 
@@ -184,26 +192,29 @@ class Talk:
         self.arrived.clear()
         return text
 
-    def line(self) -> str:
+    def line(self, width: int = 80) -> str:
         """Counts and times of the answer that comes, else of the last one."""
         if self.busy and (self.reply is None or not self.reply.tokens):
-            what = "waiting" if self._gate.is_set() else "the engine starts"
+            what = "waiting" if self._gate.is_set() else "engine starts"
             return f"● {what} {time.perf_counter() - self._began:.0f} s"
         if self.busy and self.reply is not None:
-            return "● " + summary(describe(self.reply), running=True)
+            return "● " + summary(describe(self.reply), running=True, short=width < WIDE)
         answer = self.last_answer
-        return summary(answer.meta) if answer else ""
+        return summary(answer.meta, short=width < WIDE) if answer else ""
 
 
-def summary(meta: Any, *, running: bool = False) -> str:
-    """The counts and times of an answer: "97 tok · 40.8 tok/s · first 0.08 s · stop"."""
+def summary(meta: Any, *, running: bool = False, short: bool = False) -> str:
+    """The counts and times of an answer: "97 tok · 40.8 tok/s · first 0.08 s · stop".
+
+    Shorter: "97t 41/s 0.08s stop".
+    """
     parts = []
     if meta.get("completion_tokens") is not None:
-        parts.append(f"{meta['completion_tokens']} tok")
-    if meta.get("tokens_per_second"):
-        parts.append(f"{meta['tokens_per_second']:.1f} tok/s")
-    if meta.get("first_token_seconds") is not None:
-        parts.append(f"first {meta['first_token_seconds']:.2f} s")
+        parts.append(f"{meta['completion_tokens']}" + ("t" if short else " tok"))
+    if rate := meta.get("tokens_per_second"):
+        parts.append(f"{rate:.0f}/s" if short else f"{rate:.1f} tok/s")
+    if (first := meta.get("first_token_seconds")) is not None:
+        parts.append(f"{first:.2f}s" if short else f"first {first:.2f} s")
     if not running and meta.get("finish_reason"):
         parts.append(str(meta["finish_reason"]))
-    return " · ".join(parts)
+    return (" " if short else " · ").join(parts)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import msgspec
 
@@ -214,7 +214,8 @@ class EngineClient:
         self._dead = error
         for queue in self._queues.values():
             queue.put_nowait(error)
-        for future in [*self._stats, *self._pages]:
+        futures: list[asyncio.Future[Any]] = [*self._stats, *self._pages]
+        for future in futures:
             if not future.done():
                 future.set_exception(error)
         if not self._started.done():

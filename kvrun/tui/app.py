@@ -5,10 +5,8 @@ from pathlib import Path
 
 from textual import on
 from textual.screen import Screen
-from textual.widgets import Markdown
 
 from kvrun.chat.export import write
-from kvrun.chat.printable import printable
 from kvrun.chat.remote import Remote
 from kvrun.errors import InvalidRequest, KvrunError
 from kvrun.hub.local import adapters_beside, builtin_names, cached_names
@@ -20,7 +18,7 @@ from kvrun.tui.panels.conversations import ConversationsScreen, boards
 from kvrun.tui.panels.engine import EnginePanel
 from kvrun.tui.panels.export import ExportScreen, wish
 from kvrun.tui.panels.help import HelpScreen
-from kvrun.tui.panels.picker import Asking, Picker, Row
+from kvrun.tui.panels.picker import Picker, Row
 from kvrun.tui.panels.sampling import SamplingScreen
 from kvrun.tui.solo import compare, questions
 from kvrun.tui.talk import BASE, Source, Speaker
@@ -240,17 +238,3 @@ class TuiApp(Desk):
             return
         panel.solo = str(outcome)
         self.notify(str(outcome), timeout=10)
-
-    # -- links ------------------------------------------------------------------------------
-
-    @on(Markdown.LinkClicked)
-    def link_clicked(self, event: Markdown.LinkClicked) -> None:
-        """A link of an answer is opened when the user says so."""
-        event.stop()
-        self._work(self._follow(event.href))
-
-    async def _follow(self, href: str) -> None:
-        if not href.startswith(("http://", "https://")):
-            raise InvalidRequest("only web links can be opened.", cause=printable(href)[:200])
-        if await self.push_screen_wait(Asking("open this link in the browser?", href)):
-            self.open_url(href)

@@ -1,27 +1,37 @@
 """Column: one conversation on the screen, its keys, and what it says of itself in its border."""
 
+from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from rich.segment import Segment
+from rich.style import Style
 from textual.binding import BindingType
-from textual.containers import VerticalScroll
 from textual.content import Content
+from textual.geometry import Region, Size
 from textual.message import Message as Event
+from textual.scroll_view import ScrollView
+from textual.selection import Selection
+from textual.strip import Strip
 
 from kvrun.chat.blocks import code_blocks
 from kvrun.chat.conversation import Message
 from kvrun.chat.printable import printable
 from kvrun.errors import KvrunError
+from kvrun.tui.entry import GUTTER, Answer, Entry, Growing, Ink, Note, Question
 from kvrun.tui.keys import COLUMN
-from kvrun.tui.message import Answer, Entry, Note, Question
 from kvrun.tui.talk import Talk
 
 SHOWN = 50  # messages on the screen; earlier ones come when they are asked for
 
 
-class Column(VerticalScroll, can_focus=True):
-    """Shows a Talk. `number` is its place, from 1; it names the column everywhere."""
+class Column(ScrollView, can_focus=True):
+    """Shows a Talk. `number` is its place, from 1; it names the column everywhere.
+
+    Lines are made once and kept, and the widget has no children: what a frame costs depends on
+    how many lines are seen, not on how many there are.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [*COLUMN]
     HELP = "One conversation. Its keys work while it has the focus; Tab goes there and back."
@@ -44,16 +54,23 @@ class Column(VerticalScroll, can_focus=True):
         self.talk = talk
         self.number = number
         self._shown: list[Entry] = []  # one for each message, in the order of the branch
-        self._live: Answer | None = None
-        self._turn = 0  # which answer of the talk that is
         self._notes: list[Note] = []
+        self._live: Growing | None = None
+        self._turn = 0  # which answer of the talk that is
         self._said: object = None  # the error that stands below
         self._selected: int | None = None  # a message's id
-        self._from = 0  # messages before this are not on the screen
+        self._from: int | None = None  # messages before this are not on the screen
         self._next_code = 0
+        self._head = ("", "")
+        self._ink: Ink | None = None
+        self._starts: list[int] = []  # the first line of each entry
+        self._entries: list[Entry] = []
+        self._ready: dict[
+            int, tuple[Strip, str, object, Strip]
+        ] = {}  # lines as they were last shown
 
     def on_mount(self) -> None:
-        self.anchor()
+        self.border_title = ""
         self.renumber(self.number)
         self.sync()
 
@@ -61,21 +78,100 @@ class Column(VerticalScroll, can_focus=True):
         self.post_message(self.Focused(self))
 
     def renumber(self, number: int) -> None:
-        """Take a place; the colour of the border follows it."""
-        self.remove_class(f"-place-{self.number}")
+        """Take a place."""
         self.number = number
-        self.add_class(f"-place-{number}")
         self.head()
 
     def head(self) -> None:
         """Write the border: who answers, whether the prompt goes there, counts and times."""
         talk = self.talk
         alone = "" if talk.linked else " ⊘"
-        self.border_title = Content(printable(f"{self.number} {talk.label}{alone}"))
-        line = talk.line(self.size.width)
-        if talk.stopped and not talk.busy:
-            line += " · stopped" if "abort" not in line else ""
-        self.border_subtitle = Content(line)
+        words = (printable(f"{self.number} {talk.label}{alone}"), talk.line(self.size.width))
+        if words != self._head:
+            self._head = words
+            self.border_title, self.border_subtitle = map(Content, words)
+
+    # -- lines ------------------------------------------------------------------------------
+
+    def on_resize(self) -> None:
+        self.flow()
+        self.head()
+
+    def notify_style_update(self) -> None:
+        super().notify_style_update()
+        self._ready.clear()
+        if self.is_mounted:
+            self.flow()
+
+    def flow(self) -> None:
+        """Lay the entries out anew; who was at the end stays there."""
+        width = self.scrollable_content_region.width
+        if not width:
+            return
+        at_end = self.scroll_y >= self.max_scroll_y - 1
+        dark = self.app.current_theme.dark
+        self._ink = Ink(width - GUTTER, self.rich_style, dark)
+        live = [self._live] if self._live is not None else []
+        self._entries = [*self._shown, *live, *self._notes]
+        self._starts, line = [], 0
+        for entry in self._entries:
+            self._starts.append(line)
+            gap = 0 if isinstance(entry, Question) else 1
+            line += len(entry.lines(self._ink)) + gap
+        self.virtual_size = Size(width, max(0, line - 1))
+        if at_end:
+            self.scroll_end(animate=False, immediate=True)
+        self.refresh()
+
+    def render_line(self, y: int) -> Strip:
+        """One line of what is seen."""
+        ink = self._ink
+        if ink is None:
+            return Strip.blank(self.size.width, self.rich_style)
+        line = self.scroll_offset.y + y
+        place = bisect(self._starts, line) - 1
+        at = line - self._starts[place] if place >= 0 else 0
+        lines = self._entries[place].lines(ink) if place >= 0 else []
+        width = ink.width + GUTTER
+        if at >= len(lines):
+            return Strip.blank(width, ink.style)
+        entry = self._entries[place]
+        chosen = entry.message is not None and entry.message.id == self._selected
+        mark = "▌" if chosen else entry.mark(at)
+        span = self.text_selection.get_span(line) if self.text_selection else None
+        known = self._ready.get(line)
+        if known is None or known[0] is not lines[at] or known[1:3] != (mark, span):
+            made = self._finished(lines[at], mark, ink, line, span)
+            known = self._ready[line] = (lines[at], mark, span, made)
+        return known[3]
+
+    def _finished(
+        self, strip: Strip, mark: str, ink: Ink, line: int, span: tuple[int, int] | None
+    ) -> Strip:
+        made = Strip.join([Strip([Segment(mark.ljust(GUTTER), ink.style)]), strip])
+        made = made.crop_extend(0, ink.width + GUTTER, ink.style)
+        if span is not None:
+            start, end = span
+            style = self.screen.get_component_rich_style("screen--selection")
+            parts = made.divide([start, made.cell_length if end == -1 else end, made.cell_length])
+            marked = [Segment(s.text, (s.style or Style()) + style) for s in parts[1]]
+            made = Strip.join([parts[0], Strip(marked), *parts[2:]])
+        return made.simplify().apply_offsets(0, line)
+
+    def get_selection(self, selection: Selection) -> tuple[str, str] | None:
+        """The text under the mouse's selection."""
+        if self._ink is None:
+            return None
+        lines = []
+        for entry in self._entries:
+            made = entry.lines(self._ink)
+            lines += [entry.mark(n).ljust(GUTTER) + strip.text for n, strip in enumerate(made)]
+            if not isinstance(entry, Question):
+                lines.append("")
+        return selection.extract("\n".join(lines)), "\n"
+
+    def selection_updated(self, selection: Selection | None) -> None:
+        self.refresh()
 
     # -- the branch on the screen -------------------------------------------------------------
 
@@ -83,86 +179,71 @@ class Column(VerticalScroll, can_focus=True):
         """Show what has come since the last tick."""
         talk = self.talk
         if self._live is not None and self._turn != talk.turn:
-            self._live.remove()  # it has ended and another one has begun between two ticks
-            self._live = None
+            self._live = None  # it has ended and another one has begun between two ticks
         if talk.busy or self._live is not None:
             self._stream()
             self.head()
-        if [m.id for m in talk.conversation.branch()[self._from :]] != self._ids():
+        if [m.id for m in talk.conversation.branch()[self._from or 0 :]] != self._ids():
             self.sync()
         if talk.error is not self._said:
             self._said = talk.error
             if talk.error is not None:
-                self.say(f"error: {talk.error}\nr asks again", error=True)
+                self.say(f"{talk.error}\nr asks again", error=True)
 
     def _ids(self) -> list[int]:
         return [entry.message.id for entry in self._shown if entry.message]
 
     def _stream(self) -> None:
         talk = self.talk
+        began = self._live is None
         if self._live is None:
             self.sync()
-            self._live, self._turn = Answer(), talk.turn
-            self.mount(self._live)
-            self.anchor()
-        if text := talk.take():
+            self._live, self._turn = Growing(), talk.turn
+        text = talk.take()
+        if text:
             self._live.grow(text)
-        if talk.busy:
-            return
-        live, self._live = self._live, None
-        if talk.reply is not None and talk.reply.text and talk.last_answer:
-            live.finish(talk.last_answer)
-            self._shown.append(live)
-        else:
-            live.remove()
+        if not talk.busy:
+            self._live = None
+            self.sync()
+            self.flow()
+        elif text or began:
+            self.flow()
+            if began:
+                self.scroll_end(animate=False, immediate=True)
 
     def sync(self) -> None:
         """Make the entries those of the current branch; what has not changed stays."""
         branch = self.talk.conversation.branch()
-        self._from = min(self._from, len(branch)) if self._from else max(0, len(branch) - SHOWN)
-        wanted = branch[self._from :]
-        same = 0
-        for entry, message in zip(self._shown, wanted, strict=False):
-            if entry.message is None or entry.message.id != message.id:
-                break
-            same += 1
-        for entry in self._shown[same:]:
-            entry.remove()
-        del self._shown[same:]
-        if same < len(wanted):
-            self._clear_notes()
-        for message in wanted[same:]:
-            entry = self._entry(message)
-            self._shown.append(entry)
-            self.mount(entry)
+        if self._from is None or self._from > len(branch):
+            self._from = max(0, len(branch) - SHOWN) or None
+        wanted = branch[self._from or 0 :]
+        known = {e.message.id: e for e in self._shown if e.message is not None}
+        before = self._ids()
+        self._shown = [known.get(message.id) or self._entry(message) for message in wanted]
+        if before != self._ids():
+            self._notes.clear()
+            self.flow()
         self.head()
 
     def _entry(self, message: Message) -> Entry:
         versions = [m.id for m in self.talk.conversation.siblings(message.id)]
         which = f"{versions.index(message.id) + 1}/{len(versions)}" if len(versions) > 1 else ""
-        kind = Question if message.role == "user" else Answer
-        return kind(message, which)
+        return Question(message, which) if message.role == "user" else Answer(message, which)
 
     def rebuild(self) -> None:
         """Show the conversation anew: it has become another one."""
-        for entry in self._shown:
-            entry.remove()
         self._shown.clear()
-        self._from, self._selected = 0, None
-        self._clear_notes()
+        self._notes.clear()
+        self._from = self._selected = None
         self.sync()
+        self.flow()
+        self.scroll_end(animate=False)
 
     def say(self, text: str, *, error: bool = False) -> None:
         """A note below; it goes when the conversation goes on."""
-        note = Note(text, error=error)
-        self._notes.append(note)
-        self.mount(note)
-        self.anchor()
-
-    def _clear_notes(self) -> None:
-        for note in self._notes:
-            note.remove()
-        self._notes.clear()
+        self._notes.append(Note(text, error=error))
+        self.flow()
+        self.scroll_end(animate=False)
 
     # -- one of its messages --------------------------------------------------------------------
 
@@ -174,14 +255,9 @@ class Column(VerticalScroll, can_focus=True):
                 return entry.message
         return self.talk.last_answer or self.talk.last_question
 
-    @property
-    def chosen(self) -> bool:
-        """Whether a message was chosen with the keys."""
-        return self._selected is not None
-
     def action_select(self, step: int) -> None:
         """Choose the message above or below."""
-        ids = [e.message.id for e in self._shown if e.message]
+        ids = self._ids()
         if not ids:
             return
         place = ids.index(self._selected) + step if self._selected in ids else len(ids) - 1
@@ -191,27 +267,27 @@ class Column(VerticalScroll, can_focus=True):
         """Go to the beginning; earlier messages that are not shown come back."""
         if self._from:
             self._from = 0
-            for entry in self._shown:
-                entry.remove()
             self._shown.clear()
             self.sync()
-        self.release_anchor()
-        if self._shown and self._shown[0].message:
-            self._choose(self._shown[0].message.id)
+        if ids := self._ids():
+            self._choose(ids[0])
+        self.scroll_home(animate=False)
 
     def action_last(self) -> None:
         """Go to the end and stay there."""
         self._choose(None)
-        self.anchor()
+        self.scroll_end(animate=False)
 
     def _choose(self, message_id: int | None) -> None:
         self._selected = message_id
         self._next_code = 0
-        for entry in self._shown:
-            chosen = entry.message is not None and entry.message.id == message_id
-            entry.select(chosen)
-            if chosen:
-                self.scroll_to_widget(entry, animate=False)
+        for place, entry in enumerate(self._shown):
+            if entry.message is not None and entry.message.id == message_id:
+                assert self._ink
+                height = len(entry.lines(self._ink))
+                region = Region(0, self._starts[place], 1, min(height, self.size.height))
+                self.scroll_to_region(region, animate=False)
+        self.refresh()
 
     # -- keys -----------------------------------------------------------------------------------
 

@@ -106,11 +106,15 @@ class Columns(Container):
         """How many columns are not on the screen."""
         return sum(not column.display for column in self.all)
 
-    def tick(self) -> None:
-        """Show what has come; columns out of sight wait until they are seen."""
-        for column in self.all:
-            if column.display:
-                column.tick()
+    def tick(self, phase: int = 0, phases: int = 1) -> None:
+        """Show what has come; columns out of sight wait until they are seen.
+
+        In each of several phases another part of them is shown: a key that is pressed meanwhile
+        waits for one column, not for all.
+        """
+        shown = [column for column in self.all if column.display]
+        for column in shown[phase::phases]:
+            column.tick()
 
     # -- keys -------------------------------------------------------------------------------
 

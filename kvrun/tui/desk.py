@@ -32,7 +32,8 @@ from kvrun.tui.status import Status, status
 from kvrun.tui.talk import Talk
 from kvrun.tui.themes import HIGH_CONTRAST, Themes
 
-TICK = 0.1  # seconds
+TICK = 0.12  # seconds between two looks at a column
+PHASES = 4  # of a tick
 SAMPLES = 3  # ticks between two looks at the engine's counters
 SMALL = (40, 12)  # cells below which nothing is worth showing
 MOST_PASTE = 4_000_000  # characters, whatever the model
@@ -90,7 +91,7 @@ class Desk(App[KvrunError | None]):
         self.columns.all[0].say(WELCOME)
         self.prompt.focus()
         self._aim()
-        self.set_interval(TICK, self._tick)
+        self.set_interval(TICK / PHASES, self._tick)
         with suppress(NotImplementedError, ValueError, RuntimeError):
             loop = asyncio.get_running_loop()
             loop.add_signal_handler(signal.SIGTERM, lambda: self.run_worker(self.action_leave()))
@@ -125,12 +126,14 @@ class Desk(App[KvrunError | None]):
 
     def _tick(self) -> None:
         """Everything that streams is shown here and nowhere else."""
-        self.columns.tick()
+        self.columns.tick(self._ticks % PHASES, PHASES)
         self._ticks += 1
+        if self._ticks % PHASES:
+            return
         hidden = self.columns.hidden()
         bar = self.screen_stack[0].query_one(Status)
         bar.show(status(self.board, self.pulse, hidden, max(20, self.size.width - 2)))
-        if self._ticks % SAMPLES == 0:
+        if self._ticks % (PHASES * SAMPLES) == 0:
             self.run_worker(self._sample(), group="sample", exclusive=True, exit_on_error=False)
 
     async def _sample(self) -> None:

@@ -1,5 +1,8 @@
 """The engine beside the columns: speed, batch, queue, the map of the KV cache, adapters."""
 
+from itertools import groupby
+
+from textual.app import ComposeResult
 from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.widgets import Static
@@ -7,7 +10,7 @@ from textual.widgets import Static
 from kvrun.chat.printable import printable
 from kvrun.runtime.engine.request import Pages
 from kvrun.tui.board import Board
-from kvrun.tui.pages import CACHED, FREE, SHARED, PageMap, page_map
+from kvrun.tui.pages import CACHED, FREE, SHARED, Cell, PageMap, page_map
 from kvrun.tui.pulse import Pulse, bar, sparkline
 
 COLORS = (
@@ -32,15 +35,19 @@ class EnginePanel(VerticalScroll, can_focus=False):
         self._pulse = pulse
         self._pages: Pages | None = None
         self.solo = ""
+        self._lines = 0
 
-    def compose(self):  # type: ignore[no-untyped-def]
+    def compose(self) -> ComposeResult:
         yield Static(id="engine-text", markup=False)
 
     def take(self, pages: Pages | None) -> None:
         """Take in the pages of a moment, and show it."""
         self._pages = pages
         width = max(20, self.content_size.width)
-        self.query_one("#engine-text", Static).update(self.text(width))
+        text = self.text(width)
+        lines = text.plain.count("\n")
+        self.query_one("#engine-text", Static).update(text, layout=lines != self._lines)
+        self._lines = lines
 
     def text(self, width: int) -> Content:
         """Everything, for a panel `width` cells wide."""
@@ -112,9 +119,13 @@ def _rows(found: PageMap, width: int) -> list[Content]:
     cells = found.cells
     rows = []
     for start in range(0, len(cells), width):
-        parts = [
-            (cell.mark, color(cell.place) if cell.place else "dim" if cell.mark == FREE else "")
-            for cell in cells[start : start + width]
-        ]
+        runs = groupby(cells[start : start + width], key=_style)
+        parts = [("".join(cell.mark for cell in run), style) for style, run in runs]
         rows.append(Content.assemble(*parts))
     return rows
+
+
+def _style(cell: Cell) -> str:
+    if cell.place:
+        return color(cell.place)
+    return "dim" if cell.mark == FREE else ""

@@ -115,23 +115,3 @@ class Picker(ModalScreen[str | None]):
     def chosen(self, key: str) -> None:
         """What a choice does: it ends the panel."""
         self.dismiss(key)
-
-
-class Asking(ModalScreen[bool]):
-    """One question that is answered with y or n."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("y,enter", "dismiss(True)", "Yes", id="ask.yes"),
-        Binding("n,escape", "dismiss(False)", "No", id="ask.no"),
-    ]
-
-    def __init__(self, title: str, text: str) -> None:
-        super().__init__()
-        self._heading = title
-        self._text = text
-
-    def compose(self) -> ComposeResult:
-        with Vertical(classes="panel") as panel:
-            panel.border_title = self._heading
-            yield Static(Content(printable(self._text)), markup=False)
-            yield Static("y yes · n no", classes="keys", markup=False)

@@ -1,7 +1,7 @@
 """EngineConfig: everything that is fixed when an engine starts."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvrun.errors import InvalidRequest
 
@@ -40,7 +40,6 @@ class EngineConfig:
     cuda_graphs: bool = True
     # A long prompt of a large model takes minutes on a CPU; nothing honest takes longer than this.
     step_timeout: float = 600.0
-    adapters: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _one_of("device", self.device.split(":")[0], DEVICES)

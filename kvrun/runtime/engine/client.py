@@ -17,7 +17,7 @@ import msgspec
 from kvrun.errors import EngineDead, InvalidRequest, KvrunError
 from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine import wire
-from kvrun.runtime.engine.request import AdapterInfo, Delta, Pages, Ready, Request, Stats
+from kvrun.runtime.engine.request import Delta, Pages, Ready, Request, Stats
 
 # Threads of the engine sleep while they wait for each other: spinning, they would take the cores
 # from the very threads they wait for as soon as another program is busy.
@@ -123,15 +123,6 @@ class EngineClient:
         ids = {name: request_id for request_id, name in self._names.items()}
         pages.requests = {ids[n]: blocks for n, blocks in pages.requests.items() if n in ids}
         return pages
-
-    async def adapters(self) -> list[AdapterInfo]:
-        return []
-
-    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
-        raise InvalidRequest("not yet")
-
-    async def unload_adapter(self, name: str) -> None:
-        raise InvalidRequest("not yet")
 
     async def ended(self) -> KvrunError:
         """Wait until the engine process has ended, however it comes; returns why it has."""

@@ -71,19 +71,6 @@ class Pages(msgspec.Struct, kw_only=True):
     cached: list[int] = []  # free, but still holding a prefix that can be hit
 
 
-class AdapterInfo(msgspec.Struct, kw_only=True):
-    """An adapter as the engine holds it."""
-
-    name: str
-    path: str = ""
-    bytes: int = 0
-    ranks: list[int] = []
-    state: str = ""
-    load_seconds: float = 0.0
-    running: int = 0
-    error: str | None = None
-
-
 class Ready(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine says of itself once it can take requests."""
 

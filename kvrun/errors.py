@@ -26,6 +26,11 @@ class KvrunError(Exception):
             lines.append(f"hint: {self.hint}")
         return "\n".join(lines)
 
+    @property
+    def in_one_line(self) -> str:
+        """What has happened and why, for a field that holds one line."""
+        return " ".join(part for part in (self.what, self.cause and f"({self.cause})") if part)
+
 
 class InvalidRequest(KvrunError):
     """The request itself is wrong: a value out of bounds, a prompt that cannot be served."""

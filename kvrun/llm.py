@@ -8,16 +8,25 @@ from types import TracebackType
 import torch
 
 from kvrun.errors import InvalidRequest, KvrunError
-from kvrun.hub.local import resolve
+from kvrun.hub.local import adapters_of, resolve, resolve_adapter
 from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine.engine import Engine, describe
-from kvrun.runtime.engine.request import Delta, Logprob, Ready, Request, Stats
+from kvrun.runtime.engine.request import (
+    AdapterChoice,
+    AdapterInfo,
+    Delta,
+    Logprob,
+    Ready,
+    Request,
+    Stats,
+)
 from kvrun.runtime.engine.start import start
 from kvrun.runtime.sampling.params import SamplingParams
 from kvrun.runtime.text import Answer, Text
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, object]
+Adapters = AdapterChoice | Sequence[str | None]
 
 
 @dataclass
@@ -57,6 +66,7 @@ class LLM:
     `model` is a local folder, the name of a model in the cache, or the built-in "tiny". `kv_memory`
     is bytes or a fraction of what is free; sizes left at None fit themselves to the machine. A
     folder without a tokenizer works: prompts must then be token ids, and texts are empty.
+    `adapters` are LoRA adapters, name -> PEFT folder; those of a built-in model are known anyhow.
 
     Raises NotFound, BadCheckpoint or Unsupported (kvrun.errors), each saying what to do.
     """
@@ -65,6 +75,7 @@ class LLM:
         self,
         model: str = "tiny",
         *,
+        adapters: Mapping[str, str] | None = None,
         device: str = "auto",
         dtype: str = "auto",
         attention: str = "auto",
@@ -74,14 +85,17 @@ class LLM:
         block_size: int | None = None,
         kv_memory: int | float | None = None,
         kv_dtype: str = "auto",
+        lora_memory: int | float | None = None,
         prefix_caching: bool = True,
         cuda_graphs: bool = True,
         seed: int = 0,
         load_format: str = "auto",
     ) -> None:
         folder = resolve(model)
+        given = {n: str(resolve_adapter(model, path)) for n, path in (adapters or {}).items()}
         config = EngineConfig(
             model=str(folder),
+            adapters=adapters_of(model) | given,
             device=device,
             dtype=dtype,
             attention=attention,
@@ -91,6 +105,7 @@ class LLM:
             block_size=block_size,
             kv_memory=kv_memory,
             kv_dtype=kv_dtype,
+            lora_memory=lora_memory,
             prefix_caching=prefix_caching,
             cuda_graphs=cuda_graphs,
             seed=seed,
@@ -98,6 +113,7 @@ class LLM:
             threads=torch.get_num_threads(),  # this process belongs to the caller
         )
         self._alive: Engine | None = start(config)
+        self._model = model
         self._text = Text.open(folder)
         self._numbers = itertools.count()
         self._runs: dict[str, _Run] = {}
@@ -108,14 +124,19 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter: Adapters = None,
     ) -> list[Output]:
         """Answer every prompt (text, token ids, or a list of either), batched.
 
-        `params` is one for all prompts or one for each. Raises InvalidRequest before anything is
+        `params` is one for all prompts or one for each. `adapter` is a name, [(name, weight), ...]
+        or None (the base model) for all prompts, or a list of names and Nones, one for each
+        prompt. Raises InvalidRequest before anything is
         computed if one of them cannot be served; an answer that fails later says so itself.
         """
         listed = _listed(prompts)
-        runs = self._submit([self._encode(p) for p in listed], _one_each(params, len(listed)))
+        count = len(listed)
+        each = _one_each(params, count), _adapter_each(adapter, count)
+        runs = self._submit([self._encode(p) for p in listed], *each)
         try:
             while not all(run.done for run in runs):
                 self._step()
@@ -127,17 +148,23 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter: Adapters = None,
     ) -> list[Output]:
         """Answer a conversation, or several, each a list of {"role", "content"}."""
         several = bool(messages) and not isinstance(messages[0], Mapping)
         conversations = messages if several else [messages]
         if self._text is None:
             raise InvalidRequest("this model has no tokenizer.", hint="pass prompts as token ids")
-        return self.generate([self._text.chat(c) for c in conversations], params)  # type: ignore[arg-type]
+        return self.generate([self._text.chat(c) for c in conversations], params, adapter)  # type: ignore[arg-type]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TextDelta]:
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        adapter: AdapterChoice = None,
+    ) -> Iterator[TextDelta]:
         """One prompt's answer piece by piece; closing the iterator ends the request."""
-        run = self._submit([self._encode(prompt)], [params or SamplingParams()])[0]
+        run = self._submit([self._encode(prompt)], [params or SamplingParams()], [adapter])[0]
         try:
             while not run.done or run.deltas:
                 yield from run.take()
@@ -145,6 +172,24 @@ class LLM:
                     self._step()
         finally:
             self._end([run])
+
+    def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        """Serve the PEFT folder `path` as `name`; a name that is taken goes to the new adapter.
+
+        Raises NotFound, BadCheckpoint, Unsupported or InvalidRequest; nothing has changed then.
+        """
+        loading = self._engine.load_adapter(name, str(resolve_adapter(self._model, path)))
+        while not loading.done():
+            self._step()
+        return loading.result()
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises InvalidRequest if it is unknown or a request is using it."""
+        self._engine.unload_adapter(name)
+
+    def adapters(self) -> list[AdapterInfo]:
+        """The adapters that are known, in the order in which they came."""
+        return self._engine.adapters()
 
     def stats(self) -> Stats:
         """The engine's counters."""
@@ -184,12 +229,16 @@ class LLM:
         return self._text.encode(prompt)
 
     def _submit(
-        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
+        self,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        adapters: Sequence[AdapterChoice],
     ) -> "list[_Run]":
-        runs = [
-            _Run(Request(id=f"llm-{next(self._numbers)}", prompt_ids=ids, params=p), self._text)
-            for ids, p in zip(prompts, params, strict=True)
+        requests = [
+            Request(id=f"llm-{next(self._numbers)}", prompt_ids=ids, params=p, adapter=a)
+            for ids, p, a in zip(prompts, params, adapters, strict=True)
         ]
+        runs = [_Run(request, self._text) for request in requests]
         try:
             for run in runs:
                 self._engine.add(run.request)
@@ -295,3 +344,13 @@ def _one_each(
     if len(params) != count:
         raise InvalidRequest(f"{count} prompts came with {len(params)} SamplingParams.")
     return list(params)
+
+
+def _adapter_each(adapter: Adapters, count: int) -> list[AdapterChoice]:
+    if adapter is None or isinstance(adapter, str):
+        return [adapter] * count
+    if adapter and all(isinstance(part, tuple) for part in adapter):
+        return [list(adapter)] * count  # type: ignore[arg-type]  # several together
+    if len(adapter) != count:
+        raise InvalidRequest(f"{count} prompts came with {len(adapter)} adapters.")
+    return list(adapter)  # type: ignore[arg-type]

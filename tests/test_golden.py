@@ -42,6 +42,17 @@ def test_golden_outputs(options: dict[str, Any]) -> None:
     assert (stats.preemptions > 0) == ("kv_memory" in options)
 
 
+def test_golden_outputs_with_adapters() -> None:
+    """Three adapters and the base in one batch; the records were made with PEFT, one by one."""
+    records = json.loads((FOLDER / "adapters.json").read_text())
+    params = [SamplingParams(temperature=0, max_tokens=len(r["output_ids"])) for r in records]
+    with LLM("tiny", dtype="float32") as llm:
+        prompts, adapters = ([r[key] for r in records] for key in ("prompt_ids", "adapter"))
+        outputs = llm.generate(prompts, params, adapter=adapters)
+    assert [o.token_ids for o in outputs] == [r["output_ids"] for r in records]
+    assert set(adapters) == {None, "sql", "json", "pirate"}
+
+
 def test_prompts_and_texts_are_transformers_own() -> None:
     with LLM("tiny", dtype="float32") as llm:
         chats = [r for r in RECORDS if "messages" in r]

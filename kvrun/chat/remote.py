@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from kvrun.chat.session import Adapter, Timing
+from kvrun.chat.session import Timing
 from kvrun.errors import InvalidRequest, KvrunError, NotFound, Unreachable
+from kvrun.runtime.engine.request import AdapterChoice
 from kvrun.runtime.sampling.params import SamplingParams
 
 SECONDS = 30  # until a server has to have accepted, and answered a list of models
@@ -89,7 +90,7 @@ class Remote:
         return names
 
     async def ask(
-        self, messages: list[dict[str, str]], params: SamplingParams, adapter: Adapter = None
+        self, messages: list[dict[str, str]], params: SamplingParams, adapter: AdapterChoice = None
     ) -> "RemoteReply":
         """Prepare an answer; iterate over the reply to get it. Nothing is sent before."""
         if isinstance(adapter, list):

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from kvrun.errors import EngineDead, InvalidRequest, KvrunError, Unsupported
 from kvrun.runtime.config import EngineConfig
-from kvrun.runtime.engine.request import Delta, Logprob, Ready, Request, Stats
+from kvrun.runtime.engine.request import AdapterChoice, Delta, Logprob, Ready, Request, Stats
 from kvrun.runtime.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from kvrun.runtime.engine.client import EngineClient
     from kvrun.runtime.text import Answer, Text
 
-# A request's adapter: its name, or several with weights; None is the base model.
-Adapter = str | list[tuple[str, float]] | None
 # Room that is kept for an answer when old turns have to go, if the question names no max_tokens.
 ANSWER_ROOM = 256
 # A prompt with more bytes than this for each token of the context is refused unread.
@@ -181,7 +179,7 @@ class Session:
         return error
 
     async def ask(
-        self, messages: list[dict[str, str]], params: SamplingParams, adapter: Adapter = None
+        self, messages: list[dict[str, str]], params: SamplingParams, adapter: AdapterChoice = None
     ) -> "Reply":
         """Prepare an answer to the last message; iterate over the reply to get it.
 

@@ -52,6 +52,43 @@ def is_model_name(name: str) -> bool:
     return path is not None and path.is_dir()
 
 
+def adapters_of(model: str) -> dict[str, str]:
+    """The adapters inside the package that belong to a built-in model: name -> folder."""
+    if model not in BUILTIN:
+        return {}
+    folders = sorted((BUILTIN[model] / "adapters").glob("*/adapter_config.json"))
+    return {config.parent.name: str(config.parent) for config in folders}
+
+
+def resolve_adapter(model: str, name: str) -> Path:
+    """The folder of a LoRA adapter: built in with `model`, a path, or ORG/NAME in the HF cache.
+
+    "dummy:RANK:SEED" is no folder and stays as it is: the engine makes random values for it.
+    Raises NotFound when there is none, or none with an adapter_config.json.
+    """
+    if name.startswith("dummy:"):
+        return Path(name)
+    known = adapters_of(model)
+    if name in known:
+        return Path(known[name])
+    path = _existing(name)
+    if path is None and (parts := _parts(name)) is not None and "/" in parts[0]:
+        path = _snapshot(_cache_folder(parts[0]), parts[1])
+    if path is None:
+        offered = f"built in for '{model}': {', '.join(known)}; or " if known else ""
+        raise NotFound(
+            f"there is no adapter '{name[:80]}'.",
+            hint=f"{offered}name the folder that holds adapter_config.json",
+        )
+    if not (path / "adapter_config.json").is_file():
+        raise NotFound(
+            f"{path} holds no LoRA adapter.",
+            cause="adapter_config.json is not there",
+            hint="an adapter's folder holds adapter_config.json and adapter_model.safetensors",
+        )
+    return path
+
+
 def builtin_names() -> list[str]:
     """The models inside the package."""
     return list(BUILTIN)

@@ -7,6 +7,7 @@ import torch
 
 if TYPE_CHECKING:
     from kvrun.runtime.attention import Backend
+    from kvrun.runtime.lora.rows import Rows
 
 
 @dataclass
@@ -31,5 +32,6 @@ class Batch:
     block_size: int
     backend: "Backend"
     plan: Any = field(default=None)  # the backend's own
+    lora: "Rows | None" = None  # which rows use adapters; None: none does
     # What a layer computed once for all layers that share it (rotary tables), by that layer.
     shared: dict[Any, Any] = field(default_factory=dict)

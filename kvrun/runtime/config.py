@@ -1,7 +1,7 @@
 """EngineConfig: everything that is fixed when an engine starts."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvrun.errors import InvalidRequest
 
@@ -19,7 +19,8 @@ class EngineConfig:
     weights are read (a float in (0, 1]); None takes a default by device. `None` sizes are chosen
     from the model and the machine. `run_ahead` is how many steps are submitted beyond the one whose
     tokens are awaited; None: 0 on CPU, 4 on CUDA. A step longer than `step_timeout` seconds ends
-    the engine process.
+    the engine process. `adapters` are LoRA adapters, name -> PEFT folder; those that are in use lie
+    in `lora_memory` of the device, bytes or a fraction as `kv_memory`.
     """
 
     model: str  # a local folder with config.json
@@ -32,6 +33,8 @@ class EngineConfig:
     block_size: int | None = None  # tokens of a block of the KV cache; None: by device
     kv_dtype: str = "auto"  # "fp8" halves the KV cache at some loss of accuracy
     kv_memory: int | float | None = None
+    adapters: dict[str, str] = field(default_factory=dict)
+    lora_memory: int | float | None = None
     prefix_caching: bool = True
     seed: int = 0
     load_format: str = "auto"
@@ -50,7 +53,7 @@ class EngineConfig:
         for name in ("max_num_batched_tokens", "block_size", "max_model_len", "threads"):
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
-        for name in ("kv_memory", "step_timeout"):
+        for name in ("kv_memory", "lora_memory", "step_timeout"):
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf):
                 raise InvalidRequest(f"{name} is {value}; it must be above 0.")

@@ -163,8 +163,8 @@ class Generation:
         metrics.validation.observe(self.sent - self._call.began)
         for choice in self.choices:
             metrics.finished[choice.finish_reason or "abort"] += 1
-        metrics.adapter_requests[self.request.adapter or ""] += 1
-        metrics.adapter_tokens[self.request.adapter or ""] += tokens
+        metrics.adapter_requests[str(self.request.adapter or "")] += 1
+        metrics.adapter_tokens[str(self.request.adapter or "")] += tokens
         if self.first:
             metrics.queue.observe(self.first - self.sent)
             metrics.inference.observe(self.last - self.first)

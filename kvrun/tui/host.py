@@ -5,9 +5,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-from kvrun.chat.session import Adapter, Reply, Session
+from kvrun.chat.session import Reply, Session
 from kvrun.errors import KvrunError
-from kvrun.runtime.engine.request import AdapterInfo, Pages, Stats
+from kvrun.runtime.engine.request import AdapterChoice, AdapterInfo, Pages, Stats
 from kvrun.runtime.sampling.params import SamplingParams
 
 
@@ -55,7 +55,7 @@ class Host:
         await self.session.close()
 
     async def ask(
-        self, messages: list[dict[str, str]], params: SamplingParams, adapter: Adapter = None
+        self, messages: list[dict[str, str]], params: SamplingParams, adapter: AdapterChoice = None
     ) -> Reply:
         """As the session does; a dead engine is started again first."""
         if self.failure:

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from kvrun.chat.session import Adapter
 from kvrun.errors import InvalidRequest
+from kvrun.runtime.engine.request import AdapterChoice
 from kvrun.runtime.sampling.params import SamplingParams
 from kvrun.tui.board import Board
 from kvrun.tui.talk import Source
@@ -21,7 +21,7 @@ class Asked:
     source: Source
     messages: list[dict[str, str]]
     params: SamplingParams
-    adapter: Adapter
+    adapter: AdapterChoice
 
 
 @dataclass(frozen=True)

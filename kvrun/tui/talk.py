@@ -10,8 +10,9 @@ from typing import Any, Protocol
 from kvrun.chat.commands import Chat
 from kvrun.chat.conversation import Conversation, Message
 from kvrun.chat.printable import printable
-from kvrun.chat.session import Adapter, Answering, describe
+from kvrun.chat.session import Answering, describe
 from kvrun.errors import KvrunError
+from kvrun.runtime.engine.request import AdapterChoice
 from kvrun.runtime.sampling.params import SamplingParams
 
 BASE = "base"
@@ -25,7 +26,7 @@ class Source(Protocol):
     def name(self) -> str: ...
 
     async def ask(
-        self, messages: list[dict[str, str]], params: SamplingParams, adapter: Adapter = None
+        self, messages: list[dict[str, str]], params: SamplingParams, adapter: AdapterChoice = None
     ) -> Answering: ...
 
 
@@ -42,7 +43,7 @@ class Speaker:
         return (self.adapter or BASE) + scale
 
     @property
-    def request(self) -> Adapter:
+    def request(self) -> AdapterChoice:
         """As a request names it."""
         if self.adapter is None or self.scale == 1:
             return self.adapter

@@ -17,7 +17,7 @@ import msgspec
 from kvrun.errors import EngineDead, InvalidRequest, KvrunError
 from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine import wire
-from kvrun.runtime.engine.request import Delta, Pages, Ready, Request, Stats
+from kvrun.runtime.engine.request import AdapterInfo, Delta, Pages, Ready, Request, Stats
 
 # Threads of the engine sleep while they wait for each other: spinning, they would take the cores
 # from the very threads they wait for as soon as another program is busy.
@@ -56,6 +56,7 @@ class EngineClient:
         self._queues: dict[str, asyncio.Queue[_Item]] = {}  # by name
         self._stats: list[asyncio.Future[Stats]] = []
         self._pages: list[asyncio.Future[Pages]] = []
+        self._asked: dict[int, asyncio.Future[list[AdapterInfo]]] = {}  # about adapters
         self._dead: KvrunError | None = None
         self._closing = False
 
@@ -123,6 +124,37 @@ class EngineClient:
         ids = {name: request_id for request_id, name in self._names.items()}
         pages.requests = {ids[n]: blocks for n, blocks in pages.requests.items() if n in ids}
         return pages
+
+    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        """Read the PEFT folder `path` and serve it as `name`; what streams is not held up.
+
+        A name that is taken goes to the new adapter; requests that run keep the old one. Raises
+        InvalidRequest, NotFound, BadCheckpoint or Unsupported for what cannot be served, and
+        nothing has changed then.
+        """
+        number = next(self._numbers)
+        return (await self._ask(number, wire.LoadAdapter(number, name, path)))[0]
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises InvalidRequest if it is unknown or a request is using it."""
+        number = next(self._numbers)
+        await self._ask(number, wire.UnloadAdapter(number, name))
+
+    async def adapters(self) -> list[AdapterInfo]:
+        """The adapters that the engine knows, in the order in which they came."""
+        number = next(self._numbers)
+        return await self._ask(number, wire.AskAdapters(number))
+
+    async def _ask(
+        self, number: int, message: wire.LoadAdapter | wire.UnloadAdapter | wire.AskAdapters
+    ) -> list[AdapterInfo]:
+        if self._dead:
+            raise self._dead
+        body = _encode(message)
+        future: asyncio.Future[list[AdapterInfo]] = self._loop.create_future()
+        self._asked[number] = future
+        self._write(body)
+        return await future
 
     async def ended(self) -> KvrunError:
         """Wait until the engine process has ended, however it comes; returns why it has."""
@@ -198,6 +230,13 @@ class EngineClient:
             waiting = self._pages.pop(0)
             if not waiting.done():
                 waiting.set_result(message.pages)
+        elif isinstance(message, wire.Adapters | wire.Refused):
+            asked = self._asked.pop(message.number)
+            if not asked.done():
+                if isinstance(message, wire.Refused):
+                    asked.set_exception(message.fault.error())
+                else:
+                    asked.set_result(message.adapters)
         elif isinstance(message, wire.Started) and not self._started.done():
             self._started.set_result(message.ready)
 
@@ -205,7 +244,11 @@ class EngineClient:
         self._dead = error
         for queue in self._queues.values():
             queue.put_nowait(error)
-        futures: list[asyncio.Future[Any]] = [*self._stats, *self._pages]
+        futures: list[asyncio.Future[Any]] = [
+            *self._stats,
+            *self._pages,
+            *self._asked.values(),
+        ]
         for future in futures:
             if not future.done():
                 future.set_exception(error)
@@ -214,6 +257,7 @@ class EngineClient:
             self._started.exception()  # nobody waits for it any more when `start` was cancelled
         self._stats.clear()
         self._pages.clear()
+        self._asked.clear()
         self._ended.set()
 
     def _obituary(self, code: int, fault: wire.Fault | None) -> KvrunError:
@@ -232,8 +276,8 @@ class EngineClient:
         )
 
 
-def _encode(message: wire.Submit) -> bytes:
-    """The request as bytes that the engine can read; raises InvalidRequest for what it cannot."""
+def _encode(message: wire.ToEngine) -> bytes:
+    """The message as bytes that the engine can read; raises InvalidRequest for what it cannot."""
     try:
         body = wire.encode(message)
         wire.to_engine.decode(body)

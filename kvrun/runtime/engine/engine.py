@@ -3,21 +3,26 @@
 import random
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from kvrun.errors import EngineDead, InvalidRequest
-from kvrun.runtime.engine.request import Delta, Pages, Ready, Request, Stats
+from kvrun.runtime.engine.request import AdapterInfo, Delta, Pages, Ready, Request, Stats
 from kvrun.runtime.engine.scheduler import Row, Schedule, Scheduler
 from kvrun.runtime.engine.sequence import Sequence
+from kvrun.runtime.lora.bank import LoraBank
+from kvrun.runtime.lora.resident import Adapter
 
 if TYPE_CHECKING:
     from kvrun.runtime.engine.ticket import Ticket
 
 # So many steps in a row that fail for everybody, and the engine gives up.
 MAX_BAD_STEPS = 3
+# Seconds that a step with nothing to compute waits for an adapter: as long as nobody asks anything.
+PATIENCE = 0.002
 
 
 class Runner(Protocol):
@@ -50,8 +55,10 @@ class Engine:
         ready: Ready,
         seed: int = 0,
         run_ahead: int = 0,
+        bank: LoraBank | None = None,
     ) -> None:
         self.scheduler = scheduler
+        self._bank = bank
         self.ready = ready
         self._runner = runner
         self._limits = limits
@@ -66,16 +73,20 @@ class Engine:
         if request.id in self._choices:
             raise InvalidRequest(f"a request with the id '{request.id}' is running already.")
         max_length = self._admissible_length(request)
+        adapter = self._adapter(request)
         params = request.params
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
         prefix = self.scheduler.prefix
-        root = prefix.root(request.adapter) if prefix else b""
+        # Where the chain of an adapter starts is known once its content is.
+        root = prefix.root(None) if prefix and adapter is None else b""
         sequences = [
-            Sequence(request, index, seed=seed, max_length=max_length, root=root)
+            Sequence(request, index, seed=seed, max_length=max_length, root=root, adapter=adapter)
             for index in range(params.n)
         ]
         for sequence in sequences:
             sequence.choices = sequences
+            if self._bank and adapter:
+                self._bank.claim(adapter)
             self.scheduler.add(sequence)
         self._choices[request.id] = params.n
 
@@ -83,9 +94,34 @@ class Engine:
         """End a request, or one of its choices; what has ended a moment ago is ignored."""
         self.scheduler.abort(request_id, index)
 
+    def load_adapter(self, name: str, path: str) -> "Future[AdapterInfo]":
+        """Begin to read an adapter; `step` must be called until the future is done.
+
+        Its exception is a KvrunError: what cannot be served, and why.
+        """
+        answer: Future[AdapterInfo] = Future()
+
+        def pass_on(loaded: "Future[Adapter]") -> None:
+            if error := loaded.exception():
+                answer.set_exception(error)
+            else:
+                answer.set_result(_info(loaded.result()))
+
+        self._lora.load(name, path).add_done_callback(pass_on)
+        return answer
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises InvalidRequest if it is unknown or a request is using it."""
+        self._lora.unload(name)
+
+    def adapters(self) -> list[AdapterInfo]:
+        """The adapters that are known, in the order in which they came."""
+        return [_info(adapter) for adapter in self._bank.adapters] if self._bank else []
+
     @property
     def idle(self) -> bool:
-        return self.scheduler.idle and not self._open
+        loading = self._bank is not None and self._bank.loading
+        return self.scheduler.idle and not self._open and not loading
 
     def stats(self) -> Stats:
         """The counters as they are now."""
@@ -113,6 +149,8 @@ class Engine:
 
         Raises EngineDead when steps keep failing with no request to blame.
         """
+        if self._bank and self._bank.loading:
+            self._bank.poll()
         deltas = self.scheduler.take_deltas()
         schedule: Schedule = []
         while self._ahead() <= self._run_ahead and (schedule := self.scheduler.schedule()):
@@ -120,6 +158,8 @@ class Engine:
                 self._runner.clear(spoilt)
             if not self._submit(schedule):
                 break
+        if self._bank and self._bank.loading and not self._open:
+            self._bank.wait(PATIENCE)
         while self._open:
             drawn = self._open[0].read()
             ticket = self._open.popleft()
@@ -166,6 +206,16 @@ class Engine:
                 hint=f"max_tokens={limit - count:,} fits",
             )
         return count + asked
+
+    @property
+    def _lora(self) -> LoraBank:
+        if self._bank is None:
+            raise InvalidRequest("this engine takes no adapters.")
+        return self._bank
+
+    def _adapter(self, request: Request) -> Adapter | None:
+        """What the request names; never the base model for a name that is not known."""
+        return None if request.adapter is None else self._lora.find(request.adapter)
 
     def _ended(self, request_id: str) -> None:
         self._choices[request_id] -= 1
@@ -227,6 +277,19 @@ class Engine:
         except Exception:
             return False
         return True
+
+
+def _info(adapter: Adapter) -> AdapterInfo:
+    return AdapterInfo(
+        name=adapter.name,
+        path=str(adapter.source.path),
+        bytes=adapter.bytes,
+        ranks=sorted(set(adapter.source.ranks.values())),
+        state=adapter.state,
+        load_seconds=adapter.load_seconds,
+        running=adapter.users,
+        error=adapter.error.in_one_line if adapter.error else None,
+    )
 
 
 def describe(error: BaseException) -> str:

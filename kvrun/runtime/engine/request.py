@@ -6,6 +6,9 @@ import msgspec
 
 from kvrun.runtime.sampling.params import SamplingParams
 
+# A LoRA adapter by name, several with a weight each (their sum is applied), or the base model.
+AdapterChoice = str | list[tuple[str, float]] | None
+
 
 class Logprob(msgspec.Struct, frozen=True, array_like=True):
     """The log-probability of one generated token, and of the likeliest tokens at its place.
@@ -24,7 +27,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     prompt_ids: Sequence[int]
     params: SamplingParams
-    adapter: str | list[tuple[str, float]] | None = None  # part of the prefix-cache key
+    adapter: AdapterChoice = None
 
 
 class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -45,6 +48,23 @@ class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
     finish_reason: str | None = None
     error: str | None = None
     cached_tokens: int = 0
+
+
+class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A LoRA adapter that the engine knows by name.
+
+    `state`: "disk" (known, not read), "host" (in memory), "device" (ready), "failed" (then `error`
+    says why). `ranks` are those that occur in it. `running` counts requests that have not ended.
+    """
+
+    name: str
+    path: str
+    bytes: int  # of its matrices in the model's dtype
+    ranks: list[int]
+    state: str
+    load_seconds: float | None = None  # reading, checking and laying it out; None before that
+    running: int = 0
+    error: str | None = None
 
 
 class Stats(msgspec.Struct, kw_only=True):

@@ -19,6 +19,8 @@ from kvrun.runtime.engine.sequence import Sequence as Running
 from kvrun.runtime.engine.slots import Slots
 from kvrun.runtime.engine.ticket import Ticket
 from kvrun.runtime.layers.decoder import Decoder
+from kvrun.runtime.lora.bank import LoraBank
+from kvrun.runtime.lora.rows import Rows, rows_of
 from kvrun.runtime.sampling.params import SamplingParams
 from kvrun.runtime.sampling.sampler import Prepared, Sampled, Sampler, SampleRow
 
@@ -58,6 +60,7 @@ class ModelRunner:
         block_size: int,
         eos_ids: tuple[int, ...],
         threads: Callable[[int], int] | None = None,
+        bank: LoraBank | None = None,
     ) -> None:
         self.graphs: Graphs | None = None
         self.mixed: MixedGraphs | None = None
@@ -70,6 +73,9 @@ class ModelRunner:
         self._eos = eos_ids
         self._threads = threads  # tokens of a step -> CPU threads it is worth; None: leave them
         self._draw = kernel("draw", device) if device.type == "cuda" else None
+        self._bank = bank
+        self._rows: Rows | None = None
+        self._rows_for: list[int] = []
         self._prepared: Prepared | None = None
         self._prepared_for: list[Running] = []
 
@@ -154,21 +160,25 @@ class ModelRunner:
             mixed.replay(columns)
             sampled = self._drawn(mixed, sequences, columns.drawing) if sequences else None
         else:
-            sampled = self._launch(columns, sequences, _most(schedule))
+            sampled = self._launch(columns, sequences, schedule)
         if self.graphs is not None:
             for row in schedule:
                 if row.sample:
                     self._slots.fed[row.sequence.slot] = row.start + row.count + 1
         return sampled
 
-    def _launch(self, columns: Columns, sequences: list[Running], most: int) -> Sampled | None:
-        """A step of any size, kernel by kernel; `most` tokens beside each scored one."""
+    def _launch(
+        self, columns: Columns, sequences: list[Running], schedule: Schedule
+    ) -> Sampled | None:
+        """A step of any size, kernel by kernel."""
         batch, drawing, scoring = self._batch(columns, sequences)
+        batch.lora = self._adapters(schedule)
         self._backend.plan(batch)
         logits = self._model(batch)
         prompt = None
         if scoring is not None:
-            prompt = self._sampler.score(logits.index_select(0, scoring.rows), scoring.ids, most)
+            scored = logits.index_select(0, scoring.rows)
+            prompt = self._sampler.score(scored, scoring.ids, _most(schedule))
             logits = logits.index_select(0, scoring.drawn)
         if drawing is None:
             return None if prompt is None else Sampled(_nothing(), _nothing(), None, prompt)
@@ -227,6 +237,18 @@ class ModelRunner:
             [slots[i] for i in drawing], [place for place, _ in unknown],
             [slot for _, slot in unknown], *(scored or ([], [], [])),
         )  # fmt: skip
+
+    def _adapters(self, schedule: Schedule) -> Rows | None:
+        """Which rows of a step use which adapters; the same object while nothing changes."""
+        if self._bank is None or not any(row.sequence.adapter for row in schedule):
+            return None
+        counts = [row.count for row in schedule]
+        key = [*counts, *_placements(schedule)]
+        if self._rows is None or key != self._rows_for:
+            slots = [row.sequence.adapter.slot if row.sequence.adapter else 0 for row in schedule]
+            self._rows = rows_of(self._bank.resident, np.repeat(slots, counts), self._slots.send)
+            self._rows_for = key
+        return self._rows
 
     def _batch(
         self, columns: Columns, sequences: list[Running]
@@ -311,7 +333,14 @@ def _wanted(schedule: Schedule, ends: list[int]) -> list[list[int]]:
     return [wanted, scoring, targets, drawing]
 
 
+def _placements(schedule: Schedule) -> list[int]:
+    """What tells the adapters of a step from all others that may have lain in their place."""
+    adapters = [row.sequence.adapter for row in schedule]
+    return [adapter.placement if adapter else 0 for adapter in adapters]
+
+
 def _most(schedule: Schedule) -> int:
+    """How many tokens beside each scored one."""
     return max(row.sequence.request.params.prompt_logprobs or 0 for row in schedule)
 
 

@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 from kvrun.runtime.cache.blocks import BlockPool
 from kvrun.runtime.cache.prefix import PrefixCache
+from kvrun.runtime.engine.admission import first_ready
 from kvrun.runtime.engine.request import Delta, Logprob, Stats
 from kvrun.runtime.engine.sequence import Sequence, State
+from kvrun.runtime.lora.bank import LoraBank
 
 
 @dataclass(slots=True)
@@ -64,8 +66,10 @@ class Scheduler:
         turns: int = 1,
         many: int = MANY,
         eos_ids: frozenset[int] = frozenset(),
+        bank: LoraBank | None = None,
     ) -> None:
         self.pool = pool
+        self._bank = bank
         self.prefix = prefix
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
@@ -309,10 +313,10 @@ class Scheduler:
         """The first waiting sequence, if it can start now."""
         if len(self.running) + len(self.leaving) >= self._max_seqs:
             return None
-        for sequence in self.waiting:
-            if not self._waits_for_sibling(sequence):
-                break
-        else:
+        sequence, broken = first_ready(self.waiting, self._bank, self.prefix)
+        for unservable, why in broken:
+            self.fail(unservable, why)
+        if sequence is None:
             return None
         if self._stuck is not None and self._stuck == (sequence, self.pool.free):
             return None  # looking up a long prefix in vain, step after step, would cost
@@ -338,9 +342,10 @@ class Scheduler:
         self.running.append(sequence)
         return sequence
 
-    def _waits_for_sibling(self, sequence: Sequence) -> bool:
-        """n > 1: the first choice computes the prompt, the others then share its blocks."""
-        return sequence.leader is not sequence and not sequence.leader.generated
+    def _let_go(self, sequence: Sequence) -> None:
+        """A sequence that has ended, and is in no open ticket, needs its adapter no more."""
+        if self._bank and sequence.adapter:
+            self._bank.release(sequence.adapter, sequence.pinned)
 
     def _known_prefix(self, sequence: Sequence) -> tuple[list[int], list[bytes]]:
         if sequence.unscored:
@@ -357,6 +362,7 @@ class Scheduler:
         if sequence.state is State.WAITING:
             self.waiting.remove(sequence)
             sequence.state = State.FINISHED
+            self._let_go(sequence)
             return
         self.running.remove(sequence)
         self.leaving.append(sequence)
@@ -376,6 +382,7 @@ class Scheduler:
         sequence.restart()
         if sequence.state is State.FINISHED:
             self.leaving.remove(sequence)
+            self._let_go(sequence)
         else:
             self.running.remove(sequence)
             self.waiting.appendleft(sequence)

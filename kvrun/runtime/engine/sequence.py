@@ -1,8 +1,12 @@
 """Sequence: how far one choice of one request has come."""
 
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from kvrun.runtime.engine.request import Logprob, Request
+
+if TYPE_CHECKING:
+    from kvrun.runtime.lora.resident import Adapter
 
 SCORED_AT_ONCE = 256  # rows of logits; a vocabulary of 150,000 makes each 600 kB
 
@@ -22,7 +26,14 @@ class Sequence:
     """
 
     def __init__(
-        self, request: Request, index: int, *, seed: int, max_length: int, root: bytes
+        self,
+        request: Request,
+        index: int,
+        *,
+        seed: int,
+        max_length: int,
+        root: bytes,
+        adapter: "Adapter | None" = None,
     ) -> None:
         self.request = request
         self.index = index  # which of the request's choices
@@ -39,6 +50,8 @@ class Sequence:
         self.failed = False
         self.slot = -1  # row of the runner's state on the device
         self.blocks: list[int] = []
+        self.adapter = adapter
+        self.pinned = False  # the adapter keeps its place on the device until this one has ended
         self.keys = [root]  # the prefix-cache key behind each full block, the root first
         self.hit_blocks = 0  # how many of `blocks` came from the prefix cache or a sibling
         self.hit_tokens: int | None = None  # prompt tokens found cached when it first started

@@ -27,6 +27,8 @@ from kvrun.runtime.engine.runner import ModelRunner
 from kvrun.runtime.engine.scheduler import Scheduler
 from kvrun.runtime.engine.slots import Slots
 from kvrun.runtime.layers.decoder import Decoder
+from kvrun.runtime.lora.bank import LoraBank
+from kvrun.runtime.lora.sites import Sites
 from kvrun.runtime.plan import Plan, make_plan, size
 from kvrun.runtime.sampling.sampler import Sampler
 from kvrun.runtime.text import Text
@@ -41,6 +43,9 @@ CAPTURED = ("triton",)
 WORTH_THREADS = 100_000_000
 # Steps that a large batch takes between two looks of the host.
 TURNS = 4
+# Memory for adapters unless a configuration says how much: of what is free beside the weights, and
+# no more than that; and of the host's, where adapters of a GPU wait for their turn.
+LORA_FRACTION, LORA_BYTES, LORA_HOST_FRACTION = 0.06, 4 << 30, 0.5
 # When a configuration does not say for how long a context the model was made.
 UNSAID_CONTEXT = 4096
 
@@ -57,8 +62,9 @@ def start(config: EngineConfig) -> Engine:
         model, dtype = _load(config, folder, device)
         eos_ids = opened.eos_token_ids if (opened := text.result()) else ()
     name, backend_class = choose_backend(config.attention, model.specs, device)
-    backend, plan = _cache(config, model, backend_class, dtype, device)
-    runner = _runner(config, model, backend, plan, eos_ids, dtype, device)
+    bank = _bank(config, model, dtype, device)
+    backend, plan = _cache(config, model, backend_class, dtype, device, bank)
+    runner = _runner(config, model, backend, plan, eos_ids, dtype, device, bank)
     captured = config.cuda_graphs and device.type == "cuda" and name in CAPTURED
     if captured:
         runner.capture(config.max_num_seqs, dtype, cuda_capture(device))
@@ -71,6 +77,7 @@ def start(config: EngineConfig) -> Engine:
         max_num_batched_tokens=cast(int, config.max_num_batched_tokens),
         turns=TURNS if captured else 1,
         eos_ids=frozenset(eos_ids),
+        bank=bank,
     )
     ready = Ready(
         plan=plan.line(),
@@ -90,6 +97,7 @@ def start(config: EngineConfig) -> Engine:
         ready=ready,
         seed=config.seed,
         run_ahead=cast(int, config.run_ahead),
+        bank=bank,
     )
 
 
@@ -105,12 +113,37 @@ def _sized(config: EngineConfig, device: torch.device) -> EngineConfig:
     )
 
 
+def _bank(
+    config: EngineConfig, model: Decoder, dtype: torch.dtype, device: torch.device
+) -> LoraBank:
+    """Room for adapters, and those that the configuration names."""
+    asked, free = config.lora_memory, _free_bytes(device)
+    if isinstance(asked, int) and asked > 1:
+        room = asked
+    elif asked is not None:
+        room = int(free * asked)
+    else:
+        room = min(int(free * LORA_FRACTION), LORA_BYTES)
+    if room > free:
+        raise Unsupported(
+            f"adapters were given {size(room)}, but {size(free)} are free.",
+            hint="ask for less lora_memory",
+        )
+    host_room = int(psutil.virtual_memory().available * LORA_HOST_FRACTION)
+    sites = Sites(model.products)
+    bank = LoraBank(sites, device=device, dtype=dtype, room=room, host_room=host_room)
+    for name, path in config.adapters.items():
+        bank.register(name, path)
+    return bank
+
+
 def _cache(
     config: EngineConfig,
     model: Decoder,
     backend: type[Backend],
     dtype: torch.dtype,
     device: torch.device,
+    bank: LoraBank,
 ) -> tuple[Backend, Plan]:
     """The attention backend with a cache as large as the plan allows."""
     size = cast(int, config.block_size)
@@ -120,6 +153,8 @@ def _cache(
         trial = backend(KVCache(model.specs, 2, size, kept, device), dtype)
         tokens = cast(int, config.max_num_batched_tokens)
         reserve = memory_of_a_step(model, trial, tokens, config.max_num_seqs, device)
+    if device.type == "cpu":
+        reserve = bank.resident.arena.nbytes  # promised, but not taken from the system yet
     plan = _plan(config, model, device, bytes_per_block(model.specs, size, kept), reserve)
     return backend(KVCache(model.specs, plan.num_blocks, size, kept, device), dtype), plan
 
@@ -132,6 +167,7 @@ def _runner(
     eos_ids: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
+    bank: LoraBank,
 ) -> ModelRunner:
     parameters = model.parameter_bytes // dtype.itemsize
     return ModelRunner(
@@ -144,6 +180,7 @@ def _runner(
         block_size=plan.block_size,
         eos_ids=eos_ids,
         threads=_thread_rule(config.threads, parameters) if device.type == "cpu" else None,
+        bank=bank,
     )
 
 

@@ -7,7 +7,7 @@ from typing import IO
 import msgspec
 
 from kvrun import errors
-from kvrun.runtime.engine.request import Delta, Pages, Ready, Request, Stats
+from kvrun.runtime.engine.request import AdapterInfo, Delta, Pages, Ready, Request, Stats
 
 _LENGTH = struct.Struct("<I")
 
@@ -60,6 +60,21 @@ class AskPages(msgspec.Struct, tag=True):
     pass
 
 
+class LoadAdapter(msgspec.Struct, tag=True):
+    number: int
+    name: str
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, tag=True):
+    number: int
+    name: str
+
+
+class AskAdapters(msgspec.Struct, tag=True):
+    number: int
+
+
 class Started(msgspec.Struct, tag=True):
     ready: Ready
 
@@ -81,14 +96,28 @@ class PageMap(msgspec.Struct, tag=True):
     pages: Pages
 
 
+class Adapters(msgspec.Struct, tag=True):
+    """What came of a LoadAdapter, UnloadAdapter or AskAdapters."""
+
+    number: int
+    adapters: list[AdapterInfo]
+
+
+class Refused(msgspec.Struct, tag=True):
+    """Why nothing came of it."""
+
+    number: int
+    fault: Fault
+
+
 class Died(msgspec.Struct, tag=True):
     """The last message of a worker that cannot go on (or never could start)."""
 
     fault: Fault
 
 
-ToEngine = Submit | Abort | AskStats | AskPages
-FromEngine = Started | Deltas | Rejected | Statistics | PageMap | Died
+ToEngine = Submit | Abort | AskStats | AskPages | LoadAdapter | UnloadAdapter | AskAdapters
+FromEngine = Started | Deltas | Rejected | Statistics | PageMap | Adapters | Refused | Died
 
 _encoder = msgspec.msgpack.Encoder()
 to_engine = msgspec.msgpack.Decoder(ToEngine)

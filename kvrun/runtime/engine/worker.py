@@ -11,6 +11,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import IO
 
@@ -21,6 +24,7 @@ from kvrun.folder import load
 from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine import wire
 from kvrun.runtime.engine.engine import Engine, describe
+from kvrun.runtime.engine.request import AdapterInfo
 
 DEAD = EngineDead.exit_code
 
@@ -81,6 +85,7 @@ class Worker:
         self._engine = engine
         self._outlet = outlet
         self._inbox = inbox
+        self._loading: dict[int, Future[AdapterInfo]] = {}  # by the number of who asked
 
     def run(self, watchdog: _Watchdog) -> None:
         """Step while there is work, wait for a message while there is none."""
@@ -91,6 +96,10 @@ class Worker:
             watchdog.end()
             if deltas:
                 wire.send(self._outlet, wire.Deltas(deltas))
+            for number, future in list(self._loading.items()):
+                if future.done():
+                    del self._loading[number]
+                    self._answer(number, partial(_alone, future))
 
     def _take_in(self) -> None:
         if self._engine.idle:
@@ -114,8 +123,27 @@ class Worker:
             self._engine.abort(message.request_id, message.index)
         elif isinstance(message, wire.AskPages):
             wire.send(self._outlet, wire.PageMap(self._engine.pages()))
+        elif isinstance(message, wire.LoadAdapter):
+            loading = self._engine.load_adapter(message.name, message.path)
+            self._loading[message.number] = loading
+        elif isinstance(message, wire.UnloadAdapter):
+            name = message.name
+            self._answer(message.number, lambda: self._engine.unload_adapter(name))
+        elif isinstance(message, wire.AskAdapters):
+            self._answer(message.number, self._engine.adapters)
         else:
             wire.send(self._outlet, wire.Statistics(self._engine.stats()))
+
+    def _answer(self, number: int, ask: Callable[[], list[AdapterInfo] | None]) -> None:
+        try:
+            answer: wire.FromEngine = wire.Adapters(number, ask() or [])
+        except KvrunError as error:
+            answer = wire.Refused(number, wire.Fault.of(error))
+        wire.send(self._outlet, answer)
+
+
+def _alone(future: "Future[AdapterInfo]") -> list[AdapterInfo]:
+    return [future.result()]
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ class Decoder:
     """A causal language model.
 
     `specs`: what each layer asks of the attention backend. `parameter_bytes`: its weights on this
-    rank. `max_position`: the context it was made for, in tokens, or None.
+    rank. `products`: what adapters can change, by its shards. `max_position`: the context it was
+    made for, in tokens, or None.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Decoder:
         self.vocab_size = head.vocab_size
         self.softcapped = head.softcapped  # logits are fp32 then
         self.parameter_bytes = w.parameter_bytes + head.copy_bytes
+        self.products = w.products
         known = w.config.get("max_position_embeddings") is not None
         self.max_position = w.config.integer("max_position_embeddings") if known else None
 

@@ -25,6 +25,7 @@ class Linear:
     """x [tokens, in] -> [tokens, out], plus `add` [tokens, out] (a residual) if given.
 
     `before` (a norm, a gate) is applied to x first. `add` may be overwritten with the result.
+    Adapters find it by the names of its shards, and are cut as they are.
     """
 
     def __init__(self, w: "Checkpoint", *shards: Shard, bias: bool = False) -> None:
@@ -34,6 +35,8 @@ class Linear:
         last = bias and self._partial and w.group.size > 1
         self._weight = quant.read(w, shards, bias and not last)
         self._late_bias = w.vector(shards[0]) if last else None
+        self._site = len(w.products)
+        w.products.append(shards)
 
     def __call__(
         self,
@@ -43,11 +46,30 @@ class Linear:
         before: Prologue | None = None,
     ) -> torch.Tensor:
         if not self._partial or self._group.size == 1:
-            return product(self._weight, x, add, before)
-        y = self._group.all_reduce(product(self._weight, x, None, before))
+            return self._product(x, batch, add, before)
+        y = self._group.all_reduce(self._product(x, batch, None, before))
         if self._late_bias is not None:
             y = y + self._late_bias
         return y if add is None else y + add
+
+    def _product(
+        self,
+        x: torch.Tensor,
+        batch: "Batch",
+        add: torch.Tensor | None,
+        before: Prologue | None,
+    ) -> torch.Tensor:
+        rows = batch.lora
+        if rows is None:
+            return product(self._weight, x, add, before)
+        if before is not None and not (rows.takes_in and self._weight.takes_in(len(x))):
+            x, before = before(x), None  # once for both
+        prologue = {} if before is None else before.prologue
+        low = rows.shrink(self._site, x, prologue)
+        y = product(self._weight, x, add, before)
+        if low is not None:
+            rows.expand(self._site, low, y, prologue)
+        return y
 
 
 def product(

@@ -118,7 +118,8 @@ class AdaptersScreen(Picker):
     async def _load(self, name: str, path: str) -> str:
         assert self._board.host
         info = await self._board.host.load_adapter(name, path)
-        return f"'{name}' is loaded, in {info.load_seconds * 1000:.0f} ms; + makes a column for it"
+        took = f" in {info.load_seconds * 1000:.0f} ms" if info.load_seconds else ""
+        return f"'{name}' is loaded{took}; + makes a column for it"
 
     async def _unload(self, name: str) -> str:
         assert self._board.host

@@ -104,20 +104,6 @@ def test_prefix_hits(run_ahead: int) -> None:
     assert engine.stats().prefix_hit_tokens == 44
 
 
-def test_adapters_do_not_share_prefixes() -> None:
-    engine, _ = scripted_engine()
-    text = prompts(seed=5, count=1, low=12, high=12)[0]
-    engine.add(ask(0, text))
-    drain(engine)
-    other = ask(1, text)
-    engine.add(type(other)(id="x", prompt_ids=text, params=other.params, adapter="pirate"))
-    drain(engine)
-    assert engine.stats().prefix_hit_tokens == 0
-    engine.add(type(other)(id="y", prompt_ids=text, params=other.params, adapter="pirate"))
-    drain(engine)
-    assert engine.stats().prefix_hit_tokens == 8
-
-
 @pytest.mark.parametrize("run_ahead", RUN_AHEAD)
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_choices_share_the_prompt(run_ahead: int, prefix_caching: bool) -> None:

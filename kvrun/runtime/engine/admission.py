@@ -1,0 +1,46 @@
+"""Which waiting sequence is the next to start: what its adapter has to do with it."""
+
+from collections.abc import Iterable
+
+from kvrun.errors import KvrunError
+from kvrun.runtime.cache.prefix import PrefixCache
+from kvrun.runtime.engine.sequence import Sequence
+from kvrun.runtime.lora.bank import LoraBank, Place
+
+
+def first_ready(
+    waiting: Iterable[Sequence], bank: LoraBank | None, prefix: PrefixCache | None
+) -> tuple[Sequence | None, list[tuple[Sequence, str]]]:
+    """The first sequence that lacks nothing but blocks; and those whose adapter cannot be read,
+    with the reason.
+
+    One whose adapter is being loaded holds nobody up. One that finds all room for adapters in use
+    does hold up those with adapters behind it, or its turn might never come.
+    """
+    broken: list[tuple[Sequence, str]] = []
+    full = False
+    for sequence in waiting:
+        if _waits_for_sibling(sequence):
+            continue
+        if sequence.adapter is None or bank is None:
+            return sequence, broken
+        if full and not sequence.pinned:
+            continue
+        try:
+            place = bank.place(sequence.adapter, sequence.pinned)
+        except KvrunError as error:
+            broken.append((sequence, error.in_one_line))
+            continue
+        sequence.pinned |= sequence.adapter.slot > 0
+        full |= place is Place.FULL
+        if place is Place.READY:
+            if prefix:
+                # Keys and values depend on the adapter: its content is where their chain starts.
+                sequence.keys[0] = prefix.root(sequence.adapter.identity)
+            return sequence, broken
+    return None, broken
+
+
+def _waits_for_sibling(sequence: Sequence) -> bool:
+    """n > 1: the first choice computes the prompt, the others then share its blocks."""
+    return sequence.leader is not sequence and not sequence.leader.generated

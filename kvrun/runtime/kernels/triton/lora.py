@@ -1,0 +1,245 @@
+"""Low-rank changes of many adapters to one product, in Triton; twin: kernels/lora.py.
+
+Two launches for a product, whatever parts it has and whatever adapters and ranks its rows have.
+`shrink` cuts the input among programs and leaves fp32 sums of its pieces, which `expand` adds in
+their order, so that equal inputs give equal bits. Programs are laid out for as many tiles as there
+can be, and those without work end after reading one number: a captured step serves any mix. Both
+kernels read their adapter's first matrix, which no step writes, before they wait for the kernel in
+front of them.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from kvrun.runtime.kernels.triton._overlap import overlap, release, wait
+from kvrun.runtime.kernels.triton._skinny import _input
+
+RANKS = 16  # of a block: the least that tensor cores multiply
+_TALL = 16  # rows of a tile beyond which it is a prompt's
+_MOST_PIECES = 32
+_FEWEST_PIECES = 4  # where many rows may be few tiles: all of one adapter
+
+
+def shrink(
+    x: torch.Tensor, arena: torch.Tensor, table: torch.Tensor, rows: torch.Tensor,
+    tiles: torch.Tensor, *, height: int, features: int, width: int,
+    norm: torch.Tensor | None = None, act: str | None = None, parts: int = 1,
+) -> torch.Tensor:  # fmt: skip
+    """As the twin."""
+    block_m = max(16, triton.next_power_of_2(height))
+    block_k, span, pieces = _cut(len(tiles), parts, features, block_m, _sm_count(x.device))
+    sums = torch.empty((pieces, len(rows), width + 1), device=x.device)
+    if len(tiles) and len(rows):
+        _shrink[(len(tiles), parts, pieces)](
+            x, norm, arena, table, rows, tiles, sums,
+            len(rows), x.stride(0), table.stride(0), width + 1,
+            K=features, SPAN=span, EVERY=parts, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=RANKS,
+            NORM=norm is not None, ACT=act or "",
+            # Triton's interpreter multiplies the bits of bf16 as integers.
+            WIDE=x.device.type == "cpu", num_warps=4, **overlap(x.device),
+        )  # fmt: skip
+    return sums
+
+
+def expand(
+    sums: torch.Tensor, y: torch.Tensor, arena: torch.Tensor, table: torch.Tensor,
+    rows: torch.Tensor, tiles: torch.Tensor, *, height: int, features: int, outs: Sequence[int],
+    eps: float | None = None,
+) -> None:  # fmt: skip
+    """As the twin."""
+    pieces, count, width = sums.shape
+    if not len(tiles) or not count:
+        return
+    block_m = max(16, triton.next_power_of_2(height))
+    block_n = 64 if len(tiles) < 8 and sum(outs) < 8192 else 128
+    places = _places(tuple(outs), block_n, y.device)
+    _expand[(len(tiles), len(places))](
+        sums, y, arena, table, rows, tiles, places,
+        count, y.stride(0), table.stride(0), width, 0.0 if eps is None else eps,
+        K=features, PIECES=pieces, CHUNK=min(8 if block_m == 16 else 2, _power(pieces)),
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=RANKS, NORM=eps is not None,
+        ALIGNED=all(out % 8 == 0 for out in outs), WIDE=y.device.type == "cpu",
+        num_warps=4, **overlap(y.device),
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count", "width"])
+def _shrink(
+    x, norm, arena, table, rows, tiles, sums, count, x_stride, table_stride, width,
+    K: tl.constexpr, SPAN: tl.constexpr, EVERY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    NORM: tl.constexpr, ACT: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Of one tile of rows, every EVERY-th block of ranks, over SPAN columns of the input."""
+    release(PDL)
+    tile, first_block, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot = tl.load(tiles + 3 * tile)
+    entry = table + slot.to(tl.int64) * table_stride
+    rank = tl.load(entry + 1).to(tl.int32)
+    if first_block * BLOCK_R >= rank:
+        wait(PDL)  # a kernel that waits for nobody would let the next one start too early
+        return
+    first, tall = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
+    m, r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
+    row = tl.load(rows + first + m, mask=m < tall, other=0).to(tl.int64)
+    k = piece * SPAN + tl.arange(0, BLOCK_K)
+    a_at = arena + tl.multiple_of(tl.load(entry), 8) + r[:, None] * K + k[None, :]
+    x_at = x + row[:, None] * x_stride + k[None, :]
+    sums += (piece * count + first + m)[:, None].to(tl.int64) * width
+    blocks = tl.cdiv(rank, BLOCK_R)
+    if SPAN == BLOCK_K:
+        inside = (k < K)[None, :]
+        a = tl.load(
+            a_at + first_block * BLOCK_R * K,
+            mask=(first_block * BLOCK_R + r < rank)[:, None] & inside,
+            other=0.0,
+        )
+        wait(PDL)
+        part, square = _row(x_at, norm, k, (m < tall)[:, None] & inside, inside, K, NORM, ACT)
+        if NORM and first_block == 0:
+            tl.store(sums + width - 1, square[:, None], mask=(m < tall)[:, None])
+        for block in range(first_block, blocks, EVERY):
+            y = _dot(part.to(a.dtype), a, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), WIDE)
+            ranks = block * BLOCK_R + r
+            tl.store(sums + ranks[None, :], y, mask=(m < tall)[:, None] & (ranks < rank)[None, :])
+            later = ranks + EVERY * BLOCK_R < rank
+            following = a_at + (block + EVERY) * BLOCK_R * K
+            a = tl.load(following, mask=later[:, None] & inside, other=0.0)
+    else:
+        wait(PDL)
+        for block in range(first_block, blocks, EVERY):
+            ranks = block * BLOCK_R + r
+            y = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+            squares = tl.zeros([BLOCK_M], tl.float32)
+            for k0 in tl.range(0, SPAN, BLOCK_K, num_stages=3):
+                inside = (k0 + k < K)[None, :]
+                a = tl.load(
+                    a_at + block * BLOCK_R * K + k0,
+                    mask=(ranks < rank)[:, None] & inside,
+                    other=0.0,
+                )
+                alive = (m < tall)[:, None] & inside
+                part, square = _row(x_at + k0, norm, k0 + k, alive, inside, K, NORM, ACT)
+                y = _dot(part.to(a.dtype), a, y, WIDE)
+                squares += square
+            tl.store(sums + ranks[None, :], y, mask=(m < tall)[:, None] & (ranks < rank)[None, :])
+            if NORM and block == 0:
+                tl.store(sums + width - 1, squares[:, None], mask=(m < tall)[:, None])
+
+
+@triton.jit
+def _row(
+    at, norm, k, alive, inside, K: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr
+):  # fmt: skip
+    """Pieces of rows as they enter the product, and sums of their squares before the norm."""
+    x = _input(at, alive, K, ACT, False)
+    square = tl.zeros([x.shape[0]], tl.float32)
+    if NORM:
+        x = x.to(tl.float32)
+        square = tl.sum(x * x, 1)
+        x = x * tl.load((norm + k)[None, :], mask=inside, other=0.0)
+    return x, square
+
+
+@triton.jit
+def _dot(x, a, y, WIDE: tl.constexpr):
+    """y + x · a transposed"""
+    if WIDE:
+        x, a = x.to(tl.float32), a.to(tl.float32)
+    return tl.dot(x, tl.trans(a), y, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["count", "width"])
+def _expand(
+    sums, y, arena, table, rows, tiles, places, count, y_stride, table_stride, width, eps,
+    K: tl.constexpr, PIECES: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    NORM: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Of one tile of rows, BLOCK_N outputs of one part."""
+    release(PDL)
+    tile, place = tl.program_id(0), places + 4 * tl.program_id(1)
+    slot = tl.load(tiles + 3 * tile)
+    part, n0, out, column = (
+        tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
+    )  # fmt: skip
+    if ALIGNED:
+        n0, out, column = tl.multiple_of(n0, 8), tl.multiple_of(out, 8), tl.multiple_of(column, 8)
+    entry = table + slot.to(tl.int64) * table_stride + 2 + 3 * part
+    rank = tl.load(entry + 2).to(tl.int32)
+    if rank == 0:
+        wait(PDL)
+        return
+    first, tall = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
+    m, r, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R), n0 + tl.arange(0, BLOCK_N)
+    b_at = arena + tl.multiple_of(tl.load(entry), 8) + r[:, None] * out + n[None, :]
+    b = tl.load(b_at, mask=(r < rank)[:, None] & (n < out)[None, :], other=0.0)
+    row = tl.load(rows + first + m, mask=m < tall, other=0).to(tl.int64)
+    alive = (m < tall)[:, None]
+    sums += (first + m)[:, None].to(tl.int64) * width
+    low_at = sums + (tl.load(entry + 1).to(tl.int32) + r)[None, :]
+    wait(PDL)
+    y_at = y + row[:, None] * y_stride + column + n[None, :]
+    inside = alive & (n < out)[None, :]
+    before = tl.load(y_at, mask=inside, other=0.0)
+    change = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    scale = tl.full([BLOCK_M, 1], 1.0, tl.float32)
+    if NORM:
+        square = _collect(sums + width - 1, alive, count * width, PIECES, CHUNK)
+        scale = tl.rsqrt(square / K + eps)
+    for r0 in range(0, rank, BLOCK_R):
+        mask = alive & (r0 + r < rank)[None, :]
+        low = _collect(low_at + r0, mask, count * width, PIECES, CHUNK)
+        change = _dot((low * scale).to(b.dtype), tl.trans(b), change, WIDE)
+        later = (r0 + BLOCK_R + r < rank)[:, None] & (n < out)[None, :]
+        b = tl.load(b_at + (r0 + BLOCK_R) * out, mask=later, other=0.0)
+    tl.store(y_at, (before.to(tl.float32) + change).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _collect(at, mask, stride, PIECES: tl.constexpr, CHUNK: tl.constexpr):
+    """The sum of all pieces, `stride` apart."""
+    piece = tl.arange(0, CHUNK)[:, None, None]
+    found = tl.zeros([at.shape[0], at.shape[1]], tl.float32)
+    for p0 in tl.static_range(0, PIECES, CHUNK):
+        inside = mask[None, :, :] & (p0 + piece < PIECES)
+        pieces = tl.load(
+            at[None, :, :] + (p0 + piece).to(tl.int64) * stride, mask=inside, other=0.0
+        )
+        found += tl.sum(pieces, 0)
+    return found
+
+
+def _cut(tiles: int, parts: int, k: int, block_m: int, sm_count: int) -> tuple[int, int, int]:
+    """Columns of a turn, columns of a program, and how many programs share the input."""
+    block_k = max(16, min(256 if block_m <= _TALL else 64, triton.next_power_of_2(k)))
+    turns = triton.cdiv(k, block_k)
+    wanted = max(triton.cdiv(2 * sm_count, tiles * parts), _FEWEST_PIECES)
+    span = triton.cdiv(turns, min(wanted, _MOST_PIECES)) * block_k
+    return block_k, span, triton.cdiv(k, span)
+
+
+@cache
+def _places(outs: tuple[int, ...], block_n: int, device: torch.device) -> torch.Tensor:
+    """[programs, 4] int32: the part of each, its first output in it, the part's size and column."""
+    found, column = [], 0
+    for part, out in enumerate(outs):
+        found += [(part, n0, out, column) for n0 in range(0, out, block_n)]
+        column += out
+    return torch.tensor(found, dtype=torch.int32, device=device)
+
+
+def _power(count: int) -> int:
+    power: int = triton.next_power_of_2(count)
+    return power
+
+
+@cache
+def _sm_count(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

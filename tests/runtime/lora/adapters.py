@@ -1,0 +1,117 @@
+"""PEFT folders for tests, made by PEFT itself, and a driver whose rows have adapters."""
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from kvrun.runtime.lora.bank import LoraBank
+from kvrun.runtime.lora.bank import Place as Answer
+from kvrun.runtime.lora.resident import Adapter
+from kvrun.runtime.lora.rows import Grouped, Rows, Tiled, tiled
+from kvrun.runtime.lora.sites import Sites
+from tests.runtime.driver import Driver
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def peft_model(base: Any, seed: int, **config: Any) -> Any:
+    """`base` with a random adapter that moves its logits; `base` itself is changed."""
+    torch.manual_seed(seed)
+    values = {"r": 4, "lora_alpha": 8, "target_modules": ALL, **config}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers in an old way
+        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **values)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.2)
+    return model
+
+
+def edit(folder: Path, change: Any = None, **config: Any) -> Path:
+    """Change an adapter's tensors and configuration in place."""
+    file = folder / "adapter_model.safetensors"
+    if change is not None:
+        tensors = change(load_file(file))
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return folder
+
+
+def write(
+    folder: Path,
+    shapes: dict[str, tuple[int, int]],
+    rank: int = 4,
+    alpha: float = 8,
+    seed: int = 0,
+    spread: float = 0.2,
+    **config: Any,
+) -> dict[str, torch.Tensor]:
+    """A folder without PEFT: module -> (out, in); returns what it adds to each weight."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors, deltas = {}, {}
+    for module, (out, inner) in shapes.items():
+        a = torch.randn(rank, inner, generator=generator) * spread
+        b = torch.randn(out, rank, generator=generator) * spread
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b
+        deltas[module] = alpha / rank * b @ a
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    return deltas
+
+
+def make_bank(products: Sequence[Any], room: int = 64 << 20, **options: Any) -> LoraBank:
+    values: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, **options}
+    return LoraBank(Sites(products), room=room, host_room=1 << 30, **values)
+
+
+def ready(bank: LoraBank, adapter: Adapter, pinned: bool = False) -> Adapter:
+    """The adapter once it lies on the device, pinned."""
+    while bank.place(adapter, pinned) is not Answer.READY:
+        bank.wait(10)
+        bank.poll()
+    return adapter
+
+
+def rows_of(bank: LoraBank, slots: Sequence[int], form: str) -> Rows:
+    """The rows of a step in a form for CPU, or in the kernels' (small tiles make many)."""
+    of_row = np.array(slots)
+    if form in ("joined", "apart"):
+        grouped = Grouped(bank.resident, of_row)
+        grouped._joined = form == "joined"  # else a matter of size
+        return grouped
+    rows, tiles = tiled(of_row, 3)
+    known = None if form == "captured" else sorted(set(slots) - {0})
+    return Tiled(bank.resident, torch.from_numpy(rows), torch.from_numpy(tiles), 3, known)
+
+
+class Adapted(Driver):
+    """A Driver with a bank; a step's work also names an adapter, or None."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.bank = make_bank(self.model.products)
+
+    @torch.inference_mode()
+    def adapted(
+        self, work: Sequence[tuple[int, Sequence[int], Any]], form: str
+    ) -> list[torch.Tensor]:
+        """The logits of each sequence's new tokens."""
+        slots: list[int] = []
+        for _, ids, choice in work:
+            adapter = self.bank.find(choice)
+            slots += [ready(self.bank, adapter).slot if adapter else 0] * len(ids)
+        batch = self.batch([(sequence, ids) for sequence, ids, _ in work])
+        batch.lora = rows_of(self.bank, slots, form) if any(slots) else None
+        return list(self.model(batch).split([len(ids) for _, ids, _ in work]))

@@ -37,6 +37,7 @@ PHASES = 4  # of a tick
 SAMPLES = 3  # ticks between two looks at the engine's counters
 SMALL = (40, 12)  # cells below which nothing is worth showing
 MOST_PASTE = 4_000_000  # characters, whatever the model
+ACTIONS = {binding.action for binding in APP}
 WELCOME = "Type a question; every column answers it. Tab goes to the columns, F1 shows all keys."
 
 
@@ -143,7 +144,10 @@ class Desk(App[KvrunError | None]):
         if stats is not None:
             self.pulse.take(stats)
         if panel.display:
-            panel.take(await host.pages() if host else None)
+            pages = await host.pages() if host else None
+            if host and pages is not None:
+                await host.refresh()
+            panel.take(pages)
 
     def _engine_changed(self) -> None:
         """The engine is ready, has ended, or holds other adapters."""
@@ -184,6 +188,10 @@ class Desk(App[KvrunError | None]):
         self._panel_wanted = not panel.has_class("-shown")
         panel.set_class(self._panel_wanted, "-shown")
         self.run_worker(self._sample(), group="sample", exclusive=True, exit_on_error=False)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """While a panel is open, its keys are its own; only leaving works everywhere."""
+        return len(self.screen_stack) == 1 or action == "leave" or action not in ACTIONS
 
     # -- asking -----------------------------------------------------------------------------
 

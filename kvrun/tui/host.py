@@ -109,9 +109,10 @@ class Host:
         return None
 
     async def refresh(self) -> None:
-        """Ask which adapters the engine has."""
-        found = await self.session.client.adapters()
-        self.adapters = {info.name: info for info in found}
+        """Ask which adapters the engine has, and what state they are in."""
+        with suppress(KvrunError):
+            found = await self.session.client.adapters()
+            self.adapters = {info.name: info for info in found}
 
     async def load_adapter(self, name: str, path: str) -> AdapterInfo:
         """Make an adapter's folder answer to a name, while others stream. Raises KvrunError."""

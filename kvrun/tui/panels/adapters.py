@@ -49,7 +49,7 @@ class AdaptersScreen(Picker):
     def keys(self) -> str:
         return "enter load · ^d unload · a number, then enter: scale · ↑↓ move · esc close"
 
-    def on_mount(self) -> None:
+    def begin(self) -> None:
         self.refresh_rows()
 
     def refresh_rows(self) -> None:

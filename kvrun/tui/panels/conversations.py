@@ -38,7 +38,7 @@ class ConversationsScreen(Picker):
     def keys(self) -> str:
         return "type to search · enter resume · ^d forget · ↑↓ move · esc close"
 
-    def on_mount(self) -> None:
+    def begin(self) -> None:
         self._look("")
 
     @on(Input.Changed)

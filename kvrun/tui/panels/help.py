@@ -12,11 +12,11 @@ from textual.widgets import Static
 from kvrun.chat.commands import COMMANDS
 from kvrun.tui.keys import GROUPS
 
-WORDS = """\
-A question goes to all linked columns (⊘ marks those that are not); F6 sends it to the current
-one only. @pirate or @2 in front asks one column, @all every one; @@ sends an @.
-Columns answer at the same time, from one batch of one engine: F2 shows it.\
-"""
+WORDS = (
+    "A question goes to all linked columns (⊘ marks those that are not); F6 sends it to the "
+    "current one only. @pirate or @2 in front asks one column, @all every one; @@ sends an @.",
+    "Columns answer at the same time, from one batch of one engine: F2 shows it.",
+)
 
 
 def shown(binding: Binding) -> str:
@@ -27,7 +27,7 @@ def shown(binding: Binding) -> str:
 
 def lines() -> list[str]:
     """The help as plain lines."""
-    made = WORDS.splitlines()
+    made = list(WORDS)
     for title, bindings in GROUPS:
         made += ["", title]
         made += [f"  {shown(b):<8} {b.description}" for b in bindings if "jump" not in (b.id or "")]

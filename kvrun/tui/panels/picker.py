@@ -58,6 +58,10 @@ class Picker(ModalScreen[str | None]):
 
     def on_mount(self) -> None:
         self.query_one(Input).focus()
+        self.begin()
+
+    def begin(self) -> None:
+        """What the list holds at first."""
         self.fill(self._rows)
 
     def fill(self, rows: list[Row]) -> None:

@@ -15,7 +15,6 @@ from kvrun.tui.desk import Desk
 from kvrun.tui.panels.adapters import AdaptersScreen
 from kvrun.tui.panels.compare import CompareScreen
 from kvrun.tui.panels.conversations import ConversationsScreen, boards
-from kvrun.tui.panels.engine import EnginePanel
 from kvrun.tui.panels.export import ExportScreen, wish
 from kvrun.tui.panels.help import HelpScreen
 from kvrun.tui.panels.picker import Picker, Row
@@ -225,7 +224,7 @@ class TuiApp(Desk):
             self.run_worker(self._solo(), group="solo", exit_on_error=False)
 
     async def _solo(self) -> None:
-        panel = self.screen_stack[0].query_one(EnginePanel)
+        panel = self.panel
 
         def said(line: str) -> None:
             panel.solo = line

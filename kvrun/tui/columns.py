@@ -44,6 +44,8 @@ class Columns(Container):
     @property
     def current(self) -> Column:
         """The column that has or last had the focus."""
+        if focused := next((column for column in self.all if column.has_focus), None):
+            return focused
         if self._current in self._by_talk:
             return self._by_talk[self._current]
         return self.all[0]
@@ -140,6 +142,7 @@ class Columns(Container):
         talk = self.current.talk
         talk.linked = not talk.linked
         self.current.head()
+        self.post_message(Column.Focused(self.current))
 
     def action_add(self) -> None:
         """One more column, behind the current one."""
@@ -159,3 +162,4 @@ class Columns(Container):
             return
         self.show()
         self.all[min(at, len(self.all) - 1)].focus()
+        self.post_message(Column.Focused(self.current))

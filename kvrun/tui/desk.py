@@ -73,12 +73,15 @@ class Desk(App[KvrunError | None]):
         self._panel_wanted: bool | None = None
 
     def compose(self) -> ComposeResult:
-        yield Status()
+        # The parts are kept, because a panel that is open hides them from queries.
+        self.status, self.columns = Status(), Columns(self.board)
+        self.panel, self.prompt = EnginePanel(self.board, self.pulse), Prompt(self._history)
+        yield self.status
         yield Static("", id="banner", markup=False)
         with Horizontal(id="middle"):
-            yield Columns(self.board)
-            yield EnginePanel(self.board, self.pulse)
-        yield Prompt(self._history)
+            yield self.columns
+            yield self.panel
+        yield self.prompt
         yield Footer(compact=True, show_command_palette=True)
         yield Static("", id="small", markup=False)
 
@@ -112,14 +115,6 @@ class Desk(App[KvrunError | None]):
     # -- parts ------------------------------------------------------------------------------
 
     @property
-    def columns(self) -> Columns:
-        return self.screen_stack[0].query_one(Columns)
-
-    @property
-    def prompt(self) -> Prompt:
-        return self.screen_stack[0].query_one(Prompt)
-
-    @property
     def current(self) -> Column:
         return self.columns.current
 
@@ -127,27 +122,27 @@ class Desk(App[KvrunError | None]):
 
     def _tick(self) -> None:
         """Everything that streams is shown here and nowhere else."""
+        if not self.columns.is_attached:  # the app is being taken down
+            return
         self.columns.tick(self._ticks % PHASES, PHASES)
         self._ticks += 1
         if self._ticks % PHASES:
             return
         hidden = self.columns.hidden()
-        bar = self.screen_stack[0].query_one(Status)
-        bar.show(status(self.board, self.pulse, hidden, max(20, self.size.width - 2)))
+        self.status.show(status(self.board, self.pulse, hidden, max(20, self.size.width - 2)))
         if self._ticks % (PHASES * SAMPLES) == 0:
             self.run_worker(self._sample(), group="sample", exclusive=True, exit_on_error=False)
 
     async def _sample(self) -> None:
         host = self.board.host
-        panel = self.screen_stack[0].query_one(EnginePanel)
         stats = await host.stats() if host else None
         if stats is not None:
             self.pulse.take(stats)
-        if panel.display:
+        if self.panel.display:
             pages = await host.pages() if host else None
             if host and pages is not None:
                 await host.refresh()
-            panel.take(pages)
+            self.panel.take(pages)
 
     def _engine_changed(self) -> None:
         """The engine is ready, has ended, or holds other adapters."""
@@ -180,13 +175,12 @@ class Desk(App[KvrunError | None]):
         """Beside the columns where there is room, unless the user has said otherwise."""
         wide = width >= 130
         shown = wide if self._panel_wanted is None else self._panel_wanted
-        self.screen_stack[0].query_one(EnginePanel).set_class(shown, "-shown")
+        self.panel.set_class(shown, "-shown")
 
     def action_engine(self) -> None:
         """Show or hide the engine."""
-        panel = self.screen_stack[0].query_one(EnginePanel)
-        self._panel_wanted = not panel.has_class("-shown")
-        panel.set_class(self._panel_wanted, "-shown")
+        self._panel_wanted = not self.panel.has_class("-shown")
+        self.panel.set_class(self._panel_wanted, "-shown")
         self.run_worker(self._sample(), group="sample", exclusive=True, exit_on_error=False)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:

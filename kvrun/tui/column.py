@@ -63,6 +63,8 @@ class Column(ScrollView, can_focus=True):
         self._next_code = 0
         self._head = ("", "")
         self._ink: Ink | None = None
+        self._laid_out: Size | None = None  # the size for which the lines were made
+        self._at_end = True
         self._starts: list[int] = []  # the first line of each entry
         self._entries: list[Entry] = []
         self._ready: dict[
@@ -103,12 +105,17 @@ class Column(ScrollView, can_focus=True):
         if self.is_mounted:
             self.flow()
 
+    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
+        super().watch_scroll_y(old_value, new_value)
+        if self.size == self._laid_out:  # else the scrolling is that of a resize
+            self._at_end = new_value >= self.max_scroll_y - 1
+
     def flow(self) -> None:
         """Lay the entries out anew; who was at the end stays there."""
         width = self.scrollable_content_region.width
         if not width:
             return
-        at_end = self.scroll_y >= self.max_scroll_y - 1
+        at_end, self._laid_out = self._at_end, None
         dark = self.app.current_theme.dark
         self._ink = Ink(width - GUTTER, self.rich_style, dark)
         live = [self._live] if self._live is not None else []
@@ -119,6 +126,7 @@ class Column(ScrollView, can_focus=True):
             gap = 0 if isinstance(entry, Question) else 1
             line += len(entry.lines(self._ink)) + gap
         self.virtual_size = Size(width, max(0, line - 1))
+        self._at_end, self._laid_out = at_end, self.size
         if at_end:
             self.scroll_end(animate=False, immediate=True)
         self.refresh()

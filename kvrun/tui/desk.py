@@ -10,6 +10,7 @@ from textual import events, on
 from textual.app import App, ComposeResult, SystemCommand
 from textual.binding import BindingType
 from textual.containers import Horizontal
+from textual.content import Content
 from textual.screen import Screen
 from textual.widgets import Footer, Static
 
@@ -243,7 +244,7 @@ class Desk(App[KvrunError | None]):
 
     @on(Prompt.Changed)
     def _changed(self) -> None:
-        self.prompt.border_subtitle = self.prompt.hint()
+        self.prompt.border_subtitle = Content(self.prompt.hint())
 
     @on(Prompt.Refused)
     def refused(self, event: Prompt.Refused) -> None:
@@ -279,7 +280,7 @@ class Desk(App[KvrunError | None]):
             count = sum(talk.linked for talk in self.board.talks)
             whom = "all" if count == len(self.board.talks) else f"{count} linked"
             title = f"prompt → {whom} (F6) · @name asks one · / commands"
-        self.prompt.border_title = printable(title)
+        self.prompt.border_title = Content(printable(title))
         names = dict.fromkeys(talk.speaker.adapter or "base" for talk in self.board.talks)
         self.prompt.names = ["all", *names]
 

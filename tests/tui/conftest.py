@@ -78,10 +78,12 @@ class Engine(scripted.ScriptedEngine):
             ids = [*self.text.encode(f"I am {request.adapter}"), self.text.eos_token_ids[0]]
             yield Delta(request_id=request.id, token_ids=ids, finish_reason="stop")
             return
-        async for delta in super()._answer(request):
-            yield delta
-        if self.dead:
-            self._death.set()
+        try:
+            async for delta in super()._answer(request):
+                yield delta
+        finally:
+            if self.dead:
+                self._death.set()
 
     async def stats(self) -> Stats:
         return Stats(
@@ -185,8 +187,6 @@ class Screen:
 
     def notices(self) -> str:
         return "\n".join(notice.message for notice in self.app._notifications)
-
-
 
 
 @pytest.fixture

@@ -195,7 +195,9 @@ async def test_what_a_model_says_is_text_and_nothing_else(show: Show) -> None:
         evil = "say [b]bold[/b] <think>no</think> \x1b]0;owned\x07 \x1b[31mred [x](http://b.c)"
         await screen.ask(evil)
         await screen.answered()
-        await screen.sees("[b]bold[/b]", "<think>no</think>", "]0;owned", "[31mred", "x (http://b.c)")
+        await screen.sees(
+            "[b]bold[/b]", "<think>no</think>", "]0;owned", "[31mred", "x (http://b.c)"
+        )
         shown = screen.text()
         assert "\x1b" not in shown
         assert "\x07" not in shown

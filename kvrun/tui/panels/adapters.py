@@ -74,7 +74,8 @@ class AdaptersScreen(Picker):
     def typed(self, event: Input.Changed) -> None:
         """The line is no filter here."""
         event.prevent_default()
-        self.say("")
+        if event.value:  # the line is emptied when its wish has been heard
+            self.say("")
 
     @on(Input.Submitted)
     def entered(self, event: Input.Submitted) -> None:

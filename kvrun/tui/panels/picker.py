@@ -46,7 +46,7 @@ class Picker(ModalScreen[str | None]):
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="panel") as panel:
-            panel.border_title = self._heading
+            panel.border_title = Content(printable(self._heading))
             yield Input(self._value, placeholder=self._hint, select_on_focus=False)
             yield OptionList(markup=False)
             yield Static("", classes="said", markup=False)

@@ -6,6 +6,7 @@ from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static
 
@@ -73,7 +74,7 @@ class SamplingScreen(ModalScreen[None]):
 
     def _show(self) -> None:
         name = "all columns" if self._everywhere else f"column {self._columns[self._at][0]}"
-        self.query_one(".panel").border_title = printable(f"sampling → {name}")
+        self.query_one(".panel").border_title = Content(printable(f"sampling → {name}"))
         for setting in self._settings.all():
             text = written(setting.value)
             self._shown[setting.name] = text
@@ -109,7 +110,7 @@ class SamplingScreen(ModalScreen[None]):
         """Mean all columns, or again this one."""
         self._everywhere = not self._everywhere
         name = "all columns" if self._everywhere else f"column {self._columns[self._at][0]}"
-        self.query_one(".panel").border_title = printable(f"sampling → {name}")
+        self.query_one(".panel").border_title = Content(printable(f"sampling → {name}"))
 
     def action_reset(self) -> None:
         """Give every choice back."""

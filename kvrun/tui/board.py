@@ -36,7 +36,8 @@ class Board:
         self.talks: list[Talk] = []
         self.system = system
         self.told: Callable[[KvrunError], None] = lambda error: None
-        self.name = datetime.now().isoformat(sep=" ", timespec="seconds")
+        self.name = _now()
+        self._named = 0  # conversations that have got a name on this board
         self._chosen = dict(chosen or {})
         self._unsaved: dict[Talk, None] = {}
         self._saving: asyncio.Task[None] | None = None
@@ -185,8 +186,9 @@ class Board:
     def _title(self, talk: Talk) -> str:
         first = next((m.content for m in talk.conversation if m.role == "user"), "")
         words = "".join(c for c in " ".join(first.split()) if c.isprintable())[:48].strip()
-        number = self.talks.index(talk) + 1 if talk in self.talks else 0
-        return f"{words} · {talk.label} · {self.name} {number}"[:MAX_NAME]
+        self._named += 1
+        end = f" · {talk.label[:24]} · {self.name} {self._named}"
+        return words[: MAX_NAME - len(end)] + end
 
     async def settle(self) -> None:
         """Stop all answers and wait until everything is saved."""
@@ -199,7 +201,7 @@ class Board:
 
     def renew(self) -> None:
         """Begin new conversations in all columns."""
-        self.name = datetime.now().isoformat(sep=" ", timespec="seconds")
+        self.name, self._named = _now(), 0
         for talk in self.talks:
             talk.stop()
             talk.chat.conversation = Conversation(talk.conversation.system)
@@ -214,6 +216,8 @@ class Board:
         self.talks.clear()
         if rows[0].board:
             self.name = rows[0].board
+            numbers = [row.name.rpartition(" ")[2] for row in rows]
+            self._named = max(int(n) if n.isdecimal() else 0 for n in numbers)
         known = self.host.adapters if self.host else {}
         for row, conversation in zip(rows, loaded, strict=True):
             adapter = row.adapter if row.adapter in known or not self.host else None
@@ -224,3 +228,7 @@ class Board:
         """What columns hold, ready to be written to a file."""
         kept = (talk for talk in talks if len(talk.conversation))
         return [Exported(t.conversation, t.source.name, t.speaker.adapter or "") for t in kept]
+
+
+def _now() -> str:
+    return datetime.now().isoformat(sep=" ", timespec="milliseconds")

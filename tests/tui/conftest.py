@@ -151,10 +151,8 @@ class Screen:
     def says(self, column: int) -> str:
         """What a column shows, without marks."""
         found = self.column(column)
-        assert found._ink
-        return "\n".join(
-            strip.text for entry in found._entries for strip in entry.lines(found._ink)
-        )
+        ink = found._ink
+        return "\n".join(s.text for e in found._entries for s in e.lines(ink)) if ink else ""
 
     async def until(self, true: Callable[[], object]) -> None:
         """Let the app run until something is so."""

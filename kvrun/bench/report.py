@@ -87,6 +87,11 @@ def _micro(row: Row) -> list[Bar]:
     return [bar._replace(group=group) for bar in _share(row, label, row["avg_ts"])]
 
 
+def _lora(row: Row) -> list[Bar]:
+    label = f"{row['test']} b{row['batch_size']} {row['popularity']}"
+    return [Bar(label, row["base_percent"], 100.0, group=row["test"])]
+
+
 def _rates(row: Row) -> list[Bar]:
     return [Bar(f"{row['name']} ({row['unit']})", row["shown"])] if row["unit"] == "GB/s" else []
 
@@ -113,5 +118,6 @@ THROUGHPUT = Kind(
     table.THROUGHPUT,
     lambda row: _share(row, row["test"], row["output_throughput"]),
 )
+LORA = Kind("% of the base model's speed", table.LORA, _lora)
 HARDWARE = Kind("GB/s", table.RATES, _rates)
 LOAD = Kind("ms", table.LOAD, _load)

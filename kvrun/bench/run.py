@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from kvrun.bench import hardware, measure, report
+from kvrun.bench import lora as adapted
 from kvrun.bench.hardware import Hardware
 from kvrun.bench.limits import Limits
-from kvrun.bench.measure import Case, Watch
+from kvrun.bench.measure import SETTLE, Case, Watch
 from kvrun.bench.progress import Work, note
 from kvrun.bench.rates import BANDWIDTH, FLOPS, Rate
 from kvrun.bench.report import Kind, Report
@@ -129,6 +130,37 @@ def throughput(
 
     total = len(todo) * (repetitions + 1)
     _on_model(subject, options, report.THROUGHPUT, rows, total, out, shown)
+
+
+def lora(
+    subject: Subject,
+    batches: Sequence[int],
+    works: Sequence[Workload],
+    kinds: Sequence[str],
+    *,
+    adapters: dict[str, str],
+    prompt: int,
+    new: int,
+    repetitions: int,
+    seed: int,
+    out: Report,
+    shown: bool,
+) -> None:
+    """`kvrun bench lora`: steps of batches, or workloads if there are any."""
+    longest = max([prompt + SETTLE + new, *(work.longest for work in works)])
+    options = subject.sized(longest, 1 if works else max(batches))
+    options["adapters"] = adapters
+    how: dict[str, Any] = {"repetitions": repetitions, "seed": seed}
+
+    def rows(target: Target, limits: Limits, watch: Watch) -> Iterator[Row]:
+        more: dict[str, Any] = {**how, "limits": limits, "watch": watch}
+        if not works:
+            yield from adapted.steps(target, batches, kinds, prompt=prompt, new=new, **more)
+        for work in works:
+            yield from adapted.throughput(target, work, kinds, **more)
+
+    total = len(works or batches) * (len(kinds) + 1) * (repetitions + 1)
+    _on_model(subject, options, report.LORA, rows, total, out, shown)
 
 
 def machine(device: str, threads: int | None, out: Report, shown: bool) -> None:

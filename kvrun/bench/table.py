@@ -95,6 +95,17 @@ THROUGHPUT = (
     words("preempted", "preemptions"),
     *_LIMITS,
 )
+LORA = (
+    words("test", "test"),
+    words("batch", "batch_size"),
+    words("popularity", "popularity"),
+    words("adapters", "adapters"),
+    between("ms, median (p10 … p90)", "median_ms", "p10_ms", "p90_ms"),
+    figure("over base ms", "over_base_ms", 3),
+    figure("% of base", "base_percent", 3),
+    figure("bytes ms", "floor_ms", 3),
+    figure("output tok/s", "output_throughput"),
+)
 RATES = (
     words("what", "name"),
     figure("best", "shown", 3),

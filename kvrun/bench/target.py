@@ -31,7 +31,7 @@ from kvrun.runtime.plan import size
 from kvrun.runtime.sampling.params import SamplingParams
 
 # Arguments of LLM that a benchmark sets itself.
-OWN = {"self", "model", "load_format"}
+OWN = {"self", "model", "load_format", "adapters"}
 DIMENSIONS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings",
@@ -94,14 +94,19 @@ class Target:
         self.cost = Cost.of(model.config, self.ready.dtype, self.kv_dtype)
         self.last: list[Output] = []
 
-    def seconds(self, prompts: Sequence[Prompt], new: Sequence[int]) -> float:
+    def seconds(
+        self,
+        prompts: Sequence[Prompt],
+        new: Sequence[int],
+        adapters: Sequence[str | None] | None = None,
+    ) -> float:
         """Seconds to answer every prompt with so many tokens; what came is in `last`."""
         params = [
             SamplingParams(max_tokens=count, temperature=0, ignore_eos=True, seed=0)
             for count in new
         ]
         begun = time.perf_counter()
-        self.last = self.llm.generate(prompts, params)
+        self.last = self.llm.generate(prompts, params, adapters)
         seconds = time.perf_counter() - begun
         for output, count in zip(self.last, new, strict=True):
             if len(output.token_ids) != count:

@@ -10,6 +10,9 @@ from kvrun.chat.session import Reply, Session
 from kvrun.chat.settings import Setting, Settings
 from kvrun.chat.store import Store
 from kvrun.errors import InvalidRequest, NotFound
+from kvrun.hub.local import resolve_adapter
+from kvrun.runtime.engine.request import AdapterInfo
+from kvrun.runtime.plan import size
 
 
 @dataclass
@@ -147,6 +150,42 @@ def stats_line(reply: Reply) -> str:
     return ", ".join([*speed, *counts, f"ended by {reply.finish_reason}"])
 
 
+async def _adapter(chat: Chat, argument: str) -> Effect:
+    verb, _, rest = argument.partition(" ")
+    name, _, path = rest.strip().partition(" ")
+    session = chat.session
+    if verb in ("", "list") and not name:
+        return Effect(_adapter_rows(await session.adapters(), session.adapter))
+    if verb not in ("load", "use", "unload") or not name or (path and verb != "load"):
+        raise InvalidRequest("that is not what /adapter takes.", hint=f"/adapter {ADAPTER_ARGS}")
+    if verb == "load":
+        folder = resolve_adapter(session.name, path.strip() or name)
+        info = await session.load_adapter(name if path else folder.name, str(folder))
+        session.adapter = info.name
+        return Effect(f"'{info.name}' is loaded ({size(info.bytes)}) and answers from now on")
+    if verb == "unload":
+        await session.unload_adapter(name)
+        return Effect(f"'{name}' is unloaded")
+    if name in ("none", "base"):
+        session.adapter = None
+        return Effect("the base model answers from now on")
+    known = [info.name for info in await session.adapters()]
+    if name not in known:
+        hint = f"known: {', '.join(known)}" if known else "/adapter load NAME FOLDER"
+        raise NotFound(f"there is no adapter '{name}'.", hint=hint)
+    session.adapter = name
+    return Effect(f"'{name}' answers from now on")
+
+
+def _adapter_rows(infos: list[AdapterInfo], used: str | None) -> str:
+    rows = [
+        f"{'*' if info.name == used else ' '} {info.name:<16} rank "
+        f"{', '.join(map(str, info.ranks)):<8} {size(info.bytes):>8}  {info.error or info.path}"
+        for info in infos
+    ]
+    return "\n".join(rows) or "no adapter is loaded; /adapter load NAME FOLDER"
+
+
 async def _save(chat: Chat, argument: str) -> Effect:
     name = argument or chat.saved_as
     if not name:
@@ -175,10 +214,14 @@ async def _quit(chat: Chat, argument: str) -> Effect:
     return Effect(leave=True)
 
 
+ADAPTER_ARGS = "[load NAME [FOLDER] | use NAME|none | unload NAME]"
 COMMANDS = (
     Command("help", "[COMMAND]", "what can be typed here", _help, ("?", "h")),
     Command("system", "[TEXT]", 'show or set the system prompt; "" takes it away', _system),
     Command("set", "[NAME [VALUE]]", "show or set a sampling option; `default` resets", _set),
+    Command(
+        "adapter", ADAPTER_ARGS, "LoRA adapters: which there are, and which one answers", _adapter
+    ),
     Command("regen", "", "answer the last question again", _regen, ("retry",)),
     Command("stats", "", "speed of the last answer, and the engine's counters", _stats),
     Command("save", "[NAME]", "keep the conversation under a name", _save),

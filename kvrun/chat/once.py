@@ -52,6 +52,8 @@ async def answer(
 def print_json(session: Session, reply: Reply, out: TextIO) -> None:
     """One JSON object on one line; the field names are part of the command's contract."""
     answer: dict[str, Any] = {"model": session.name, "text": reply.text}
+    if reply.request.adapter is not None:
+        answer["adapter"] = reply.request.adapter
     answer |= describe(reply)
     answer |= {
         "start_seconds": round(session.start_seconds, 4),

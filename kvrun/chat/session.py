@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from kvrun.errors import EngineDead, InvalidRequest, KvrunError, Unsupported
 from kvrun.runtime.config import EngineConfig
-from kvrun.runtime.engine.request import AdapterChoice, Delta, Logprob, Ready, Request, Stats
+from kvrun.runtime.engine.request import (
+    AdapterChoice,
+    AdapterInfo,
+    Delta,
+    Logprob,
+    Ready,
+    Request,
+    Stats,
+)
 from kvrun.runtime.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -80,7 +88,7 @@ class Session:
     """Begins to start the engine when it is made; `async with` it, and `await ready()`.
 
     `connect` makes the engine's client, which starts the process; `open_text` reads the tokenizer
-    while that process loads its weights.
+    while that process loads its weights. `adapter` answers from now on; None: the base model.
     """
 
     def __init__(
@@ -90,8 +98,10 @@ class Session:
         *,
         open_text: "Callable[[str], Text | None]",
         connect: "Callable[[EngineConfig], EngineClient]",
+        adapter: str | None = None,
     ) -> None:
         self.name = name
+        self.adapter = adapter
         self.config = config
         self.start_seconds = 0.0
         self._open_text = open_text
@@ -178,8 +188,33 @@ class Session:
             self._alive = False
         return error
 
-    async def ask(
-        self, messages: list[dict[str, str]], params: SamplingParams, adapter: AdapterChoice = None
+    async def adapters(self) -> list[AdapterInfo]:
+        """The adapters that can be used."""
+        return await self._client.adapters()
+
+    async def load_adapter(self, name: str, folder: str) -> AdapterInfo:
+        """Make a PEFT folder usable as `name`. Raises KvrunError for what cannot be served."""
+        info = await self._client.load_adapter(name, folder)
+        self._remember(self.config.adapters | {name: folder})
+        return info
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; if it was in use here, the base model answers from now on."""
+        await self._client.unload_adapter(name)
+        self._remember({n: f for n, f in self.config.adapters.items() if n != name})
+        if self.adapter == name:
+            self.adapter = None
+
+    def _remember(self, adapters: dict[str, str]) -> None:
+        """What an engine that has to be started again shall know."""
+        self.config = replace(self.config, adapters=adapters)
+
+    async def ask(self, messages: list[dict[str, str]], params: SamplingParams) -> "Reply":
+        """Prepare an answer to the last message by the adapter in use; see `ask_as`."""
+        return await self.ask_as(messages, params, self.adapter)
+
+    async def ask_as(
+        self, messages: list[dict[str, str]], params: SamplingParams, adapter: AdapterChoice
     ) -> "Reply":
         """Prepare an answer to the last message; iterate over the reply to get it.
 

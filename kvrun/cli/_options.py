@@ -76,6 +76,16 @@ Assignments = Annotated[
 ]
 Device = Annotated[str, _engine("--device", "NAME", "auto, cpu, cuda or cuda:N.", among=DEVICES)]
 Dtype = Annotated[str, _engine("--dtype", "NAME", f"{', '.join(DTYPES)}.", among=DTYPES)]
+Adapter = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME[=PATH]",
+        help="A LoRA adapter: one of the model's own by name, or a PEFT folder (repeatable; the "
+        "first answers).",
+        rich_help_panel=ENGINE,
+    ),
+]
 MaxModelLen = Annotated[
     int | None,
     _engine("--max-model-len", "N", "Most tokens of a prompt with its answer; default: what fits."),
@@ -99,6 +109,23 @@ def chosen(assignments: list[str] | None, **flags: Any) -> dict[str, Any]:
     values = dict(parse_option(text) for text in assignments or ())
     values = {find(name).name: value for name, value in values.items()}
     return values | {name: value for name, value in flags.items() if value not in (None, [])}
+
+
+def adapters(model: str, given: list[str] | None) -> tuple[dict[str, str], str | None]:
+    """What to load for --adapter NAME[=PATH] ..., with the model's own, by name; and the first.
+
+    Raises NotFound for one that is not there.
+    """
+    from kvrun.hub.local import adapters_of, resolve_adapter
+
+    known, first = adapters_of(model), None
+    for text in given or ():
+        name, _, path = text.rpartition("=")
+        folder = resolve_adapter(model, path)
+        name = name or (path if path in known else folder.name)
+        known[name] = str(folder)
+        first = first or name
+    return known, first
 
 
 def memory(text: str | None) -> int | float | None:

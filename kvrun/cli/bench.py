@@ -14,6 +14,7 @@ EXAMPLES = (
     "kvrun bench micro --shape llama-3-8b -p 0 -d 512 -b 1,256  a shape, nothing downloaded",
     "kvrun bench latency --input-len 512 --output-len 1 -b 1    time to the first token",
     "kvrun bench throughput -w mixed256 -w prompts.jsonl        many requests at once",
+    "kvrun bench lora --shape llama-3-8b -b 1,64                random adapters beside the base",
     "kvrun bench load http://127.0.0.1:3000 -c 32 --text        a server, by 32 clients",
     "kvrun bench load http://HOST:8000 --rate 5 --slo ttft=200  by 5 requests a second",
     "kvrun bench hw -o json                                     what figures are divided by",
@@ -166,6 +167,77 @@ def throughput(
     run.throughput(subject, todo, repetitions, seed, out, shown=not no_progress)
 
 
+def lora(
+    model: bench.ModelName = None,
+    batches: Annotated[
+        str, bench.work("-b", metavar="LIST", help="Sequences at once: 1,8 or 1-64*2.")
+    ] = "1,8",
+    popularity: Annotated[
+        str,
+        bench.work(
+            "--popularity",
+            metavar="LIST",
+            help="Which request has which adapter: identical, skewed, uniform, distinct.",
+        ),
+    ] = "identical,skewed,uniform,distinct",
+    adapters: Annotated[
+        int | None,
+        bench.work("--adapters", metavar="N", help="How many; default: the largest batch."),
+    ] = None,
+    rank: Annotated[int, bench.work("--rank", metavar="N", help="Of every adapter.")] = 16,
+    targets: Annotated[
+        str, bench.work("--targets", metavar="LIST", help="As q_proj,v_proj; default: every one.")
+    ] = "",
+    prompt: Annotated[int, bench.work("-p", metavar="N", help="Tokens of each prompt.")] = 512,
+    new: Annotated[int, bench.work("-n", metavar="N", help="Generated tokens.")] = 128,
+    workload: Annotated[
+        list[str] | None,
+        bench.work(
+            "--workload",
+            "-w",
+            metavar="NAME",
+            help="Instead of steps: many requests at once, as in `throughput` (repeatable).",
+        ),
+    ] = None,
+    repetitions: bench.Repetitions = 3,
+    seed: bench.Seed = 1,
+    no_roofline: bench.NoRoofline = False,
+    shape: bench.Shape = None,
+    random: bench.Random = False,
+    form: bench.Format = "table",
+    chart: bench.Chart = None,
+    plot: bench.Plot = None,
+    no_progress: bench.NoProgress = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    max_model_len: options.MaxModelLen = None,
+    kv_memory: options.KvMemory = None,
+    threads: options.Threads = None,
+    engine: bench.Engine = None,
+) -> None:
+    """Requests on random LoRA adapters beside the same on the base model.
+
+    "bytes" is the time to read each adapter in use once. -e lora_memory=BYTES says how many are
+    on the device at once.
+    """
+    from kvrun.bench import lora, ranges, report, run, workloads
+
+    bench.check(p=prompt, n=new, repetitions=repetitions, adapters=adapters, rank=rank)
+    kinds, sizes = lora.popularity(popularity), ranges.parse("-b", batches, least=1)
+    works = [workloads.find(name, count=None, output_len=new, seed=seed) for name in workload or ()]
+    out = report.Report(form, chart, plot)
+    subject = run.Subject.of(
+        bench.model_name(model, shape), shape, random, engine=engine or (), threads=threads,
+        roofline=not no_roofline, device=device, dtype=dtype, max_model_len=max_model_len,
+        kv_memory=options.memory(kv_memory),
+    )  # fmt: skip
+    run.lora(
+        subject, sizes, works, kinds, prompt=prompt, new=new, repetitions=repetitions, seed=seed,
+        adapters=lora.adapters(adapters or max(sizes), rank, targets), out=out,
+        shown=not no_progress,
+    )  # fmt: skip
+
+
 def load(
     url: bench.Url,
     concurrency: bench.Concurrency = None,
@@ -233,6 +305,7 @@ COMMANDS = {
     "micro": micro,
     "latency": latency,
     "throughput": throughput,
+    "lora": lora,
     "load": load,
     "hw": hw,
 }

@@ -25,6 +25,7 @@ EXAMPLES = (
     "kvrun chat                                       a conversation",
     'cat notes.txt | kvrun chat "Sum this up" > out   the file, then the question',
     "kvrun chat Qwen/Qwen3-0.6B -t 0 --stats          a model of the Hugging Face cache",
+    'kvrun chat --adapter sql "Show all users."       one of the LoRA adapters of tiny',
     'kvrun chat --json -o n=3 "Tell me a story"       three answers in one JSON object',
 )
 
@@ -105,6 +106,7 @@ def command(
     max_tokens: options.MaxTokens = None,
     stop: options.Stop = None,
     option: options.Assignments = None,
+    adapter: options.Adapter = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     max_model_len: options.MaxModelLen = None,
@@ -123,7 +125,7 @@ def command(
         max_tokens=max_tokens,
         stop=stop,
     )
-    engine = {
+    engine: dict[str, Any] = {
         "device": device,
         "dtype": dtype,
         "max_model_len": max_model_len,
@@ -131,7 +133,9 @@ def command(
         "threads": threads,
     }
     name, words = _model_and_prompt(model_or_prompt, prompt, model)
-    _chat(name, words, system, sampling, engine, _Style(as_json, plain or _is_dumb(), stats))
+    engine["adapters"], first = options.adapters(name, adapter)
+    style = _Style(as_json, plain or _is_dumb(), stats)
+    _chat(name, words, system, sampling, engine, style, first)
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,7 @@ def _chat(
     sampling: dict[str, Any],
     engine: dict[str, Any],
     style: _Style,
+    adapter: str | None,
 ) -> None:
     """Check everything that can be checked, start the engine, then load what the screen needs."""
     import asyncio
@@ -176,7 +181,8 @@ def _chat(
 
     async def talk() -> None:
         _cancel_when_terminated()
-        async with Session(name, config, open_text=_open_text, connect=EngineClient) as session:
+        made = Session(name, config, open_text=_open_text, connect=EngineClient, adapter=adapter)
+        async with made as session:
             if question is None:
                 await _converse(session, settings, system, style)
             else:
@@ -232,11 +238,15 @@ async def _converse(session: "Session", settings: "Settings", system: str, style
     await _get_ready(session, settings, style)
     ready = session.engine
     screen.note(
-        f"{session.name} · {ready.dtype} on {ready.device} · {ready.plan}\n"
+        f"{_with_adapter(session)} · {ready.dtype} on {ready.device} · {ready.plan}\n"
         "/help lists the commands, Ctrl+D leaves"
     )
     chat = Chat(session, settings, Store(), Conversation(system))
     await converse(chat, reader, screen, stats=style.stats)
+
+
+def _with_adapter(session: "Session") -> str:
+    return session.name + (f" with {session.adapter}" if session.adapter else "")
 
 
 async def _get_ready(session: "Session", settings: "Settings", style: _Style) -> None:

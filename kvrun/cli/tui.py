@@ -22,7 +22,7 @@ EXAMPLES = (
     "kvrun tui                                the built-in model and its three adapters",
     "kvrun tui --demo                         the same, asking by itself",
     "kvrun tui Qwen/Qwen3-0.6B                a model of the Hugging Face cache",
-    "kvrun tui ./model --adapter law=./lora   the base, and an adapter of yours beside it",
+    "kvrun tui ./model --adapter law=./lora   a model, and an adapter of yours beside it",
     "kvrun tui --url http://127.0.0.1:3000    a server's models instead of an engine here",
 )
 
@@ -32,16 +32,6 @@ Model = Annotated[
         metavar="MODEL",
         help="A folder, a built-in model or ORG/NAME[@REV]. Default: $KVRUN_MODEL, else tiny.",
         autocompletion=options.complete_model,
-    ),
-]
-Adapters = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--adapter",
-        metavar="[NAME=]FOLDER",
-        help="A column for this LoRA adapter (repeatable). "
-        "Default: those in the model's folder `adapters`.",
-        rich_help_panel=COLUMNS,
     ),
 ]
 Url = Annotated[
@@ -76,7 +66,7 @@ NoSave = Annotated[bool, typer.Option("--no-save", help="Keep no conversation.")
 
 def command(
     model: Model = None,
-    adapter: Adapters = None,
+    adapter: options.Adapter = None,
     url: Url = None,
     api_key: ApiKey = None,
     system: System = "",
@@ -143,28 +133,27 @@ def local_board(
     """Columns for the base and each adapter, on an engine that begins to start at once."""
     from kvrun.chat.session import Session
     from kvrun.chat.settings import Settings
-    from kvrun.hub.local import adapters_beside, resolve
+    from kvrun.hub.local import adapters_of, resolve
     from kvrun.runtime.config import EngineConfig
     from kvrun.runtime.engine.client import EngineClient
 
     Settings(sampling)  # what is out of bounds is refused before anything starts
-    wanted = _named(adapters)
+    wanted, _ = options.adapters(name, adapters)
+    named = [options.adapters(name, [text])[1] or "" for text in adapters or ()]
 
-    def connect(name: str) -> Session:
-        folder = resolve(name)
-        found = wanted if wanted is not None else adapters_beside(folder)
-        config = EngineConfig(
-            model=str(folder), adapters=found, seed=secrets.randbits(63), **engine
-        )
-        return Session(name, config, open_text=_open_text, connect=EngineClient)
+    def connect(other: str) -> Session:
+        found = wanted if other == name else adapters_of(other)
+        folder = str(resolve(other))
+        config = EngineConfig(model=folder, seed=secrets.randbits(63), **engine, adapters=found)
+        return Session(other, config, open_text=_open_text, connect=EngineClient)
 
-    session = connect(name)
-    return _board(session, connect, sampling, system, save)
+    return _board(connect(name), connect, named or list(wanted), sampling, system, save)
 
 
 def _board(
     session: "Session",
     connect: "Callable[[str], Session]",
+    adapters: list[str],
     sampling: dict[str, Any],
     system: str,
     save: bool,
@@ -177,7 +166,7 @@ def _board(
     host = Host(session, connect)
     board = Board(host, Store() if save else None, chosen=sampling, system=system)
     board.add(Speaker())
-    for name in session.config.adapters:
+    for name in adapters:
         board.add(Speaker(name))
     return board
 
@@ -207,21 +196,6 @@ def _server_board(
     for name in names[:4]:
         board.add(Speaker(name), source=Remote(url, name, api_key=api_key))
     return board
-
-
-def _named(adapters: list[str] | None) -> dict[str, str] | None:
-    """name -> folder of what --adapter was given."""
-    if not adapters:
-        return None
-    found: dict[str, str] = {}
-    for text in adapters:
-        name, equals, folder = text.partition("=")
-        folder = os.path.expanduser(folder if equals else text)
-        name = name if equals else os.path.basename(os.path.normpath(folder))
-        if name in found:
-            raise InvalidRequest(f"two adapters are called '{name}'.", hint="--adapter NAME=FOLDER")
-        found[name] = folder
-    return found
 
 
 def _open_text(folder: str) -> "Text | None":

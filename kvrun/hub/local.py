@@ -104,12 +104,6 @@ def cached_names() -> list[str]:
     return sorted(name for name in names if _parts(name))
 
 
-def adapters_beside(folder: Path) -> dict[str, str]:
-    """The PEFT adapters in the folder `adapters` of a model: name -> folder."""
-    found = sorted(folder.glob("adapters/*/adapter_config.json"))
-    return {path.parent.name: str(path.parent) for path in found}
-
-
 def near(name: str) -> list[str]:
     """Known names that resemble `name`, best first; with or without the organisation."""
     if not name or len(name.split()) > 1:

@@ -1,7 +1,6 @@
 """TuiApp: the desk with the panels that open above it, and what comes of them."""
 
 from datetime import datetime
-from pathlib import Path
 
 from textual import on
 from textual.screen import Screen
@@ -9,7 +8,7 @@ from textual.screen import Screen
 from kvrun.chat.export import write
 from kvrun.chat.remote import Remote
 from kvrun.errors import InvalidRequest, KvrunError
-from kvrun.hub.local import adapters_beside, builtin_names, cached_names
+from kvrun.hub.local import adapters_of, builtin_names, cached_names
 from kvrun.tui.columns import Columns
 from kvrun.tui.desk import Desk
 from kvrun.tui.panels.adapters import AdaptersScreen
@@ -133,8 +132,7 @@ class TuiApp(Desk):
         if len(self.screen_stack) > 1:
             return
         await host.refresh()
-        offered = adapters_beside(Path(host.session.config.model))
-        await self.push_screen_wait(AdaptersScreen(self.board, offered))
+        await self.push_screen_wait(AdaptersScreen(self.board, adapters_of(host.name)))
         for column in self.columns.all:
             column.head()
 

@@ -14,13 +14,13 @@ from textual.content import Content
 from textual.screen import Screen
 from textual.widgets import Footer, Static
 
-from kvrun.chat.commands import Effect, run
+from kvrun.chat.commands import Effect, find, run
 from kvrun.chat.conversation import Message
 from kvrun.chat.history import History
 from kvrun.chat.lines import is_command, unquoted
 from kvrun.chat.printable import printable
 from kvrun.chat.session import BYTES_PER_TOKEN
-from kvrun.errors import KvrunError
+from kvrun.errors import InvalidRequest, KvrunError
 from kvrun.tui.board import Board
 from kvrun.tui.column import Column
 from kvrun.tui.columns import Columns
@@ -30,7 +30,7 @@ from kvrun.tui.panels.engine import EnginePanel
 from kvrun.tui.prompt import Prompt
 from kvrun.tui.pulse import Pulse
 from kvrun.tui.status import Status, status
-from kvrun.tui.talk import Talk
+from kvrun.tui.talk import Speaker, Talk
 from kvrun.tui.themes import HIGH_CONTRAST, Themes
 
 TICK = 0.12  # seconds between two looks at a column
@@ -39,6 +39,7 @@ SAMPLES = 3  # ticks between two looks at the engine's counters
 SMALL = (40, 12)  # cells below which nothing is worth showing
 MOST_PASTE = 4_000_000  # characters, whatever the model
 ACTIONS = {binding.action for binding in APP}
+LOCAL = ("adapter", "stats", "system", "save")  # commands that need the engine's session
 WELCOME = "Type a question; every column answers it. Tab goes to the columns, F1 shows all keys."
 
 
@@ -232,7 +233,7 @@ class Desk(App[KvrunError | None]):
             column.talk.stop()
             await column.talk.finished()
             column.tick()
-        effect: Effect = await run(column.talk.chat, text)
+        effect = await self._run(column.talk, text)
         if effect.wipe or effect.replay:
             column.rebuild()
         if effect.say:
@@ -241,6 +242,21 @@ class Desk(App[KvrunError | None]):
             column.talk.again()
         if effect.leave:
             await self.action_leave()
+
+    async def _run(self, talk: Talk, text: str) -> Effect:
+        """A command's adapter is the column's, not the session's."""
+        session = talk.chat.session
+        if not self.board.local(talk):
+            if find(text.split()[0]).name in LOCAL:
+                raise InvalidRequest("that is for kvrun's own engine; here a server answers.")
+            return await run(talk.chat, text)
+        session.adapter = talk.speaker.adapter
+        effect = await run(talk.chat, text)
+        if session.adapter != talk.speaker.adapter:
+            talk.speaker = Speaker(session.adapter)
+        if self.board.host:
+            await self.board.host.refresh()
+        return effect
 
     @on(Prompt.Changed)
     def _changed(self) -> None:

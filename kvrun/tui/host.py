@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 
 from kvrun.chat.session import Reply, Session
 from kvrun.errors import KvrunError
@@ -60,7 +59,7 @@ class Host:
         """As the session does; a dead engine is started again first."""
         if self.failure:
             await self.restart()
-        return await self.session.ask(messages, params, adapter)
+        return await self.session.ask_as(messages, params, adapter)
 
     async def restart(self) -> None:
         """Start another engine with the adapters that the dead one had."""
@@ -111,22 +110,18 @@ class Host:
     async def refresh(self) -> None:
         """Ask which adapters the engine has, and what state they are in."""
         with suppress(KvrunError):
-            found = await self.session.client.adapters()
+            found = await self.session.adapters()
             self.adapters = {info.name: info for info in found}
 
     async def load_adapter(self, name: str, path: str) -> AdapterInfo:
         """Make an adapter's folder answer to a name, while others stream. Raises KvrunError."""
-        info = await self.session.client.load_adapter(name, path)
-        await self._adapters_changed()
+        info = await self.session.load_adapter(name, path)
+        await self.refresh()
+        self.changed()
         return info
 
     async def unload_adapter(self, name: str) -> None:
         """Let go of an adapter. Raises KvrunError while a request uses it."""
-        await self.session.client.unload_adapter(name)
-        await self._adapters_changed()
-
-    async def _adapters_changed(self) -> None:
+        await self.session.unload_adapter(name)
         await self.refresh()
-        kept = {info.name: info.path for info in self.adapters.values()}
-        self.session.config = replace(self.session.config, adapters=kept)
         self.changed()

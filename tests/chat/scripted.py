@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kvrun.errors import EngineDead, InvalidRequest, Unsupported
 from kvrun.runtime.config import EngineConfig
-from kvrun.runtime.engine.request import Delta, Logprob, Ready, Request, Stats
+from kvrun.runtime.engine.request import AdapterInfo, Delta, Logprob, Ready, Request, Stats
 from kvrun.runtime.text import Text
 
 SPECIAL = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -59,6 +59,7 @@ class ScriptedEngine:
         self.requests: list[Request] = []
         self.ended_early: list[str] = []
         self.closed = False
+        self.loaded = dict(config.adapters)
         self.dead = False
         self.started.append(self)
 
@@ -145,6 +146,22 @@ class ScriptedEngine:
 
     async def stats(self) -> Stats:
         return Stats(steps=len(self.requests), generated_tokens=1234)
+
+    async def adapters(self) -> list[AdapterInfo]:
+        return [self._info(name, path) for name, path in self.loaded.items()]
+
+    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        self.loaded[name] = path
+        return self._info(name, path)
+
+    async def unload_adapter(self, name: str) -> None:
+        if name not in self.loaded:
+            raise InvalidRequest(f"there is no adapter '{name}'.")
+        del self.loaded[name]
+
+    @staticmethod
+    def _info(name: str, path: str) -> AdapterInfo:
+        return AdapterInfo(name=name, path=path, bytes=350_208, ranks=[4], state="disk")
 
     async def close(self) -> None:
         self.closed = True

@@ -271,3 +271,16 @@ def test_ctrl_c_under_load_prints_what_has_come(
     assert result.code == 130
     [row] = json.loads(result.out)["results"]
     assert row["completed"] == 3
+
+
+def test_lora(bench: Run) -> None:
+    small = ("-p", "4", "-n", "16", "-b", "2", "-r", "1", "--rank", "2", "--device", "cpu")
+    result = bench("lora", *small, "--popularity", "identical,distinct", "-o", "json")
+    assert result.code == 0, result.err
+    rows = json.loads(result.out)["results"]
+    assert [row["popularity"] for row in rows] == ["base", "identical", "distinct"]
+    assert [row["adapters"] for row in rows] == [0, 1, 2]
+    assert rows[2]["adapter_bytes"] == 2 * rows[1]["adapter_bytes"] > 0
+    wrong = bench("lora", *small, "--popularity", "loved")
+    assert (wrong.code, wrong.out) == (2, "")
+    assert bench("lora", *small[:-2], "--rank", "0").code == 2

@@ -101,8 +101,6 @@ class Engine(scripted.ScriptedEngine):
         return list(self.loaded.values())
 
     async def load_adapter(self, name: str, path: str) -> AdapterInfo:
-        if not Path(path, "adapter_config.json").is_file():
-            raise NotFound(f"{path} is no adapter.", cause="it has no adapter_config.json")
         self.loaded[name] = self._info(name, path)
         return self.loaded[name]
 

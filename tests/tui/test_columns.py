@@ -256,6 +256,17 @@ async def test_commands_work_on_the_current_column(show: Show) -> None:
         assert len(screen.column(2).talk.conversation) == 2
 
 
+async def test_the_adapter_command_changes_who_answers_in_the_column(show: Show) -> None:
+    async with show("sql") as screen:
+        await screen.ask("/adapter use sql")
+        await screen.sees("1 sql", "2 sql")
+        await screen.ask("@1 who?")
+        await screen.answered()
+        assert "I am sql" in screen.says(1)
+        await screen.ask("/adapter use base")
+        await screen.sees("1 base", "2 sql")
+
+
 async def test_fifty_messages_are_shown_and_the_others_on_request(show: Show) -> None:
     async with show(size=(60, 14)) as screen:
         talk = screen.column(1).talk

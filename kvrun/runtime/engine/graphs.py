@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 
+import numpy as np
 import torch
 
 from kvrun.runtime.attention import Backend
@@ -12,6 +13,8 @@ from kvrun.runtime.device import kernel
 from kvrun.runtime.engine.slots import Slots
 from kvrun.runtime.kernels.step import Step
 from kvrun.runtime.layers.decoder import Decoder
+from kvrun.runtime.lora.resident import Resident
+from kvrun.runtime.lora.rows import Assigned, Captured
 
 # Every size up to 8, then steps that waste at most a quarter of the rows.
 SIZES = (*range(1, 9), *range(10, 17, 2), *range(20, 33, 4), *range(40, 65, 8), *range(80, 129, 16),
@@ -24,7 +27,8 @@ class Graphs:
     """One step of up to `most` sequences that each get one token: embed, layers, draw, append.
 
     The step takes its input from `slots.state` and leaves its tokens there, so that a graph can
-    be replayed over and over without a word from the host. Rows beyond a batch are padding.
+    be replayed over and over without a word from the host. Rows beyond a batch are padding. Steps
+    with adapters have graphs of their own, one for each size, captured when they are first wanted.
     `logits` [most, vocab], `ids` and `finite` [most] hold what the last replay has made,
     `drawn_at` [most] the places of its tokens.
     """
@@ -40,6 +44,7 @@ class Graphs:
         dtype: torch.dtype,
         device: torch.device,
         capture: Capture,
+        resident: Resident,
     ) -> None:
         self._model = model
         self._backend = backend
@@ -48,6 +53,9 @@ class Graphs:
         self._step_kernel, self._draw_kernel = kernel("step", device), kernel("draw", device)
         self._sizes = [size for size in SIZES if size < most] + [most]
         self._rows: list[int] = []
+        self._adapters: Assigned | None = None
+        self._lora = Captured(resident, most, most)
+        self._capture = capture
         pages = slots.state.tables.shape[1]
 
         def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -76,24 +84,34 @@ class Graphs:
             size: capture(lambda size=size: self._run(size))  # type: ignore[misc]
             for size in reversed(self._sizes)
         }
+        self._adapted: dict[int, Replay] = {}
         self.captured = len(self._replays)
 
     def takes(self, rows: int) -> bool:
         """Whether there is a graph for so many sequences."""
         return rows <= len(self._row_slots)
 
-    def replay(self, rows: Sequence[int]) -> None:
+    def replay(self, rows: Sequence[int], adapters: Assigned | None = None) -> None:
         """One more token for the sequences in the slots `rows`, whose state the device knows."""
-        if rows != self._rows:
-            self._show(rows)
-        self._replays[self._sizes[bisect_left(self._sizes, len(rows))]]()
+        size = self._sizes[bisect_left(self._sizes, len(rows))]
+        replays = self._replays if adapters is None else self._adapted
+        if size not in replays:
+            self._show([])  # what is run while it is captured must change nothing
+            self._lora.clear()
+            replays[size] = self._capture(lambda: self._run(size, adapted=True))
+        if rows != self._rows or adapters != self._adapters:
+            self._show(rows, adapters)
+        replays[size]()
 
-    def _show(self, rows: Sequence[int]) -> None:
+    def _show(self, rows: Sequence[int], adapters: Assigned | None = None) -> None:
+        if adapters is not None:
+            self._lora.show(np.array(adapters.slots), self._slots.send)
+        self._adapters = adapters
         padded = [*rows, *[self._slots.padding] * (len(self._row_slots) - len(rows))]
         self._row_slots.copy_(self._slots.send(padded)[0])
         self._rows = list(rows)
 
-    def _run(self, size: int) -> None:
+    def _run(self, size: int, adapted: bool = False) -> None:
         """What a graph holds."""
         step = Step(**{f.name: getattr(self.step, f.name)[:size] for f in fields(Step)})
         slots, state = self._row_slots[:size], self._slots.state
@@ -110,6 +128,7 @@ class Graphs:
             context_lens_host=[],
             block_size=self._block_size,
             backend=self._backend,
+            lora=self._lora.rows(size) if adapted else None,
         )
         self._backend.plan(batch)
         logits = self._model(batch, out=self.logits[:size])
@@ -126,7 +145,8 @@ def cuda_capture(device: torch.device) -> Capture:
         run()  # kernels are compiled and workspaces taken before, not while, it is captured
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Others, who read adapters, may take pinned memory meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             run()
         return graph.replay
 

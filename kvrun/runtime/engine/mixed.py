@@ -11,9 +11,11 @@ import torch
 from kvrun.runtime.attention import Backend
 from kvrun.runtime.batch import Batch
 from kvrun.runtime.device import kernel
-from kvrun.runtime.engine.graphs import Capture
+from kvrun.runtime.engine.graphs import Capture, Replay
 from kvrun.runtime.engine.slots import Slots
 from kvrun.runtime.layers.decoder import Decoder
+from kvrun.runtime.lora.resident import Resident
+from kvrun.runtime.lora.rows import Assigned, Captured
 
 SIZES = (32, 64, 128, 256, 512)  # tokens
 ROWS = 16  # sequences at most; fewer than tokens, so that wanted rows are picked out
@@ -39,7 +41,8 @@ class Columns(NamedTuple):
 
 
 class MixedGraphs:
-    """One step of up to 512 tokens of up to 16 sequences: embed, layers, draw, append.
+    """One step of up to 512 tokens of up to 16 sequences: embed, layers, draw, append; steps with
+    adapters have graphs of their own.
 
     `ids`, `finite` [16] and `logits` [16, vocab] hold what the last replay has made, `drawn_at`
     [16] the places of its tokens.
@@ -55,6 +58,7 @@ class MixedGraphs:
         dtype: torch.dtype,
         device: torch.device,
         capture: Capture,
+        resident: Resident,
     ) -> None:
         self._model = model
         self._backend = backend
@@ -67,8 +71,10 @@ class MixedGraphs:
         wide = torch.float32 if model.softcapped else dtype
         self.logits = torch.zeros((ROWS, model.vocab_size), dtype=wide, device=device)
         self.drawn_at = self._parts(SIZES[-1])[7]
-        nothing: Any = ([], np.empty(0), np.empty(0), [], [0], *([] for _ in range(9)))
-        self._fill(Columns(*nothing), SIZES[-1])
+        self._lora = Captured(resident, SIZES[-1], ROWS)
+        self._capture = capture
+        self._adapted: dict[int, Replay] = {}
+        self._fill(_nothing(), SIZES[-1])
         self._replays = {
             size: capture(lambda size=size: self._run(size))  # type: ignore[misc]
             for size in reversed(SIZES)
@@ -78,14 +84,22 @@ class MixedGraphs:
         """Whether there is a graph for such a step."""
         return tokens <= SIZES[-1] and rows <= ROWS
 
-    def replay(self, columns: Columns) -> None:
-        """Run a step that `takes` says yes to."""
+    def replay(self, columns: Columns, adapters: Assigned | None = None) -> None:
+        """Run a step that `takes` says yes to; `adapters` are those of its sequences."""
         size = next(size for size in SIZES if size >= len(columns.ids))
+        replays = self._replays if adapters is None else self._adapted
+        if size not in replays:
+            self._fill(_nothing(), size)
+            self._lora.clear()
+            replays[size] = self._capture(lambda: self._run(size, adapted=True))
+        if adapters is not None:
+            counts = np.diff(columns.ends)
+            self._lora.show(np.repeat(adapters.slots, counts), self._slots.send)
         self._fill(columns, size)
         if columns.unknown:
             rows, slots = self._slots.send(columns.unknown, columns.unknown_slots)
             self._parts(size)[0].index_copy_(0, rows, self._slots.state.last.index_select(0, slots))
-        self._replays[size]()
+        replays[size]()
 
     def _sizes(self, size: int) -> list[int]:
         return [size, size, size, ROWS, ROWS + 1, ROWS, ROWS, ROWS, ROWS]
@@ -110,7 +124,7 @@ class MixedGraphs:
         whole = self._slots.send(np.concatenate([*padded[3:], *padded[:3]]))[0]
         self._buffer[: len(whole)].copy_(whole)
 
-    def _run(self, size: int) -> None:
+    def _run(self, size: int, adapted: bool = False) -> None:
         """What a graph holds."""
         ids, positions, places, slots, ends, lengths, last, drawn_at, drawing = self._parts(size)
         state = self._slots.state
@@ -126,6 +140,7 @@ class MixedGraphs:
             context_lens_host=[],
             block_size=self._block_size,
             backend=self._backend,
+            lora=self._lora.rows(size) if adapted else None,
         )
         self._backend.plan(batch)
         logits = self._model(batch, out=self.logits)
@@ -133,3 +148,9 @@ class MixedGraphs:
         self._draw_kernel.draw(logits, *noise, drawn_at, out=(self.ids, self.finite))
         state.last.index_copy_(0, drawing, self.ids)
         state.lengths.index_copy_(0, drawing, drawn_at.int() + 1)
+
+
+def _nothing() -> Columns:
+    """A step of padding alone."""
+    empty: Any = ([], np.empty(0), np.empty(0), [], [0], *([] for _ in range(9)))
+    return Columns(*empty)

@@ -20,7 +20,7 @@ from kvrun.runtime.engine.slots import Slots
 from kvrun.runtime.engine.ticket import Ticket
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.lora.bank import LoraBank
-from kvrun.runtime.lora.rows import Rows, rows_of
+from kvrun.runtime.lora.rows import Assigned, Rows, assigned, rows_of
 from kvrun.runtime.sampling.params import SamplingParams
 from kvrun.runtime.sampling.sampler import Prepared, Sampled, Sampler, SampleRow
 
@@ -83,7 +83,8 @@ class ModelRunner:
     def capture(self, most: int, dtype: torch.dtype, capture: Capture) -> None:
         """Make steps of up to `most` sequences with one token each replayable, and small others."""
         options: Any = {
-            "block_size": self._size, "dtype": dtype, "device": self._device, "capture": capture
+            "block_size": self._size, "dtype": dtype, "device": self._device, "capture": capture,
+            "resident": cast(LoraBank, self._bank).resident,
         }  # fmt: skip
         self.graphs = Graphs(self._model, self._backend, self._slots, most=most, **options)
         self.mixed = MixedGraphs(self._model, self._backend, self._slots, **options)
@@ -131,7 +132,7 @@ class ModelRunner:
     def _replay(self, schedule: Schedule) -> Sampled:
         graphs = cast(Graphs, self.graphs)
         slots = [row.sequence.slot for row in schedule]
-        graphs.replay(slots)
+        graphs.replay(slots, _assigned(schedule))
         self._slots.fed[slots] += 1
         return self._drawn(graphs, [row.sequence for row in schedule], slots)
 
@@ -157,7 +158,7 @@ class ModelRunner:
         taken = self.mixed is not None and self.mixed.takes(len(columns.ids), len(schedule))
         if taken and not columns.targets:
             mixed = cast(MixedGraphs, self.mixed)
-            mixed.replay(columns)
+            mixed.replay(columns, _assigned(schedule))
             sampled = self._drawn(mixed, sequences, columns.drawing) if sequences else None
         else:
             sampled = self._launch(columns, sequences, schedule)
@@ -240,13 +241,14 @@ class ModelRunner:
 
     def _adapters(self, schedule: Schedule) -> Rows | None:
         """Which rows of a step use which adapters; the same object while nothing changes."""
-        if self._bank is None or not any(row.sequence.adapter for row in schedule):
+        adapters = _assigned(schedule)
+        if self._bank is None or adapters is None:
             return None
         counts = [row.count for row in schedule]
-        key = [*counts, *_placements(schedule)]
+        key = [*counts, *adapters.placements]
         if self._rows is None or key != self._rows_for:
-            slots = [row.sequence.adapter.slot if row.sequence.adapter else 0 for row in schedule]
-            self._rows = rows_of(self._bank.resident, np.repeat(slots, counts), self._slots.send)
+            of_row = np.repeat(adapters.slots, counts)
+            self._rows = rows_of(self._bank.resident, of_row, self._slots.send)
             self._rows_for = key
         return self._rows
 
@@ -333,10 +335,8 @@ def _wanted(schedule: Schedule, ends: list[int]) -> list[list[int]]:
     return [wanted, scoring, targets, drawing]
 
 
-def _placements(schedule: Schedule) -> list[int]:
-    """What tells the adapters of a step from all others that may have lain in their place."""
-    adapters = [row.sequence.adapter for row in schedule]
-    return [adapter.placement if adapter else 0 for adapter in adapters]
+def _assigned(schedule: Schedule) -> Assigned | None:
+    return assigned([row.sequence.adapter for row in schedule])
 
 
 def _most(schedule: Schedule) -> int:

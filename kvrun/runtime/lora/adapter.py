@@ -236,7 +236,7 @@ def _tensor(content: memoryview, stored: Stored) -> torch.Tensor:
 
 def scaled(content: memoryview, pair: _Pair) -> torch.Tensor:
     """scale · B [out, rank] in fp32, so that it is rounded once."""
-    return _tensor(content, pair.b).float().mul_(pair.scale)
+    return _tensor(content, pair.b).float() * pair.scale
 
 
 def check_finite(flat: torch.Tensor, path: Path, dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ from kvrun.runtime.device import kernel
 from kvrun.runtime.lora.adapter import LARGEST_RANK
 
 if TYPE_CHECKING:
-    from kvrun.runtime.lora.resident import Resident
+    from kvrun.runtime.lora.resident import Adapter, Resident
 
 Send = Callable[..., Sequence[torch.Tensor]]
 HEIGHT = 16  # rows of a tile where sequences decode: the least that tensor cores multiply
@@ -20,6 +20,22 @@ _MANY = 512  # tokens of a step from which on it is taller
 # computed for nothing costs less than calling more operators.
 _JOINED = 64
 _JOINED_BYTES = 64 << 20  # of copies of adapters that are kept for it
+
+
+class Assigned(NamedTuple):
+    """The adapters of the sequences of a step: their slots, 0 for none, and what tells them from
+    all others that may have lain there."""
+
+    slots: list[int]
+    placements: list[int]
+
+
+def assigned(adapters: "Sequence[Adapter | None]") -> Assigned | None:
+    """None if there is no adapter among them."""
+    if not any(adapters):
+        return None
+    found = [(0, 0) if a is None else (a.slot, a.placement) for a in adapters]
+    return Assigned([slot for slot, _ in found], [placement for _, placement in found])
 
 
 def rows_of(resident: "Resident", of_row: np.ndarray, send: Send) -> "Rows":
@@ -124,6 +140,40 @@ def tiled(of_row: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarray]:
         (np.repeat(slots, pieces), np.repeat(starts, pieces) + within, np.minimum(left, height)), 1
     )
     return rows.astype(np.int32), tiles.astype(np.int32)
+
+
+class Captured:
+    """Rows and tiles of captured steps, in tensors that stay where they are.
+
+    There is room for `tokens` rows that belong to at most `sequences` sequences.
+    """
+
+    def __init__(self, resident: "Resident", tokens: int, sequences: int) -> None:
+        self._resident = resident
+        self._tokens, self._sequences = tokens, sequences
+        room = tokens + 3 * self._tiles(tokens)
+        self._buffer = torch.zeros(room, dtype=torch.int32, device=resident.arena.device)
+
+    def _tiles(self, tokens: int) -> int:
+        """As many as there can be: each sequence may have an adapter of its own."""
+        return min(tokens, tokens // HEIGHT + self._sequences)
+
+    def show(self, of_row: np.ndarray, send: Send) -> None:
+        """From the next replay on these are the adapters by row: slots [T], 0 for none."""
+        rows, tiles = tiled(of_row, HEIGHT)
+        whole = np.zeros(len(self._buffer), np.int32)
+        whole[: len(rows)] = rows
+        whole[self._tokens : self._tokens + tiles.size] = tiles.reshape(-1)
+        self._buffer.copy_(send(whole)[0])
+
+    def clear(self) -> None:
+        """No row has an adapter."""
+        self._buffer.zero_()
+
+    def rows(self, tokens: int) -> Tiled:
+        """For a step of `tokens` rows."""
+        tiles = self._buffer[self._tokens :].view(-1, 3)[: self._tiles(tokens)]
+        return Tiled(self._resident, self._buffer[:tokens], tiles, HEIGHT)
 
 
 class Grouped:

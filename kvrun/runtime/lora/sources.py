@@ -96,6 +96,6 @@ class Blend:
                 from_a, from_b = self._sites.views(source.layout, part, place)
                 at = filled[place]
                 a[at : at + rank].copy_(from_a)
-                b[at : at + rank].copy_(from_b.float().mul_(weight))
+                b[at : at + rank].copy_(from_b.float() * weight)
                 filled[place] = at + rank
         return flat, " + ".join(names)

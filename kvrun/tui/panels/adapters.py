@@ -1,7 +1,6 @@
 """Adapters: load from a folder, unload, scale, while columns go on streaming."""
 
 from collections.abc import Coroutine, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 from textual import on
@@ -9,6 +8,7 @@ from textual.binding import Binding, BindingType
 from textual.widgets import Input
 
 from kvrun.errors import InvalidRequest, KvrunError
+from kvrun.hub.local import resolve_adapter
 from kvrun.runtime.engine.request import AdapterInfo
 from kvrun.tui.board import Board
 from kvrun.tui.panels.picker import Picker, Row
@@ -41,7 +41,7 @@ class AdaptersScreen(Picker):
     ]
 
     def __init__(self, board: Board, offered: Mapping[str, str]) -> None:
-        hint = "FOLDER or NAME=FOLDER loads · a number scales the adapter below"
+        hint = "FOLDER, ORG/NAME or NAME=FOLDER loads · a number scales the adapter below"
         super().__init__("adapters", [], hint=hint, free=True)
         self._board = board
         self._offered = dict(offered)
@@ -90,8 +90,7 @@ class AdaptersScreen(Picker):
             self._try(self._scale(key, _number(text) or 0.0))
         elif text:
             name, equals, path = text.partition("=")
-            folder = Path(path if equals else text).expanduser()
-            self._try(self._load(name if equals else folder.name, str(folder)))
+            self._try(self._load(name if equals else "", path if equals else text))
         event.input.value = ""
 
     def chosen(self, key: str) -> None:
@@ -118,7 +117,9 @@ class AdaptersScreen(Picker):
 
     async def _load(self, name: str, path: str) -> str:
         assert self._board.host
-        info = await self._board.host.load_adapter(name, path)
+        folder = resolve_adapter(self._board.host.name, path)
+        name = name or (path if path in self._offered else folder.name)
+        info = await self._board.host.load_adapter(name, str(folder))
         took = f" in {info.load_seconds * 1000:.0f} ms" if info.load_seconds else ""
         return f"'{name}' is loaded{took}; + makes a column for it"
 

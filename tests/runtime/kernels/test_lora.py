@@ -103,7 +103,9 @@ def test_mixes(slots: list[int], height: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("prologue", [{}, {"norm": True}, {"act": "silu"}, {"act": "relu"}], ids=str)
+@pytest.mark.parametrize(
+    "prologue", [{}, {"norm": True}, {"act": "silu"}, {"act": "relu"}], ids=str
+)
 def test_dtypes_and_prologues(dtype: torch.dtype, prologue: dict[str, Any]) -> None:
     case = Case(MIXES["mixed, with base rows"], 16, dtype, **prologue)
     assert off(case.run(twin), case.plain()) < TOLERANCE[dtype]

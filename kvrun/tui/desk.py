@@ -234,6 +234,7 @@ class Desk(App[KvrunError | None]):
             await column.talk.finished()
             column.tick()
         effect = await self._run(column.talk, text)
+        column.head()
         if effect.wipe or effect.replay:
             column.rebuild()
         if effect.say:

@@ -228,6 +228,8 @@ def show(model: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable
         no_color: bool = False,
         themes: Path | None = None,
     ) -> AsyncIterator[Screen]:
+        if no_color:
+            monkeypatch.setenv("NO_COLOR", "1")
         adapters.update(dict.fromkeys(names, "/adapters"))
         host = Host(connect("toy"), connect)
         board = Board(host, store)

@@ -248,7 +248,7 @@ class Long(BaseHTTPRequestHandler):
             self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
             self.wfile.flush()
             time.sleep(0.0098)
-        self.wfile.write(b"data: [DONE]\n\n")
+        self.wfile.write(b'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}\n\n')
 
     def _head(self, kind: str) -> None:
         self.send_response(200)

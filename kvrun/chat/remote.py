@@ -173,7 +173,10 @@ async def _lines(reader: asyncio.StreamReader, chunked: bool) -> AsyncIterator[s
     rest = b""
     while True:
         if chunked:
-            size = int((await reader.readline()).split(b";")[0] or b"0", 16)
+            head = await reader.readline()
+            if not head:
+                raise EOFError("the connection was closed in the middle of the answer")
+            size = int(head.split(b";")[0], 16)
             data = await reader.readexactly(size) if size else b""
             await reader.readline()
         else:
@@ -225,6 +228,8 @@ class RemoteReply:
                     yield 0, piece
         finally:
             await events.aclose()
+        if self._reason is None:
+            raise KvrunError("the server's answer ends in the middle.", hint="ask again")
 
     def _take(self, event: dict[str, Any]) -> str:
         if error := event.get("error"):

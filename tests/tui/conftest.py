@@ -126,6 +126,7 @@ class Screen:
     app: TuiApp
     pilot: Pilot[object]
     engines: list[Engine]
+    patience: float = PATIENCE
 
     @property
     def engine(self) -> Engine:
@@ -154,7 +155,7 @@ class Screen:
 
     async def until(self, true: Callable[[], object]) -> None:
         """Let the app run until something is so."""
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + self.patience
         while not true():
             assert time.monotonic() < end, f"never: {true}\n{self.text()}"
             await self.pilot.pause(0.01)

@@ -125,11 +125,20 @@ class Column(ScrollView, can_focus=True):
             self._starts.append(line)
             gap = 0 if isinstance(entry, Question) else 1
             line += len(entry.lines(self._ink)) + gap
-        self.virtual_size = Size(width, max(0, line - 1))
+        self._measure(Size(width, max(0, line - 1)))
         self._at_end, self._laid_out = at_end, self.size
         if at_end:
             self.scroll_end(animate=False, immediate=True)
         self.refresh()
+
+    def _measure(self, size: Size) -> None:
+        """Take a height. Setting `virtual_size` would lay the whole screen out, at every tick.
+
+        That is only needed when a scroll bar comes or goes, and this one is always there.
+        """
+        self.set_reactive(Column.virtual_size, size)
+        self.vertical_scrollbar.window_virtual_size = size.height
+        self.vertical_scrollbar.window_size = self.size.height
 
     def render_line(self, y: int) -> Strip:
         """One line of what is seen."""

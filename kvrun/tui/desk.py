@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import ClassVar
@@ -34,7 +35,8 @@ from kvrun.tui.talk import Speaker, Talk
 from kvrun.tui.themes import HIGH_CONTRAST, Themes
 
 TICK = 0.12  # seconds between two looks at a column
-PHASES = 4  # of a tick
+PHASES = 4  # of a tick; one more is for everything but the columns
+HOLD, MOST_HELD = 0.04, 2  # seconds, and ticks, that columns wait for a key to be shown
 SAMPLES = 3  # ticks between two looks at the engine's counters
 SMALL = (40, 12)  # cells below which nothing is worth showing
 MOST_PASTE = 4_000_000  # characters, whatever the model
@@ -72,6 +74,8 @@ class Desk(App[KvrunError | None]):
         self._aim_one = False
         self._editing: tuple[Talk, Message] | None = None
         self._ticks = 0
+        self._typed = 0.0  # when a key was pressed last
+        self._held = 0  # ticks that may still wait for it
         self._panel_wanted: bool | None = None
 
     def compose(self) -> ComposeResult:
@@ -97,7 +101,7 @@ class Desk(App[KvrunError | None]):
         self.columns.all[0].say(WELCOME)
         self.prompt.focus()
         self._aim()
-        self.set_interval(TICK / PHASES, self._tick)
+        self.set_interval(TICK / (PHASES + 1), self._tick)
         with suppress(NotImplementedError, ValueError, RuntimeError):
             loop = asyncio.get_running_loop()
             loop.add_signal_handler(signal.SIGTERM, lambda: self.run_worker(self.action_leave()))
@@ -126,13 +130,18 @@ class Desk(App[KvrunError | None]):
         """Everything that streams is shown here and nowhere else."""
         if not self.columns.is_attached:  # the app is being taken down
             return
-        self.columns.tick(self._ticks % PHASES, PHASES)
+        if self._held and time.perf_counter() - self._typed < HOLD:
+            self._held -= 1  # the key's own frame comes first
+            return
+        phase = self._ticks % (PHASES + 1)
         self._ticks += 1
-        if self._ticks % PHASES:
+        # What changes at the same time is repainted as one rectangle around all of it.
+        if phase < PHASES:
+            self.columns.tick(phase, PHASES)
             return
         hidden = self.columns.hidden()
         self.status.show(status(self.board, self.pulse, hidden, max(20, self.size.width - 2)))
-        if self._ticks % (PHASES * SAMPLES) == 0:
+        if self._ticks % (SAMPLES * (PHASES + 1)) == 0:
             self.run_worker(self._sample(), group="sample", exclusive=True, exit_on_error=False)
 
     async def _sample(self) -> None:
@@ -345,7 +354,9 @@ class Desk(App[KvrunError | None]):
         self.exit(None)
 
     async def on_event(self, event: events.Event) -> None:
-        """Any key takes over from the demo; it does nothing else then."""
+        """A key is shown before anything else; it takes over from the demo, and only that."""
+        if isinstance(event, events.Key):
+            self._typed, self._held = time.perf_counter(), MOST_HELD
         if self.demo and self.demo.running and isinstance(event, events.Key | events.Paste):
             self.demo.stop()
             self.notify("the demo has stopped; the columns are yours")

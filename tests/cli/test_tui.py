@@ -84,3 +84,30 @@ def test_bad_input_is_refused_before_anything_starts(
     assert terminal.wait() == code
     assert said in terminal.seen.replace("\r\n", " ")
     assert "\x1b[?1049h" not in terminal.seen  # no screen was opened
+
+
+@pytest.mark.parametrize(
+    "words", [("--adapter", "sql", "--adapter", "json"), ("--tui", "--adapter", "sql")]
+)
+def test_chat_opens_columns(screen: Start, words: tuple[str, ...]) -> None:
+    terminal = screen("chat", "--threads", "1", *words)
+    until(terminal, "1 base")
+    until(terminal, "2 sql")
+    assert ("3 json" in terminal.seen) is ("json" in words)
+    terminal.type(CTRL_Q)
+    assert terminal.wait() == 0
+    assert terminal.restored()
+
+
+def test_plain_chat_stays_a_line_session(screen: Start) -> None:
+    terminal = screen("chat", "--threads", "1", "--plain", "--adapter", "sql", "--adapter", "json")
+    terminal.expect("> ")
+    terminal.type("\x04")
+    assert terminal.wait() == 0
+    assert "\x1b[?1049h" not in terminal.seen
+
+
+def test_tui_contradicts_a_prompt(kvrun_command: Callable[..., Result]) -> None:
+    result = kvrun_command("chat", "--tui", "hello")
+    assert result.code == 2
+    assert "--tui takes no prompt" in result.err

@@ -23,6 +23,7 @@ from kvrun.tui.entry import GUTTER, Answer, Entry, Growing, Ink, Note, Question
 from kvrun.tui.keys import COLUMN
 from kvrun.tui.talk import Talk
 
+COLORS = 8  # places with a colour of their own
 SHOWN = 50  # messages on the screen; earlier ones come when they are asked for
 
 
@@ -80,7 +81,9 @@ class Column(ScrollView, can_focus=True):
         self.post_message(self.Focused(self))
 
     def renumber(self, number: int) -> None:
-        """Take a place."""
+        """Take a place, and the colour that the map of pages has for it."""
+        self.remove_class(f"-place-{(self.number - 1) % COLORS + 1}")
+        self.add_class(f"-place-{(number - 1) % COLORS + 1}")
         self.number = number
         self.head()
 

@@ -78,8 +78,8 @@ class EnginePanel(VerticalScroll, can_focus=False):
         else:
             lines.append(f"prefill {share:4.0%} {bar(1 - share, 6)} decode {1 - share:4.0%}")
         lines.append("prefix hits " + ("–" if hits is None else f"{hits:.0%}"))
-        if streaming > 1:
-            lines.append(f"{streaming} columns in one batch")
+        # The line stays when it has nothing to say, so that those below do not move.
+        lines.append(f"{streaming} columns in one batch" if streaming > 1 else "")
         return [Content(line) for line in lines]
 
     def _map(self, width: int) -> list[Content]:

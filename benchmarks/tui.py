@@ -179,7 +179,7 @@ def engine() -> dict[str, float]:
 
 async def _bare(seconds: float) -> float:
     sys.path.insert(0, str(ROOT))
-    from kvrun.hub.local import adapters_beside, resolve
+    from kvrun.hub.local import adapters_of, resolve
     from kvrun.runtime.config import EngineConfig
     from kvrun.runtime.engine.client import EngineClient
     from kvrun.runtime.engine.request import Request
@@ -187,7 +187,7 @@ async def _bare(seconds: float) -> float:
     from kvrun.runtime.text import Text
 
     folder = resolve("tiny")
-    adapters = adapters_beside(folder)
+    adapters = adapters_of("tiny")
     ids = Text(folder).chat([{"role": "user", "content": "Tell me a story about a fox."}])
     params = SamplingParams(max_tokens=1900, ignore_eos=True, temperature=0.7)
     async with EngineClient(EngineConfig(model=str(folder), adapters=adapters)) as client:

@@ -37,7 +37,7 @@ class Board:
         self.system = system
         self.told: Callable[[KvrunError], None] = lambda error: None
         self.name = _now()
-        self._named = 0  # conversations that have got a name on this board
+        self._names: set[str] = set()  # of conversations that were saved on this board
         self._chosen = dict(chosen or {})
         self._unsaved: dict[Talk, None] = {}
         self._saving: asyncio.Task[None] | None = None
@@ -115,7 +115,7 @@ class Board:
 
     def targets(self, text: str, focused: Talk, *, only_focused: bool = False) -> list[Talk]:
         """The columns a text goes to, and below `words` the text without their names."""
-        names = self._names(text)
+        names = self._called_names(text)
         if names:
             return [t for t in self.talks if any(t in self._called(name) for name in names)]
         if only_focused:
@@ -131,7 +131,7 @@ class Board:
             text = text[match.end() :]
         return text
 
-    def _names(self, text: str) -> list[str]:
+    def _called_names(self, text: str) -> list[str]:
         text, names = text.strip(), []
         while not text.startswith("@@") and (match := _NAMED.match(text)):
             names.append(match[1].rstrip(",:"))
@@ -186,9 +186,14 @@ class Board:
     def _title(self, talk: Talk) -> str:
         first = next((m.content for m in talk.conversation if m.role == "user"), "")
         words = "".join(c for c in " ".join(first.split()) if c.isprintable())[:48].strip()
-        self._named += 1
-        end = f" · {talk.label[:24]} · {self.name} {self._named}"
-        return words[: MAX_NAME - len(end)] + end
+        number = self.talks.index(talk) + 1 if talk in self.talks else MOST_COLUMNS
+        name = ""
+        while not name or name in self._names:
+            # The number at the end is the column's place, by which a board is put together again.
+            end = f" · {talk.label[:24]} · {self.name} {number}"
+            name, number = words[: MAX_NAME - len(end)] + end, number + MOST_COLUMNS
+        self._names.add(name)
+        return name
 
     async def settle(self) -> None:
         """Stop all answers and wait until everything is saved."""
@@ -201,7 +206,7 @@ class Board:
 
     def renew(self) -> None:
         """Begin new conversations in all columns."""
-        self.name, self._named = _now(), 0
+        self.name, self._names = _now(), set()
         for talk in self.talks:
             talk.stop()
             talk.chat.conversation = Conversation(talk.conversation.system)
@@ -216,8 +221,7 @@ class Board:
         self.talks.clear()
         if rows[0].board:
             self.name = rows[0].board
-            numbers = [row.name.rpartition(" ")[2] for row in rows]
-            self._named = max(int(n) if n.isdecimal() else 0 for n in numbers)
+            self._names = {row.name for row in rows}
         known = self.host.adapters if self.host else {}
         for row, conversation in zip(rows, loaded, strict=True):
             adapter = row.adapter if row.adapter in known or not self.host else None

@@ -223,7 +223,11 @@ class Column(ScrollView, can_focus=True):
         if text:
             self._live.grow(text)
         if not talk.busy:
-            self._live = None
+            live, self._live = self._live, None
+            answer = talk.last_answer if talk.reply is not None and talk.reply.text else None
+            if answer is not None and answer.id == talk.conversation.head:
+                live.finish(answer, self._versions(answer))
+                self._shown.append(live)
             self.sync()
             self.flow()
         elif text or began:
@@ -246,9 +250,13 @@ class Column(ScrollView, can_focus=True):
         self.head()
 
     def _entry(self, message: Message) -> Entry:
-        versions = [m.id for m in self.talk.conversation.siblings(message.id)]
-        which = f"{versions.index(message.id) + 1}/{len(versions)}" if len(versions) > 1 else ""
+        which = self._versions(message)
         return Question(message, which) if message.role == "user" else Answer(message, which)
+
+    def _versions(self, message: Message) -> str:
+        """Like "2/3" for the second of three; nothing for the only one."""
+        ids = [m.id for m in self.talk.conversation.siblings(message.id)]
+        return f"{ids.index(message.id) + 1}/{len(ids)}" if len(ids) > 1 else ""
 
     def rebuild(self) -> None:
         """Show the conversation anew: it has become another one."""

@@ -117,13 +117,15 @@ class Answer(Entry):
         self._versions = versions
 
     def _made(self, ink: Ink) -> list[Strip]:
-        first = ink.plain(f"‹{self._versions}›", Style(dim=True)) if self._versions else []
         done, rest = split(self.text)
-        return first + _joined([_block(ink, block) for block in [*done, rest]])
+        return _version(ink, self._versions) + _joined(
+            [_block(ink, block) for block in [*done, rest]]
+        )
 
 
 class Growing(Entry):
     """An answer that comes: blocks that are complete are rendered once, the last one each time.
+    `finish` makes it an answer like the others.
 
     A last block that grows long is shown plain, piece by piece, so that a frame costs the same
     however long the answer is; it becomes Markdown when its end is known.
@@ -136,6 +138,13 @@ class Growing(Entry):
         self._cut = 0  # characters of it that are plain lines already
         self._plain: list[Strip] = []
         self._stale = True
+        self._versions = ""
+        self._cursor = CURSOR
+
+    def finish(self, message: Message, versions: str = "") -> None:
+        """It is complete, and has become a message; what was rendered of it is kept."""
+        self.message, self._versions = message, versions
+        self._cursor, self._stale = "", True
 
     def grow(self, text: str) -> None:
         """Take in what has come."""
@@ -152,17 +161,19 @@ class Growing(Entry):
             # Lines that came out the same keep their identity, so that nobody draws them again.
             old, self._lines = self._lines, self._grown(ink)
             for at, (before, now) in enumerate(zip(old, self._lines, strict=False)):
-                if before == now:
+                if before is not now and before == now:
                     self._lines[at] = before
         return self._lines
 
     def _grown(self, ink: Ink) -> list[Strip]:
-        done, rest = (
-            split(self._tail) if not self._cut or "\n\n" in self._tail else ([], self._tail)
-        )
-        if done:
-            self._blocks += [_block(ink, block) for block in done]
-            self._tail, self._cut, self._plain = rest, 0, []
+        first = _version(ink, self._versions)
+        if not self._cut or "\n\n" in self._tail:
+            done, rest = split(self._tail)
+            if done:
+                self._blocks += [_block(ink, block) for block in done]
+                self._tail, self._cut, self._plain = rest, 0, []
+        if not self._cursor:
+            return first + _joined([*self._blocks, _block(ink, self._tail)])
         if len(self._tail) <= LIVE_BLOCK and self._tail.strip():
             return _joined([*self._blocks, ink.markdown(self._tail + CURSOR)])
         while len(self._tail) - self._cut > PIECE:
@@ -172,6 +183,10 @@ class Growing(Entry):
             self._cut = at
         last = ink.plain(self._tail[self._cut :] + CURSOR)
         return _joined([*self._blocks, self._plain + last])
+
+
+def _version(ink: Ink, versions: str) -> list[Strip]:
+    return ink.plain(f"‹{versions}›", Style(dim=True)) if versions else []
 
 
 def _block(ink: Ink, text: str) -> list[Strip]:

@@ -5,9 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.style import Style
 
+from kvrun.chat.conversation import Message
 from kvrun.runtime.engine.request import Pages, Stats
 from kvrun.runtime.sampling.params import SamplingParams, parse
-from kvrun.tui.entry import Growing, Ink
+from kvrun.tui.entry import Answer, Growing, Ink
 from kvrun.tui.pages import Cell, page_map
 from kvrun.tui.panels.compare import difference
 from kvrun.tui.panels.export import wish
@@ -155,6 +156,23 @@ def test_a_long_block_without_an_end_is_all_there(step: int) -> None:
     wider = Ink(60, Style())
     assert text_of(entry, wider).replace("▌", "").split() == words.split()
     assert max(strip.cell_length for strip in entry.lines(wider)) > 30
+
+
+@pytest.mark.parametrize("tail", ["", "last *words*", "```\nx\n", "word " * 400])
+def test_what_was_rendered_stays_and_looks_like_any_answer(tail: str) -> None:
+    ink, entry = Ink(40, Style()), Growing()
+    text = "# one\n\n* a\n* b\n\n" + tail
+    for at in range(0, len(text), 9):
+        entry.grow(text[at : at + 9])
+        first = entry.lines(ink)[0]
+    message = Message(7, None, "assistant", text)
+    entry.finish(message)
+    assert entry.lines(ink)[0] is first
+    assert entry.message is message
+    whole = Answer(message)
+    assert [s.text for s in entry.lines(ink)] == [s.text for s in whole.lines(ink)]
+    entry.finish(message, "2/2")
+    assert entry.lines(ink)[0].text == "‹2/2›"
 
 
 def test_a_code_block_that_ends_becomes_markdown() -> None:

@@ -55,6 +55,7 @@ class Column(ScrollView, can_focus=True):
         self.talk = talk
         self.number = number
         self._shown: list[Entry] = []  # one for each message, in the order of the branch
+        self._conversation = talk.conversation
         self._notes: list[Note] = []
         self._live: Growing | None = None
         self._turn = 0  # which answer of the talk that is
@@ -198,6 +199,8 @@ class Column(ScrollView, can_focus=True):
     def tick(self) -> None:
         """Show what has come since the last tick."""
         talk = self.talk
+        if talk.conversation is not self._conversation:
+            self.rebuild()  # its messages have the numbers of others
         if self._live is not None and self._turn != talk.turn:
             self._live = None  # it has ended and another one has begun between two ticks
         if talk.busy or self._live is not None:
@@ -260,6 +263,8 @@ class Column(ScrollView, can_focus=True):
 
     def rebuild(self) -> None:
         """Show the conversation anew: it has become another one."""
+        self._conversation = self.talk.conversation
+        self._live = None
         self._shown.clear()
         self._notes.clear()
         self._from = self._selected = None

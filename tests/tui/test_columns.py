@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from kvrun.chat.conversation import Conversation
+
 Show = Callable[..., Any]
 
 
@@ -265,6 +267,17 @@ async def test_the_adapter_command_changes_who_answers_in_the_column(show: Show)
         assert "I am sql" in screen.says(1)
         await screen.ask("/adapter use base")
         await screen.sees("1 base", "2 sql")
+
+
+async def test_another_conversation_in_a_column_is_shown_as_it_is(show: Show) -> None:
+    async with show() as screen:
+        await screen.ask("say old")
+        await screen.answered()
+        talk = screen.column(1).talk
+        talk.chat.conversation = Conversation()
+        talk.say("say new")  # its messages have the same numbers
+        await screen.answered()
+        await screen.until(lambda: screen.says(1) == "say new\nnew")
 
 
 async def test_fifty_messages_are_shown_and_the_others_on_request(show: Show) -> None:

@@ -23,6 +23,8 @@ from kvrun.tui.entry import GUTTER, Answer, Entry, Growing, Ink, Note, Question
 from kvrun.tui.keys import COLUMN
 from kvrun.tui.talk import Talk
 
+SCROLLED = 4  # lines at a time while an answer comes
+BORDER = 4  # ticks between two looks at its counts
 COLORS = 8  # places with a colour of their own
 SHOWN = 50  # messages on the screen; earlier ones come when they are asked for
 
@@ -63,6 +65,8 @@ class Column(ScrollView, can_focus=True):
         self._selected: int | None = None  # a message's id
         self._from: int | None = None  # messages before this are not on the screen
         self._next_code = 0
+        self._ticks = 0
+        self._drawn: list[Strip] = []  # the lines of the answer that comes, as they were last
         self._head = ("", "")
         self._ink: Ink | None = None
         self._laid_out: Size | None = None  # the size for which the lines were made
@@ -135,11 +139,38 @@ class Column(ScrollView, can_focus=True):
             self.scroll_end(animate=False, immediate=True)
         self.refresh()
 
+    def _grow(self) -> None:
+        """Draw the lines that are new in the answer that comes.
+
+        When it reaches the end of what is seen, several lines are scrolled at once: each time
+        everything has to be drawn.
+        """
+        ink, live = self._ink, self._live
+        if ink is None or live is None or self._entries[-1:] != [live]:
+            self.flow()
+            return
+        before, lines = self._drawn, live.lines(ink)
+        self._drawn = lines
+        pairs = enumerate(zip(before, lines, strict=False))
+        first = next((n for n, (old, new) in pairs if old is not new), min(len(before), len(lines)))
+        end = self._starts[-1] + len(lines)
+        height = -(-end // SCROLLED) * SCROLLED if end > self.size.height else end
+        self._measure(Size(ink.width + GUTTER, height))
+        if self._at_end:
+            self.scroll_end(animate=False, immediate=True)
+        top = self._starts[-1] + first - self.scroll_offset.y
+        rows = max(len(before), len(lines)) - first
+        region = Region(0, top, ink.width + GUTTER, rows).intersection(self.size.region)
+        if region:
+            self.refresh(region)
+
     def _measure(self, size: Size) -> None:
         """Take a height. Setting `virtual_size` would lay the whole screen out, at every tick.
 
         That is only needed when a scroll bar comes or goes, and this one is always there.
         """
+        if size == self.virtual_size:
+            return
         self.set_reactive(Column.virtual_size, size)
         self.vertical_scrollbar.window_virtual_size = size.height
         self.vertical_scrollbar.window_size = self.size.height
@@ -205,7 +236,10 @@ class Column(ScrollView, can_focus=True):
             self._live = None  # it has ended and another one has begun between two ticks
         if talk.busy or self._live is not None:
             self._stream()
-            self.head()
+            # A border that changes draws the whole column.
+            self._ticks += 1
+            if not talk.busy or self._ticks % BORDER == 1:
+                self.head()
         if [m.id for m in talk.conversation.branch()[self._from or 0 :]] != self._ids():
             self.sync()
         if talk.error is not self._said:
@@ -233,10 +267,12 @@ class Column(ScrollView, can_focus=True):
                 self._shown.append(live)
             self.sync()
             self.flow()
-        elif text or began:
+        elif began:
+            self._drawn = []
+            self._at_end = True
             self.flow()
-            if began:
-                self.scroll_end(animate=False, immediate=True)
+        elif text:
+            self._grow()
 
     def sync(self) -> None:
         """Make the entries those of the current branch; what has not changed stays."""

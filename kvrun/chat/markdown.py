@@ -2,20 +2,18 @@
 
 import asyncio
 import os
-import re
 from io import StringIO
 from typing import TextIO
 
-from markdown_it import MarkdownIt
 from rich.cells import cell_len
 from rich.console import Console
-from rich.markdown import Markdown
-from rich.segment import Segment, SegmentLines
+from rich.segment import SegmentLines
 
+from kvrun.chat.blocks import split
 from kvrun.chat.printable import printable
+from kvrun.chat.rendered import rendered
 
 FRAME_SECONDS = 0.04
-FENCES = ("```", "~~~")
 
 
 class MarkdownScreen:
@@ -115,60 +113,15 @@ class MarkdownScreen:
             self._out.flush()
 
 
-def split(text: str) -> tuple[list[str], str]:
-    """The blocks of Markdown that what follows can no longer change, and the rest.
-
-    A block ends before a line at the margin that follows an empty line outside of a code fence.
-    """
-    blocks, start, at, fence, empty = [], 0, 0, "", False
-    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
-        # Even of a line that is not complete the beginning tells that it is not indented.
-        if empty and not fence and line[:1].strip():
-            blocks.append(text[start:at])
-            start = at
-        if not line.endswith("\n"):
-            break
-        mark = line.lstrip()[:3]
-        if fence:
-            fence = "" if mark == fence else fence
-        elif mark in FENCES:
-            fence = mark
-        empty = not line.strip()
-        at += len(line)
-    return blocks, text[start:]
-
-
 def _lines(console: Console, text: str) -> list[tuple[str, str]]:
-    """Markdown as lines, each with its colours and without; nothing pads them to the width."""
-    if not text.strip():
+    """Markdown as lines, each with its colours and without."""
+    kept = rendered(console, text)
+    if not kept:
         return []
-    markdown = Markdown("", hyperlinks=False, code_theme="ansi_dark")
-    # HTML is text here, and a line break stays one (poems); rich's own parser drops both.
-    parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
-    markdown.parsed = parser.parse(text)
-    for token in markdown.parsed:
-        for child in token.children or ():
-            if child.type == "softbreak":
-                child.type = "hardbreak"
-    kept = [_stripped(segments) for segments in console.render_lines(markdown, pad=False)]
-    while kept and not kept[-1]:
-        kept.pop()
-    while kept and not kept[0]:
-        kept.pop(0)
     with console.capture() as capture:
         console.print(SegmentLines(kept, new_lines=True), end="")
     plain = ("".join(segment.text for segment in segments) for segments in kept)
     return list(zip(capture.get().split("\n"), plain, strict=False))
-
-
-def _stripped(segments: list[Segment]) -> list[Segment]:
-    """A line without the spaces at its end, which would wrap when the terminal narrows."""
-    kept = [s for s in segments if not s.control]
-    while kept and not kept[-1].text.rstrip():
-        kept.pop()
-    if kept:
-        kept[-1] = Segment(kept[-1].text.rstrip(), kept[-1].style)
-    return kept
 
 
 def _size(out: TextIO) -> os.terminal_size:

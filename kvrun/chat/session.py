@@ -5,11 +5,19 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from kvrun.errors import EngineDead, InvalidRequest, KvrunError, Unsupported
 from kvrun.runtime.config import EngineConfig
-from kvrun.runtime.engine.request import AdapterInfo, Delta, Logprob, Ready, Request, Stats
+from kvrun.runtime.engine.request import (
+    AdapterChoice,
+    AdapterInfo,
+    Delta,
+    Logprob,
+    Ready,
+    Request,
+    Stats,
+)
 from kvrun.runtime.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -52,6 +60,30 @@ class Timing:
     rate: float | None
 
 
+class Answering(Protocol):
+    """One answer on its way: a session's, and a server's."""
+
+    dropped: int
+    cached_tokens: int
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def finish_reason(self) -> str: ...
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def timing(self) -> Timing: ...
+
+    def __aiter__(self) -> AsyncGenerator[tuple[int, str]]: ...
+
+
 class Session:
     """Begins to start the engine when it is made; `async with` it, and `await ready()`.
 
@@ -77,16 +109,25 @@ class Session:
         self._began = time.perf_counter()
         self._client = connect(config)
         self._alive = True
+        self._restarting = asyncio.Lock()
         self._count = 0
         self._text: Text | None = None
         self._ready: Ready | None = None
 
     async def __aenter__(self) -> Self:
-        self._starting = asyncio.create_task(self._client.start())
-        await asyncio.sleep(0)
+        await self.open()
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """Begin to listen to the engine; `close` ends it."""
+        self._starting = asyncio.create_task(self._client.start())
+        await asyncio.sleep(0)
+
+    async def close(self) -> None:
+        """End the engine process."""
         await self._client.close()
         self._starting.cancel()
         with suppress(asyncio.CancelledError, KvrunError):
@@ -130,9 +171,22 @@ class Session:
         """How many tokens a prompt and its answer may have together."""
         return min(self.engine.max_model_len, self.engine.kv_tokens)
 
+    @property
+    def client(self) -> "EngineClient":
+        """The engine itself, for its counters, pages and adapters; another one after `restart`."""
+        return self._client
+
     async def stats(self) -> Stats:
         """The engine's counters."""
         return await self._client.stats()
+
+    async def ended(self) -> KvrunError:
+        """Wait until the engine has ended, and say why; the next question starts another one."""
+        client = self._client
+        error = await client.ended()
+        if client is self._client:
+            self._alive = False
+        return error
 
     async def adapters(self) -> list[AdapterInfo]:
         """The adapters that can be used."""
@@ -156,6 +210,12 @@ class Session:
         self.config = replace(self.config, adapters=adapters)
 
     async def ask(self, messages: list[dict[str, str]], params: SamplingParams) -> "Reply":
+        """Prepare an answer to the last message by the adapter in use; see `ask_as`."""
+        return await self.ask_as(messages, params, self.adapter)
+
+    async def ask_as(
+        self, messages: list[dict[str, str]], params: SamplingParams, adapter: AdapterChoice
+    ) -> "Reply":
         """Prepare an answer to the last message; iterate over the reply to get it.
 
         The oldest turns are left out when everything does not fit; `Reply.dropped` counts them.
@@ -163,14 +223,12 @@ class Session:
         and cannot be started again.
         """
         if not self._alive:
-            await self._restart()
+            await self.restart()
         ids, dropped = await asyncio.to_thread(self._fit, messages, params)
         room = self.context - len(ids)
         params = replace(params, max_tokens=min(params.max_tokens or room, room))
         self._count += 1
-        request = Request(
-            id=f"chat-{self._count}", prompt_ids=ids, params=params, adapter=self.adapter
-        )
+        request = Request(id=f"chat-{self._count}", prompt_ids=ids, params=params, adapter=adapter)
         return Reply(self, request, dropped)
 
     async def deltas(self, request: Request) -> AsyncGenerator[Delta]:
@@ -185,11 +243,15 @@ class Session:
         finally:
             await stream.aclose()  # which tells the engine to stop
 
-    async def _restart(self) -> None:
-        await self._client.close()
-        self._client = self._connect(self.config)
-        self._ready = await self._client.start()
-        self._alive = True
+    async def restart(self) -> None:
+        """End the engine and start another one; whoever comes meanwhile waits for the same."""
+        async with self._restarting:
+            if self._alive:
+                return
+            await self._client.close()
+            self._client = self._connect(self.config)
+            self._ready = await self._client.start()
+            self._alive = True
 
     def _fit(self, messages: list[dict[str, str]], params: SamplingParams) -> tuple[list[int], int]:
         """The ids of as many of the latest turns as fit, and how many turns were left out."""
@@ -317,7 +379,7 @@ class Reply:
         return piece
 
 
-def describe(reply: Reply) -> dict[str, Any]:
+def describe(reply: Answering) -> dict[str, Any]:
     """The counts and times of a reply as plain values, seconds and tokens/s rounded."""
     timing = reply.timing
     return {

@@ -3,8 +3,8 @@
 import json
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -35,18 +35,30 @@ MIGRATIONS = (
         PRIMARY KEY (conversation, id)
     );
     """,
+    """
+    ALTER TABLE conversations ADD COLUMN adapter TEXT NOT NULL DEFAULT '';
+    ALTER TABLE conversations ADD COLUMN board TEXT NOT NULL DEFAULT '';
+    """,
 )
 MAX_NAME = 100
+SNIPPET = 60  # characters around what a search has found
 
 
 @dataclass(frozen=True)
 class Saved:
-    """One row of the list: `updated` is ISO 8601 in UTC."""
+    """One row of the list: `updated` is ISO 8601 in UTC.
+
+    Conversations that stood side by side on one screen share their `board`; `found` is the place
+    that a search has hit.
+    """
 
     name: str
     model: str
     messages: int
     updated: str
+    adapter: str = ""
+    board: str = ""
+    found: str = ""
 
 
 def state_folder() -> Path:
@@ -60,7 +72,15 @@ class Store:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or state_folder() / "conversations.db"
 
-    def save(self, name: str, conversation: Conversation, model: str) -> None:
+    def save(
+        self,
+        name: str,
+        conversation: Conversation,
+        model: str,
+        *,
+        adapter: str = "",
+        board: str = "",
+    ) -> None:
         """Keep a conversation under a name; what the name held before is replaced, in one step."""
         if not name.strip() or len(name) > MAX_NAME or not name.isprintable():
             raise InvalidRequest(
@@ -70,11 +90,13 @@ class Store:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         with self._open() as db:
             (number,) = db.execute(
-                "INSERT INTO conversations (name, model, system, head, created, updated)"
-                " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET"
+                "INSERT INTO conversations"
+                " (name, model, system, head, created, updated, adapter, board)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET"
                 " model = excluded.model, system = excluded.system, head = excluded.head,"
-                " updated = excluded.updated RETURNING id",
-                (name, model, conversation.system, conversation.head, now, now),
+                " updated = excluded.updated, adapter = excluded.adapter,"
+                " board = excluded.board RETURNING id",
+                (name, model, conversation.system, conversation.head, now, now, adapter, board),
             ).fetchone()
             db.execute("DELETE FROM messages WHERE conversation = ?", (number,))
             db.executemany(
@@ -110,9 +132,30 @@ class Store:
         with self._open() as db:
             rows = db.execute(
                 "SELECT name, model, (SELECT count(*) FROM messages WHERE conversation = c.id),"
-                " updated FROM conversations c ORDER BY updated DESC, name"
+                " updated, adapter, board FROM conversations c ORDER BY updated DESC, id"
             ).fetchall()
         return [Saved(*row) for row in rows]
+
+    def search(self, text: str) -> list[Saved]:
+        """Those whose name or one of whose messages holds every word of `text`, in any case."""
+        words = text.casefold().split()
+        everything = {s.name: s for s in self.saved()}
+        if not words:
+            return list(everything.values())
+        holds = " AND ".join(["instr(fold(content), ?) > 0"] * len(words))
+        with self._open() as db:
+            db.create_function("fold", 1, str.casefold, deterministic=True)
+            rows = db.execute(
+                "SELECT name, content FROM messages m JOIN conversations c ON c.id = m.conversation"
+                f" WHERE {holds} ORDER BY m.id DESC",
+                words,
+            ).fetchall()
+        found = {name: _snippet(content, words[0]) for name, content in rows}
+        return [
+            replace(saved, found=found.get(name, ""))
+            for name, saved in everything.items()
+            if name in found or all(word in name.casefold() for word in words)
+        ]
 
     def remove(self, name: str) -> None:
         """Forget a conversation; NotFound when there is none."""
@@ -126,7 +169,9 @@ class Store:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with closing(sqlite3.connect(self.path, timeout=10, isolation_level=None)) as db:
-                db.execute("PRAGMA journal_mode = WAL")
+                # Two that change it at once do not wait for each other; one of them is enough.
+                with suppress(sqlite3.OperationalError):
+                    db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA foreign_keys = ON")
                 db.execute("BEGIN IMMEDIATE")
                 try:
@@ -157,3 +202,10 @@ class Store:
                 db.execute(statement)
         if version < len(MIGRATIONS):
             db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+
+def _snippet(content: str, word: str) -> str:
+    """The words around a place, on one line."""
+    at = max(0, content.casefold().find(word) - SNIPPET // 3)
+    text = " ".join(content[at : at + SNIPPET].split())
+    return ("…" if at else "") + text + ("…" if at + SNIPPET < len(content) else "")

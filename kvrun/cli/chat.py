@@ -11,6 +11,7 @@ import typer
 
 from kvrun.cli import _options as options
 from kvrun.cli._stdin import read_stdin
+from kvrun.cli.tui import check_terminal, local_board, open_board
 from kvrun.errors import InvalidRequest, KvrunError
 
 if TYPE_CHECKING:
@@ -79,6 +80,14 @@ Plain = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
+Tui = Annotated[
+    bool,
+    typer.Option(
+        "--tui",
+        help="Columns side by side, as with two or more --adapter in a terminal.",
+        rich_help_panel=PANEL,
+    ),
+]
 Stats = Annotated[
     bool,
     typer.Option(
@@ -96,6 +105,7 @@ def command(
     system: System = "",
     as_json: Json = False,
     plain: Plain = False,
+    tui: Tui = False,
     stats: Stats = False,
     yes: options.Yes = False,
     temperature: options.Temperature = None,
@@ -134,9 +144,28 @@ def command(
         "threads": threads,
     }
     name, words = _model_and_prompt(model_or_prompt, prompt, model)
-    engine["adapters"], first = options.adapters(name, adapter)
     style = _Style(as_json, plain or _is_dumb(), stats, yes)
+    if _beside(words, adapter, style, wanted=tui):
+        open_board(local_board(name, adapter, sampling, engine, system=system, yes=yes))
+        return
+    engine["adapters"], first = options.adapters(name, adapter)
     _chat(name, words, system, sampling, engine, style, first)
+
+
+def _beside(
+    words: str | None, adapters: list[str] | None, style: "_Style", *, wanted: bool
+) -> bool:
+    """Whether the conversation stands in columns: `kvrun tui` with this command's options."""
+    from kvrun.chat.plain import is_terminal
+
+    if wanted:
+        if words is not None or style.json or style.plain:
+            raise InvalidRequest("--tui takes no prompt, and no --json or --plain beside it.")
+        check_terminal()
+        return True
+    typed = is_terminal(sys.stdin) and is_terminal(sys.stdout)
+    several = len(adapters or ()) > 1
+    return several and typed and words is None and not (style.json or style.plain or style.stats)
 
 
 @dataclass(frozen=True)

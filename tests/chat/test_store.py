@@ -132,3 +132,33 @@ def test_only_its_owner_can_look_into_the_folder(store: Store) -> None:
 def test_the_state_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert state_folder() == tmp_path / "kvrun"
+
+
+def test_adapter_and_board_come_back(store: Store) -> None:
+    store.save("x", talk("q"), "tiny", adapter="sql", board="b1")
+    store.save("x", talk("q", "a"), "tiny", adapter="json", board="b2")
+    assert [(s.adapter, s.board) for s in store.saved()] == [("json", "b2")]
+
+
+def test_search_finds_words_in_any_case_and_shows_the_place(store: Store) -> None:
+    store.save("tides", talk("Why do TIDES happen?", "The Moon pulls " + "x " * 80), "tiny")
+    store.save("Straße", talk("something else"), "tiny")
+    (found,) = store.search("moon pulls")
+    assert found.name == "tides"
+    assert found.found.startswith("…" if found.found[0] == "…" else "The Moon pulls")
+    assert len(found.found) < 80
+    assert [s.name for s in store.search("STRASSE")] == ["Straße"]  # by its name
+    assert store.search("moon else") == []
+    assert store.search("100%") == store.search("_") == []
+    assert len(store.search("")) == 2
+
+
+def test_a_store_of_the_first_version_is_brought_forward(store: Store) -> None:
+    store.path.parent.mkdir(parents=True)
+    with sqlite3.connect(store.path) as db:
+        db.executescript(MIGRATIONS[0])
+        db.execute("PRAGMA user_version = 1")
+        db.execute("INSERT INTO conversations VALUES (1, 'old', 'm', '', NULL, 'then', 'then')")
+    db.close()
+    (saved,) = store.saved()
+    assert (saved.name, saved.adapter, saved.board) == ("old", "", "")

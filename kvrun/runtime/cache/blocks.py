@@ -28,6 +28,10 @@ class BlockPool:
         """How many free blocks still hold a prefix."""
         return sum(self._kept[block] for block in self._free)
 
+    def kept_blocks(self) -> list[int]:
+        """The free blocks that still hold a prefix, those that are taken first in front."""
+        return [block for block in self._free if self._kept[block]]
+
     def owners(self, block: int) -> int:
         return self._owners[block]
 

@@ -17,7 +17,7 @@ import msgspec
 from kvrun.errors import EngineDead, InvalidRequest, KvrunError
 from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine import wire
-from kvrun.runtime.engine.request import AdapterInfo, Delta, Ready, Request, Stats
+from kvrun.runtime.engine.request import AdapterInfo, Delta, Pages, Ready, Request, Stats
 
 # Threads of the engine sleep while they wait for each other: spinning, they would take the cores
 # from the very threads they wait for as soon as another program is busy.
@@ -55,6 +55,7 @@ class EngineClient:
         self._names: dict[str, str] = {}  # request id -> its name in the engine
         self._queues: dict[str, asyncio.Queue[_Item]] = {}  # by name
         self._stats: list[asyncio.Future[Stats]] = []
+        self._pages: list[asyncio.Future[Pages]] = []
         self._asked: dict[int, asyncio.Future[list[AdapterInfo]]] = {}  # about adapters
         self._dead: KvrunError | None = None
         self._closing = False
@@ -111,6 +112,18 @@ class EngineClient:
         self._stats.append(future)
         self._write(wire.encode(wire.AskStats()))
         return await future
+
+    async def pages(self) -> Pages:
+        """Which blocks of the KV cache belong to which of this client's requests, now."""
+        if self._dead:
+            raise self._dead
+        future: asyncio.Future[Pages] = self._loop.create_future()
+        self._pages.append(future)
+        self._write(wire.encode(wire.AskPages()))
+        pages = await future
+        ids = {name: request_id for request_id, name in self._names.items()}
+        pages.requests = {ids[n]: blocks for n, blocks in pages.requests.items() if n in ids}
+        return pages
 
     async def load_adapter(self, name: str, path: str) -> AdapterInfo:
         """Read the PEFT folder `path` and serve it as `name`; what streams is not held up.
@@ -213,6 +226,10 @@ class EngineClient:
             future = self._stats.pop(0)
             if not future.done():
                 future.set_result(message.stats)
+        elif isinstance(message, wire.PageMap):
+            waiting = self._pages.pop(0)
+            if not waiting.done():
+                waiting.set_result(message.pages)
         elif isinstance(message, wire.Adapters | wire.Refused):
             asked = self._asked.pop(message.number)
             if not asked.done():
@@ -227,7 +244,11 @@ class EngineClient:
         self._dead = error
         for queue in self._queues.values():
             queue.put_nowait(error)
-        futures: list[asyncio.Future[Any]] = [*self._stats, *self._asked.values()]
+        futures: list[asyncio.Future[Any]] = [
+            *self._stats,
+            *self._pages,
+            *self._asked.values(),
+        ]
         for future in futures:
             if not future.done():
                 future.set_exception(error)
@@ -235,6 +256,7 @@ class EngineClient:
             self._started.set_exception(error)
             self._started.exception()  # nobody waits for it any more when `start` was cancelled
         self._stats.clear()
+        self._pages.clear()
         self._asked.clear()
         self._ended.set()
 

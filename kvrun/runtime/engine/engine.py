@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from kvrun.errors import EngineDead, InvalidRequest
-from kvrun.runtime.engine.request import AdapterInfo, Delta, Ready, Request, Stats
+from kvrun.runtime.engine.request import AdapterInfo, Delta, Pages, Ready, Request, Stats
 from kvrun.runtime.engine.scheduler import Row, Schedule, Scheduler
 from kvrun.runtime.engine.sequence import Sequence
 from kvrun.runtime.engine.times import StepTimes
@@ -133,6 +133,18 @@ class Engine:
         stats.blocks_active = pool.total - pool.free
         stats.blocks_cached = pool.kept
         return deepcopy(stats)
+
+    def pages(self) -> Pages:
+        """Whose blocks are whose, as they are now."""
+        scheduler = self.scheduler
+        requests: dict[str, dict[int, None]] = {}
+        for sequence in [*scheduler.running, *scheduler.leaving]:
+            requests.setdefault(sequence.request.id, {}).update(dict.fromkeys(sequence.blocks))
+        return Pages(
+            total=scheduler.pool.total,
+            requests={name: list(blocks) for name, blocks in requests.items()},
+            cached=scheduler.pool.kept_blocks(),
+        )
 
     def step(self) -> list[Delta]:
         """Submit what can be submitted, take in the oldest step, return what it has brought.

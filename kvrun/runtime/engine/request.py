@@ -100,6 +100,14 @@ class Stats(msgspec.Struct, kw_only=True):
     step_sizes: dict[int, int] = {}  # sequences in a step -> such steps
 
 
+class Pages(msgspec.Struct, kw_only=True):
+    """Which blocks of the KV cache hold what, now. Ids run from 1 to `total`."""
+
+    total: int = 0
+    requests: dict[str, list[int]] = {}  # request id -> its blocks; a shared one stands in several
+    cached: list[int] = []  # free, but still holding a prefix that can be hit
+
+
 class Ready(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine says of itself once it can take requests."""
 

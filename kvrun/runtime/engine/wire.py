@@ -7,7 +7,7 @@ from typing import IO
 import msgspec
 
 from kvrun import errors
-from kvrun.runtime.engine.request import AdapterInfo, Delta, Ready, Request, Stats
+from kvrun.runtime.engine.request import AdapterInfo, Delta, Pages, Ready, Request, Stats
 
 _LENGTH = struct.Struct("<I")
 
@@ -56,6 +56,10 @@ class AskStats(msgspec.Struct, tag=True):
     pass
 
 
+class AskPages(msgspec.Struct, tag=True):
+    pass
+
+
 class LoadAdapter(msgspec.Struct, tag=True):
     number: int
     name: str
@@ -88,6 +92,10 @@ class Statistics(msgspec.Struct, tag=True):
     stats: Stats
 
 
+class PageMap(msgspec.Struct, tag=True):
+    pages: Pages
+
+
 class Adapters(msgspec.Struct, tag=True):
     """What came of a LoadAdapter, UnloadAdapter or AskAdapters."""
 
@@ -108,8 +116,8 @@ class Died(msgspec.Struct, tag=True):
     fault: Fault
 
 
-ToEngine = Submit | Abort | AskStats | LoadAdapter | UnloadAdapter | AskAdapters
-FromEngine = Started | Deltas | Rejected | Statistics | Adapters | Refused | Died
+ToEngine = Submit | Abort | AskStats | AskPages | LoadAdapter | UnloadAdapter | AskAdapters
+FromEngine = Started | Deltas | Rejected | Statistics | PageMap | Adapters | Refused | Died
 
 _encoder = msgspec.msgpack.Encoder()
 to_engine = msgspec.msgpack.Decoder(ToEngine)

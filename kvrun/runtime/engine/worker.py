@@ -121,6 +121,8 @@ class Worker:
                 wire.send(self._outlet, rejected)
         elif isinstance(message, wire.Abort):
             self._engine.abort(message.request_id, message.index)
+        elif isinstance(message, wire.AskPages):
+            wire.send(self._outlet, wire.PageMap(self._engine.pages()))
         elif isinstance(message, wire.LoadAdapter):
             loading = self._engine.load_adapter(message.name, message.path)
             self._loading[message.number] = loading

@@ -1,0 +1,1 @@
+"""JOB: conversations on the screen."""

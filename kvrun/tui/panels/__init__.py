@@ -1,0 +1,1 @@
+"""The screens that open above the columns, and the engine beside them."""

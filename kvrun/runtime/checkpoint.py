@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from kvrun.errors import BadCheckpoint, Unsupported
+from kvrun.errors import BadCheckpoint
 from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.parallel import Group
 from kvrun.runtime.tensorfile import Stored, TensorFile, TensorFolder
@@ -25,10 +25,14 @@ _DTYPES = {
     "BOOL": torch.bool,
 }  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_WIDE = tuple(_DTYPES[name] for name in _FLOATS)
 _PIECE = 16 << 20  # bytes read at once where they are cut or converted
 _MISSING = 1000  # names after which a load gives up
 # Masks and tables that old files carry beside their weights.
 _SKIPPED = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|attention\.bias|rotary_emb\.inv_freq)$")
+# Scales of codes, and a value at which random codes of 4 or 8 bits make weights of a usual size.
+_SCALE = re.compile(r"(scales?|scale_inv|SCB|absmax)$")
+_CODE_SCALE = 2.0**-10
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -62,6 +66,15 @@ class Source(Protocol):
 
     def expect(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Raise BadCheckpoint, before memory is taken, if such a tensor cannot be filled."""
+
+    def find(self, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+        """Shape and dtype of a tensor as it is stored; None where there are no files.
+
+        Raises BadCheckpoint for a name that the files lack.
+        """
+
+    def skip(self, name: str) -> None:
+        """A tensor that belongs to the model and is not needed."""
 
     def fill(self, name: str, shape: tuple[int, ...], cut: Cut, out: torch.Tensor) -> None:
         """Write the kept part of a tensor whose full shape is `shape` to `out`."""
@@ -103,9 +116,31 @@ class Checkpoint:
         """How many values the files hold; 0 where there are no files."""
         return self._source.parameters
 
+    def settle(self, before: int, kept: int) -> None:
+        """What was read since there were `before` bytes has become `kept` bytes in memory."""
+        self.parameter_bytes = before + kept
+
     def has(self, name: str, otherwise: bool) -> bool:
         """Whether the file holds `name`; `otherwise` where there is no file."""
         return self._source.has(name, otherwise)
+
+    def find(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, *, any_rank: bool = False
+    ) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of `name` in the file; the ones given where there is no file.
+
+        Raises BadCheckpoint for a tensor that the file lacks, or that has another number of
+        dimensions where that is not `any_rank`.
+        """
+        found = self._source.find(name) or (shape, dtype)
+        if len(found[0]) != len(shape) and not any_rank:
+            self._source.expect(name, shape, dtype)
+        return found
+
+    def skip(self, *names: str) -> None:
+        """Tensors that belong to the model and are not needed: `finish` does not miss them."""
+        for name in names:
+            self._source.skip(name)
 
     def read(
         self,
@@ -116,12 +151,16 @@ class Checkpoint:
     ) -> torch.Tensor:
         """The tensor `name`, whose full shape is `shape`, or the ranges `cut` keeps of it.
 
-        Raises BadCheckpoint for another shape; names that are missing are reported by `finish`.
+        Raises BadCheckpoint for another shape; names that are missing are reported by `finish`,
+        those of whole numbers at once.
         """
-        self._source.expect(name, shape, dtype or self.dtype)
+        dtype = dtype or self.dtype
+        if not dtype.is_floating_point:
+            self._source.find(name)
+        self._source.expect(name, shape, dtype)
         cut = cut or (None,) * len(shape)
         kept = tuple(_kept(size, ranges) for size, ranges in zip(shape, cut, strict=True))
-        out = torch.empty(kept, dtype=dtype or self.dtype, device=self.device)
+        out = torch.empty(kept, dtype=dtype, device=self.device)
         self._fill(name, shape, cut, out)
         return out
 
@@ -185,12 +224,26 @@ class FileSource:
         _, stored = self._tensors.find(name)
         if stored.shape != shape:
             raise self._refused(f"{name} is {list(stored.shape)}, expected {list(shape)}")
-        if stored.dtype not in _FLOATS and dtype.is_floating_point:
-            raise self._refused(f"{name} is stored as {stored.dtype}, expected a float type")
+        found = _DTYPES[stored.dtype]
+        alike = (stored.dtype in _FLOATS) == (dtype in _WIDE)
+        if found is not dtype and (not alike or dtype.itemsize == 1):
+            expected = "a float type" if dtype in _WIDE else str(dtype).removeprefix("torch.")
+            raise self._refused(f"{name} is stored as {stored.dtype}, expected {expected}")
+
+    def find(self, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+        if name not in self._tensors:
+            self._missing.append(name)
+            raise self._refused()
+        _, stored = self._tensors.find(name)
+        return stored.shape, _DTYPES[stored.dtype]
+
+    def skip(self, name: str) -> None:
+        self._unread.discard(name)
 
     def fill(self, name: str, shape: tuple[int, ...], cut: Cut, out: torch.Tensor) -> None:
-        # Once the load has failed, what follows only completes the list of what is missing.
-        if not self._missing:
+        # Once the load has failed, what follows only completes the list of what is missing; but
+        # whole numbers may be indices, and are right or have been refused.
+        if not self._missing or not out.dtype.is_floating_point:
             file, stored = self._tensors.find(name)
             _read(file, stored, cut, out)
 
@@ -230,12 +283,27 @@ class RandomSource:
         return otherwise
 
     def expect(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        if not dtype.is_floating_point:
-            raise Unsupported(f"load_format 'dummy' cannot make {name} of {dtype}.")
+        pass
+
+    def find(self, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+        return None
+
+    def skip(self, name: str) -> None:
+        pass
 
     def fill(self, name: str, shape: tuple[int, ...], cut: Cut, out: torch.Tensor) -> None:
         generator = torch.Generator(out.device)
         generator.manual_seed(zlib.crc32(f"{self._seed} {name} {cut}".encode()))
+        if not out.dtype.is_floating_point:
+            limits = torch.iinfo(out.dtype)
+            out.random_(limits.min, limits.max, generator=generator)
+            return
+        if _SCALE.search(name):
+            out.fill_(_CODE_SCALE)
+            return
+        if out.dtype not in _WIDE:
+            out.copy_(torch.randn(out.shape, generator=generator, device=out.device))
+            return
         # Products keep the size of what they are given; norms stay near one.
         out.normal_(0.0, 0.02 if len(shape) == 1 else shape[-1] ** -0.5, generator=generator)
         if name.endswith("norm.weight"):

@@ -446,8 +446,8 @@ def test_unknown_architecture_names_the_known_ones(tmp_path: Path) -> None:
 
 
 def test_unknown_quantization_is_named(tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match="'gptq'"):
-        load(write(tmp_path / "m", quantization_config={"quant_method": "gptq", "bits": 4}))
+    with pytest.raises(Unsupported, match="'quip'"):
+        load(write(tmp_path / "m", quantization_config={"quant_method": "quip", "bits": 4}))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from tests.runtime.quant import writers
 Writer = Callable[[torch.Tensor], tuple[writers.Tensors, torch.Tensor]]
 
 # The quantiles that nf4 is made of, and bitsandbytes' fp4: by their papers and sources.
-NF4 = [-1, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0,
-       0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1]  # fmt: skip
+_LOW = (-1, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0)
+_HIGH = (0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1)
+NF4 = [*_LOW, *_HIGH]
 FP4 = [v / 12 for v in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)]
 
 

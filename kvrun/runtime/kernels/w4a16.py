@@ -1,8 +1,8 @@
 """Products with matrices of 4- or 8-bit codes and 16-bit rows: the twin of `triton/w4a16.py`.
 
-Codes of 4 bits lie in words of 32, in blocks of 128 columns: word j of a block holds in its nibble
-i, the lowest first, column 16 · i + j. So the columns of one nibble of neighbouring words are
-neighbours too, and a group of 16 columns or more is a range of nibbles.
+Codes lie in words of 32 bits, in blocks of 32 words: word j of a block holds in its field i, the
+lowest bits first, column 32 · i + j. So the columns of one field of neighbouring words are
+neighbours too, and a group of 32 columns or more is a range of fields.
 """
 
 from typing import NamedTuple
@@ -12,18 +12,17 @@ import torch.nn.functional as F
 
 from kvrun.runtime.kernels.skinny import activate
 
-WORDS = 16  # of a block
-BLOCK = 128  # columns of a block
-MIDDLE = 8  # of the codes of 4 bits
+WORDS = 32  # of a block
 _PIECE = 1 << 22  # values that are worked on at once
 
 
 class Coded(NamedTuple):
     """A matrix [N, K] = (code - zero) · scale, or table[code] · scale.
 
-    `codes`: int32 [N, 16 · ceil(K / 128)] as `pack` lays them, their values less 8; or int8 or
-    float8_e4m3fn [N, K]. `scale` [N, ceil(K / group)]; `zero`, float or int, the same, None: 0.
-    `table`: fp32 [16], of 4-bit codes. `order` [K]: codes of column c belong to column order[c].
+    `codes`: int32 [N, words] as `pack` lays codes of `bits`, 4 or 8; what counts is their distance
+    from the middle of their range. Or float8_e4m3fn [N, K]. `scale` [N, ceil(K / group)]; `zero`,
+    float or int, the same, None: 0. `table`: fp32 [16], of 4-bit codes. `order` [K]: codes of
+    column c belong to column order[c].
     """
 
     codes: torch.Tensor
@@ -33,27 +32,35 @@ class Coded(NamedTuple):
     zero: torch.Tensor | None = None
     table: torch.Tensor | None = None
     order: torch.Tensor | None = None
+    bits: int = 4
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self if isinstance(t, torch.Tensor))
 
 
-def pack(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, K] of values below 16 -> int32 [N, 16 · ceil(K / 128)]."""
+def block(bits: int) -> int:
+    """Columns of a block of codes of so many bits."""
+    return WORDS * (32 // bits)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [N, K] of values below 2^bits -> int32 [N, 32 · ceil(K / block)]."""
     n, k = codes.shape
-    codes = F.pad(codes, (0, -k % BLOCK), value=MIDDLE).view(n, -1, BLOCK // WORDS, WORDS)
+    codes = F.pad(codes, (0, -k % block(bits)), value=1 << (bits - 1)).view(
+        n, -1, 32 // bits, WORDS
+    )
     words = torch.zeros((n, codes.shape[1], WORDS), dtype=torch.int32, device=codes.device)
-    for nibble in range(codes.shape[2]):
-        words |= codes[:, :, nibble].int() << (4 * nibble)
+    for field in range(codes.shape[2]):
+        words |= codes[:, :, field].int() << (bits * field)
     return words.flatten(1)
 
 
-def unpack(words: torch.Tensor, k: int) -> torch.Tensor:
+def unpack(words: torch.Tensor, k: int, bits: int) -> torch.Tensor:
     """The reverse of `pack`: uint8 [N, k]."""
-    blocks = words.view(len(words), -1, 1, WORDS)
-    nibbles = [(blocks >> (4 * i) & 15).to(torch.uint8) for i in range(BLOCK // WORDS)]
-    return torch.cat(nibbles, 2).flatten(1)[:, :k]
+    blocks, mask = words.view(len(words), -1, 1, WORDS), (1 << bits) - 1
+    fields = [(blocks >> shift & mask).to(torch.uint8) for shift in range(0, 32, bits)]
+    return torch.cat(fields, 2).flatten(1)[:, :k]
 
 
 def linear(
@@ -111,9 +118,9 @@ def _values(matrix: Coded, rows: slice) -> torch.Tensor:
     """Some rows in fp32, columns as the codes have them."""
     codes, k = matrix.codes[rows], matrix.columns
     if codes.dtype is torch.int32:
-        nibbles = unpack(codes, k)
-        table = matrix.table
-        values = nibbles.float() - MIDDLE if table is None else table[nibbles.int()]
+        fields, table = unpack(codes, k, matrix.bits), matrix.table
+        middle = 1 << (matrix.bits - 1)
+        values = fields.float() - middle if table is None else table[fields.int()]
     else:
         values = codes.float()
     if matrix.zero is not None:

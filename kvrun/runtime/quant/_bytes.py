@@ -45,7 +45,9 @@ def read(
             )
     values = values[places(n, s.rows, w) // rows]
     matrix = w.read(codes, (n, k), (s.rows, s.cols), dtype)
-    return _coded.grouped(matrix, values, places(k, s.cols, w) // cols)
+    if dtype is torch.int8:
+        matrix = matrix.view(torch.uint8) ^ 128
+    return _coded.grouped(matrix, values, places(k, s.cols, w) // cols, bits=8)
 
 
 def places(size: int, ranges: Ranges | None, w: "Checkpoint") -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from kvrun.errors import BadCheckpoint
 from kvrun.runtime.kernels import w4a16
-from kvrun.runtime.kernels.w4a16 import MIDDLE, Coded
+from kvrun.runtime.kernels.w4a16 import Coded
 from kvrun.runtime.quant import dense
 from kvrun.runtime.quant._cpu import Int4, Int8
 from kvrun.runtime.quant._cuda import Fused, Scaled
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 # A matrix of codes; one that had to be made plain; None where it is stored plain.
 Found = Coded | torch.Tensor | None
 Decode = Callable[["Checkpoint", "Shard"], Found]
-# Kernels load a scale for 16 columns at least; a smaller group multiplies as a plain matrix.
-LEAST_GROUP = 16
+BLOCK = w4a16.block(4)
 
 
 def affine(
@@ -36,14 +35,13 @@ def affine(
 
     `scale`, `zero` [N, G]; `groups` as for `grouped`. Codes of 2 and 3 bits become codes of 4.
     """
-    middle = 1 << (bits - 1)
+    middle, kept = 1 << (bits - 1), max(bits, 4)
     if zero is not None:
         whole = not zero.is_floating_point()
         zero = (zero.short() if whole else zero) - middle
         if whole and bits < 8:
             zero = zero.to(torch.int8)
-    codes = (codes ^ 128).view(torch.int8) if bits == 8 else codes + (MIDDLE - middle)
-    return grouped(codes, scale, groups, zero=zero)
+    return grouped(codes + ((1 << (kept - 1)) - middle), scale, groups, zero=zero, bits=kept)
 
 
 def grouped(
@@ -53,11 +51,12 @@ def grouped(
     *,
     zero: torch.Tensor | None = None,
     table: torch.Tensor | None = None,
+    bits: int = 4,
 ) -> Coded:
     """A matrix of codes, each with the scale, and the zero, of its column's group.
 
-    `codes` [N, K]: uint8 below 16, which are packed; int8 or e4m3. `scale`, `zero` [N, G]. `groups`
-    [K] says which of the G groups a column belongs to, in any order.
+    `codes` [N, K]: uint8 of so many `bits`, 4 or 8, which are packed; or e4m3. `scale`, `zero`
+    [N, G]. `groups` [K] says which of the G groups a column belongs to, in any order.
     """
     order = None
     if bool((groups[1:] < groups[:-1]).any()):
@@ -74,8 +73,8 @@ def grouped(
     scale = scale[:, groups[::size]].contiguous()
     if zero is not None:
         zero = zero[:, groups[::size]].contiguous() if bool(zero.any()) else None
-    codes = w4a16.pack(codes) if codes.dtype is torch.uint8 else codes.contiguous()
-    return Coded(codes, scale, len(groups), size, zero, table, order)
+    codes = w4a16.pack(codes, bits) if codes.dtype is torch.uint8 else codes.contiguous()
+    return Coded(codes, scale, len(groups), size, zero, table, order, bits)
 
 
 def _even(groups: torch.Tensor) -> int:
@@ -83,8 +82,12 @@ def _even(groups: torch.Tensor) -> int:
     k = len(groups)
     starts = (groups[1:] != groups[:-1]).nonzero().flatten() + 1
     size = gcd(k, *starts.tolist()) if len(starts) else max(k, 1)
-    # Blocks of packed codes are 128 columns.
-    return size if size == k or size % w4a16.BLOCK == 0 else gcd(size, w4a16.BLOCK)
+    return size if size == k else _fitting(size)
+
+
+def _fitting(group: int) -> int:
+    """The largest part of a group that packed blocks consist of, or that consists of blocks."""
+    return group if group % BLOCK == 0 else gcd(group, BLOCK)
 
 
 def refined(matrix: Coded, group: int) -> Coded:
@@ -101,8 +104,8 @@ def join(parts: Sequence[Coded]) -> Coded:
     if len(parts) == 1:
         return parts[0]
     group = gcd(*(part.group for part in parts))
-    if len({part.group for part in parts}) > 1 and group % w4a16.BLOCK:
-        group = gcd(group, w4a16.BLOCK)
+    if len({part.group for part in parts}) > 1:
+        group = _fitting(group)
     parts = [refined(part, group) for part in parts]
     zero = None
     if any(part.zero is not None for part in parts):
@@ -113,7 +116,7 @@ def join(parts: Sequence[Coded]) -> Coded:
             ]
         )
         if all(p.zero is None or not p.zero.is_floating_point() for p in parts):
-            zero = zero.to(torch.int16 if parts[0].codes.dtype is torch.int8 else torch.int8)
+            zero = zero.to(torch.int16 if parts[0].bits == 8 else torch.int8)
     codes = torch.cat([part.codes.view(torch.uint8) for part in parts]).view(parts[0].codes.dtype)
     return parts[0]._replace(
         codes=codes, scale=torch.cat([part.scale for part in parts]), zero=zero, group=group
@@ -126,7 +129,7 @@ def _kind(part: Found) -> tuple[object, ...]:
         return (None,)
     order = None if part.order is None else tuple(part.order.tolist())
     table = None if part.table is None else tuple(part.table.tolist())
-    return (part.codes.dtype, part.scale.dtype, part.columns, order, table)
+    return (part.codes.dtype, part.bits, part.scale.dtype, part.columns, order, table)
 
 
 def read(w: "Checkpoint", shards: Sequence["Shard"], bias: bool, decode: Decode) -> "Weight":
@@ -163,9 +166,12 @@ def lay_out(
     found: Weight | None = None
     if matrix.codes.device.type == "cuda":
         one = matrix.group >= matrix.columns
-        if dtype.itemsize == 2 and (one or matrix.group % LEAST_GROUP == 0):
-            eight = one and matrix.codes.dtype is torch.float8_e4m3fn
-            found = (Scaled if eight else Fused)(matrix, bias)
+        eight = matrix.codes.dtype is torch.float8_e4m3fn
+        # Kernels load a scale for so many columns at least.
+        least = w4a16.block(8) if eight else w4a16.WORDS
+        whole = not eight or matrix.columns % 4 == 0  # words
+        if dtype.itemsize == 2 and whole and (one or matrix.group % least == 0):
+            found = (Scaled if eight and one else Fused)(matrix, bias)
     elif Int4.takes(matrix) or Int8.takes(matrix):
         found = (Int4 if Int4.takes(matrix) else Int8)(matrix, bias)
         if matrix.order is not None:

@@ -28,7 +28,7 @@ class Int4:
 
     def __init__(self, matrix: Coded, bias: torch.Tensor | None) -> None:
         group = next(size for size in _GROUPS if matrix.group % size == 0)
-        codes = w4a16.unpack(matrix.codes, matrix.columns).int()
+        codes = w4a16.unpack(matrix.codes, matrix.columns, 4).int()
         self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
         # The kernel computes (code - 8) · scale + offset.
         scale = matrix.scale.float()
@@ -41,7 +41,7 @@ class Int4:
 
     @staticmethod
     def takes(matrix: Coded) -> bool:
-        coded = matrix.codes.dtype is torch.int32 and matrix.table is None
+        coded = matrix.codes.dtype is torch.int32 and matrix.bits == 4 and matrix.table is None
         return coded and _whole(matrix) and matrix.group % _GROUPS[-1] == 0
 
     def takes_in(self, rows: int) -> bool:
@@ -64,7 +64,8 @@ class Int8:
     """8-bit codes with one scale for a row."""
 
     def __init__(self, matrix: Coded, bias: torch.Tensor | None) -> None:
-        self._codes = matrix.codes
+        codes = w4a16.unpack(matrix.codes, matrix.columns, 8)
+        self._codes = (codes ^ 128).view(torch.int8)
         self._scale = matrix.scale.flatten().float()
         self._rounded = self._scale.bfloat16()
         self._bias = bias
@@ -72,7 +73,7 @@ class Int8:
     @staticmethod
     def takes(matrix: Coded) -> bool:
         alone = matrix.group >= matrix.columns and matrix.zero is None
-        return matrix.codes.dtype is torch.int8 and alone and _whole(matrix)
+        return matrix.bits == 8 and matrix.codes.dtype is torch.int32 and alone and _whole(matrix)
 
     def takes_in(self, rows: int) -> bool:
         return False

@@ -13,12 +13,13 @@ class Fused:
     """Codes that are turned into values on their way into the product."""
 
     def __init__(self, matrix: Coded, bias: torch.Tensor | None) -> None:
-        self._matrix = matrix
+        self._matrix = matrix._replace(order=None)
+        self._order = matrix.order
         self._bias = bias
         self._kernel = kernel("w4a16", matrix.codes.device)
 
     def takes_in(self, rows: int) -> bool:
-        return self._matrix.order is None and bool(self._kernel.takes_in(rows, self._matrix))
+        return self._order is None and bool(self._kernel.takes_in(rows, self._matrix))
 
     def matmul(
         self,
@@ -28,9 +29,9 @@ class Fused:
         **prologue: Any,
     ) -> torch.Tensor:
         out = add if out is None else out
+        if self._order is not None:
+            x = x.index_select(1, self._order)
         if self._kernel.serves(len(x), self._matrix):
-            if self._matrix.order is not None:
-                x = x.index_select(1, self._matrix.order)
             y: torch.Tensor = self._kernel.linear(
                 x, self._matrix, bias=self._bias, add=add, out=out, **prologue
             )

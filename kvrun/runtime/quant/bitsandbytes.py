@@ -49,7 +49,8 @@ def _eight(w: "Checkpoint", s: "Shard") -> _coded.Found:
     n, k = s.out_features, s.in_features
     codes = w.read(f"{s.name}.weight", (n, k), (s.rows, s.cols), torch.int8)
     scale = w.read(f"{s.name}.SCB", (n,), (s.rows,), torch.float32) / INT8
-    return _coded.grouped(codes, scale.view(-1, 1), places(k, s.cols, w) * 0)
+    codes = codes.view(torch.uint8) ^ 128
+    return _coded.grouped(codes, scale.view(-1, 1), places(k, s.cols, w) * 0, bits=8)
 
 
 def _four(w: "Checkpoint", s: "Shard") -> _coded.Found:

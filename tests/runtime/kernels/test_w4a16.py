@@ -12,33 +12,35 @@ from kvrun.runtime.kernels.triton import fp8, w4a16
 from kvrun.runtime.kernels.triton.w4a16 import Form
 from kvrun.runtime.kernels.w4a16 import Coded
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# A code enters as a part of a larger number, which costs some bits of fp32.
+CLOSE = 1e-4
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 FORMS = {
-    "fma": Form(False, 4, 128, 1, rows=4),
-    "carried": Form(False, 8, 32, 1, rows=4),
-    "dot": Form(True, 16, 16, 4, rows=16),
-    "split": Form(True, 16, 16, 4, rows=16, splits=3),
+    "fma": Form(False, 4, 1, 128, rows=4),
+    "carried": Form(False, 8, 1, 32, rows=4),
+    "dot": Form(True, 16, 4, rows=16),
+    "split": Form(True, 16, 4, rows=16, splits=3),
 }
 KINDS = ("int4", "int4-zero", "int4-float-zero", "table", "int8", "int8-zero", "fp8")
 # No size fills its blocks.
-N, K = 21, 304
+N, K = 21, 608
 
 
-def matrix(kind: str, n: int = N, k: int = K, group: int = 16) -> Coded:
+def matrix(kind: str, n: int = N, k: int = K, group: int = 32) -> Coded:
+    group = max(group, 128) if kind == "fp8" else group
     groups = 1 if group >= k else -(-k // group)
     scale = torch.rand(n, groups) / 8 + 0.01
     zero = table = None
-    if kind.startswith(("int4", "table")):
-        codes = twin.pack(torch.randint(0, 16, (n, k), dtype=torch.uint8))
-        table = torch.randn(16) if kind == "table" else None
-    elif kind == "fp8":
+    bits = 4 if kind.startswith(("int4", "table")) else 8
+    if kind == "fp8":
         codes = torch.randn(n, k).to(torch.float8_e4m3fn)
     else:
-        codes = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+        codes = twin.pack(torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8), bits)
+        table = torch.randn(16) if kind == "table" else None
     if kind.endswith("zero"):
         zero = torch.randint(-8, 8, (n, groups), dtype=torch.int8)
         zero = zero + torch.rand(n, groups) if "float" in kind else zero
-    return Coded(codes, scale, k, group, zero, table)
+    return Coded(codes, scale, k, group, zero, table, bits=bits)
 
 
 def off(got: torch.Tensor, ref: torch.Tensor) -> float:
@@ -47,20 +49,22 @@ def off(got: torch.Tensor, ref: torch.Tensor) -> float:
     return float((got.double() - ref.double()).norm() / ref.double().norm())
 
 
-@pytest.mark.parametrize("group", [16, 32, 64, 128, 256, 1 << 20])
+@pytest.mark.parametrize("group", [32, 64, 128, 256, 1 << 20])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_twin_is_its_definition(kind: str, group: int) -> None:
     """Each value by itself, from the words' bits on."""
     made = matrix(kind, 5, K, group)
     got = twin.dequantise(made, torch.float32)
-    for n, k in [(0, 0), (1, 1), (2, 17), (3, 129), (4, 303), (0, 200)]:
+    for n, k in [(0, 0), (1, 1), (2, 17), (3, 129), (4, 607), (0, 200)]:
         if made.codes.dtype is torch.int32:
-            word = int(made.codes[n, k // 128 * 16 + k % 16])
-            code = word >> (4 * (k % 128 // 16)) & 15
-            value = float(code - 8) if made.table is None else float(made.table[code])
+            bits, block = made.bits, 1024 // made.bits
+            word = int(made.codes[n, k // block * 32 + k % 32])
+            code = word >> (bits * (k % block // 32)) & (1 << bits) - 1
+            middle = 1 << bits - 1
+            value = float(code - middle) if made.table is None else float(made.table[code])
         else:
             value = float(made.codes[n, k])
-        g = 0 if group >= K else k // group
+        g = k // made.group
         value -= 0.0 if made.zero is None else float(made.zero[n, g])
         assert float(got[n, k]) == pytest.approx(value * float(made.scale[n, g]), rel=1e-6)
     x = torch.randn(3, K)
@@ -69,8 +73,9 @@ def test_the_twin_is_its_definition(kind: str, group: int) -> None:
 
 def test_packing_is_reversible() -> None:
     for k in (1, 16, 127, 128, 300):
-        codes = torch.randint(0, 16, (7, k), dtype=torch.uint8)
-        assert torch.equal(twin.unpack(twin.pack(codes), k), codes)
+        for bits in (4, 8):
+            codes = torch.randint(0, 1 << bits, (7, k), dtype=torch.uint8)
+            assert torch.equal(twin.unpack(twin.pack(codes, bits), k, bits), codes)
 
 
 def test_columns_in_another_order() -> None:
@@ -84,7 +89,7 @@ def test_columns_in_another_order() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds(form: str, kind: str) -> None:
     made, x = matrix(kind), torch.randn(3, K)
-    assert off(w4a16.run(FORMS[form], x, made), twin.linear(x, made)) < 1e-5
+    assert off(w4a16.run(FORMS[form], x, made), twin.linear(x, made)) < CLOSE
 
 
 @pytest.mark.parametrize("group", [32, 64, 128, 256, 1 << 20])
@@ -92,7 +97,7 @@ def test_kinds(form: str, kind: str) -> None:
 def test_groups(form: str, group: int) -> None:
     for kind in ("int4-zero", "int8-zero"):
         made, x = matrix(kind, group=group), torch.randn(2, K)
-        assert off(w4a16.run(FORMS[form], x, made), twin.linear(x, made)) < 1e-5
+        assert off(w4a16.run(FORMS[form], x, made), twin.linear(x, made)) < CLOSE
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -115,7 +120,7 @@ def test_norms_and_gates(kind: str, options: dict[str, Any]) -> None:
     if "norm" in options:
         options = {"norm": torch.rand(K) + 0.5, "eps": 1e-3}
     got = w4a16.run(FORMS["fma"], x, made, **options)
-    assert off(got, twin.linear(x, made, **options)) < 1e-5
+    assert off(got, twin.linear(x, made, **options)) < CLOSE
 
 
 def test_rows_apart() -> None:
@@ -123,7 +128,7 @@ def test_rows_apart() -> None:
     wide = torch.zeros(3, N + 5)
     for form in FORMS.values():
         w4a16.run(form, x, made, out=wide[:, :N])
-        assert off(wide[:, :N], twin.linear(x, made)) < 1e-5
+        assert off(wide[:, :N], twin.linear(x, made)) < CLOSE
         assert not wide[:, N:].any()
 
 
@@ -133,16 +138,16 @@ def test_the_form_it_chooses_itself(m: int, kind: str) -> None:
     made, x = matrix(kind, 24, 256, 64), torch.randn(m, 256)
     got = w4a16.linear(x, made)
     assert got.shape == (m, 24)
-    assert m == 0 or off(got, twin.linear(x, made)) < 1e-5
+    assert m == 0 or off(got, twin.linear(x, made)) < CLOSE
 
 
 def test_several_tiles_of_rows() -> None:
     made, x = matrix("int4-zero", 20, 128, 32), torch.randn(37, 128)
     form = FORMS["dot"]
-    assert off(w4a16.run(form, x, made), twin.linear(x, made)) < 1e-5
+    assert off(w4a16.run(form, x, made), twin.linear(x, made)) < CLOSE
 
 
-@pytest.mark.parametrize("group", [16, 128, 1 << 20])
+@pytest.mark.parametrize("group", [32, 128, 1 << 20])
 @pytest.mark.parametrize("kind", KINDS)
 def test_values(kind: str, group: int) -> None:
     made = matrix(kind, group=group)
@@ -151,22 +156,19 @@ def test_values(kind: str, group: int) -> None:
 
 
 @pytest.mark.parametrize("m", [1, 4, 5, 16, 33, 64, 100, 256])
-@pytest.mark.parametrize("byte", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     ("n", "k"), [(6144, 4096), (4096, 14336), (128256, 4096), (1024, 576), (8, 8)]
 )
-def test_forms_fit_the_device(m: int, byte: bool, n: int, k: int) -> None:
-    for group in (16, 32, 128, k):
-        form = w4a16.config(m, n, k, group, byte, 132)
-        words = k if byte else -(-k // 128) * 16
-        span, splits = w4a16._cut(form, words)
-        assert (splits - 1) * span < words <= splits * span
-        assert span % form.block_w == 0
-        if form.dot:
-            assert splits == 1 or -(-n // form.block_n) <= 1 << 14
-            assert splits == 1 or m <= form.rows
-            assert form.block_w >= 16
-            assert not byte or group >= k or group % form.block_w == 0
+def test_forms_fit_the_device(m: int, bits: int, n: int, k: int) -> None:
+    """The parts of K are all there and none is empty; counters suffice."""
+    form = w4a16.config(m, n, k, bits, 132)
+    words = -(-k // (1024 // bits)) * 32
+    span, splits = w4a16._cut(form, words)
+    assert (splits - 1) * span < words <= splits * span
+    assert span % 32 == 0
+    assert splits == 1 or -(-n // form.block_n) <= 1 << 14
+    assert splits == 1 or m <= form.rows
 
 
 def test_rows_of_8_bits() -> None:

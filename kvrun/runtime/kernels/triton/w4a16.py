@@ -14,7 +14,7 @@ import triton
 from kvrun.runtime.kernels.triton import skinny
 from kvrun.runtime.kernels.triton._overlap import overlap
 from kvrun.runtime.kernels.triton._w4a16 import dot, fma, values
-from kvrun.runtime.kernels.w4a16 import BLOCK, WORDS, Coded
+from kvrun.runtime.kernels.w4a16 import WORDS, Coded, block
 
 FEW = 4  # rows for which `fma` is used
 MOST = 256  # rows that `linear` takes
@@ -25,8 +25,8 @@ class Form(NamedTuple):
 
     dot: bool  # tensor cores, else multiply-add
     block_n: int  # outputs of a program
-    block_w: int  # words, or bytes, of a row per turn of its loop
     warps: int
+    block_w: int = WORDS  # words of a row per turn of its loop, of `fma`
     rows: int = 1  # rows of x in a tile
     stages: int = 1  # tiles in flight, of `dot`
     splits: int = 1  # programs that share K, of `dot`
@@ -44,9 +44,8 @@ def linear(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As the twin. `norm` and `act` up to FEW rows; not on two streams of a device at once."""
-    m, (n, k) = len(x), (len(matrix.codes), matrix.columns)
-    byte = matrix.codes.dtype is not torch.int32
-    form = config(m, n, k, matrix.group, byte, skinny._sm_count(x.device))
+    n, k = len(matrix.codes), matrix.columns
+    form = config(len(x), n, k, matrix.bits, skinny._sm_count(x.device))
     return run(form, x, matrix, bias=bias, add=add, norm=norm, eps=eps, act=act, out=out)
 
 
@@ -63,26 +62,26 @@ def run(
     if not m:
         return out
     options = {
-        **_options(matrix), "ROWS": form.rows, "BLOCK_N": form.block_n, "BLOCK_W": form.block_w,
-        "BIAS": bias is not None, "ADD": add is not None, "num_warps": form.warps,
-        **overlap(device),
+        **_options(matrix), "ROWS": form.rows, "BLOCK_N": form.block_n,
+        "BIAS": bias is not None, "ADD": add is not None, "ASM": device.type == "cuda",
+        "num_warps": form.warps, **overlap(device),
     }  # fmt: skip
-    stored = (matrix.codes, matrix.scale, matrix.zero, matrix.table)
+    words = _words(matrix)
+    stored = (words, matrix.scale, matrix.zero, matrix.table)
     strides = (
-        matrix.scale.shape[1], x.stride(0), matrix.codes.stride(0),
+        matrix.scale.shape[1], x.stride(0), words.stride(0),
         0 if add is None else add.stride(0), out.stride(0),
     )  # fmt: skip
     tiles = triton.cdiv(n, form.block_n)
     if not form.dot:
-        fold = 4 if matrix.codes.dtype is torch.int32 else 16
         fma[(tiles,)](
             x, *stored, bias, add, norm, out, m, n, *strides, eps,
-            NORM=norm is not None, ACT=act or "", FOLD=fold, **options,
+            NORM=norm is not None, ACT=act or "", BLOCK_W=form.block_w, **options,
         )  # fmt: skip
         return out
     assert norm is None
     assert act is None
-    span, splits = _cut(form, matrix.codes.shape[1])
+    span, splits = _cut(form, words.shape[1])
     parts = counters = None
     if splits > 1:
         size = tiles * splits * (form.block_n + 1) * form.rows
@@ -102,13 +101,12 @@ def dequantise(matrix: Coded, dtype: torch.dtype, out: torch.Tensor | None = Non
     n, k = len(matrix.codes), matrix.columns
     if out is None:
         out = torch.empty((n, k), dtype=dtype, device=matrix.codes.device)
-    options = _options(matrix)
+    options, words = _options(matrix), _words(matrix)
     del options["PARTS"]
-    block_w = 128 if options["FIELDS"] > 1 else 512
-    values[(triton.cdiv(n, 8), triton.cdiv(options["WORDS"], block_w))](
-        matrix.codes, matrix.scale, matrix.zero, matrix.table, out,
-        n, matrix.scale.shape[1], matrix.codes.stride(0),
-        BLOCK_N=8, BLOCK_W=block_w, num_warps=4, **options, **overlap(out.device),
+    values[(triton.cdiv(n, 8), triton.cdiv(words.shape[1], 128))](
+        words, matrix.scale, matrix.zero, matrix.table, out,
+        n, matrix.scale.shape[1], words.stride(0),
+        BLOCK_N=8, BLOCK_W=128, num_warps=4, **options, **overlap(out.device),
     )  # fmt: skip
     return out
 
@@ -124,38 +122,37 @@ def takes_in(m: int, matrix: Coded) -> bool:
 
 
 @cache
-def config(m: int, n: int, k: int, group: int, byte: bool, sm_count: int) -> Form:
-    """How a product is cut; `byte`: codes of 8 bits."""
+def config(m: int, n: int, k: int, bits: int, sm_count: int) -> Form:
+    """How a product is cut."""
+    words = triton.cdiv(k, block(bits)) * WORDS
     if m <= FEW:
-        words = k if byte else triton.cdiv(k, BLOCK) * WORDS
         # A thread loads 16 bytes of each row.
-        warp = 512 if byte else 128
-        warps = min(4, max(1, triton.next_power_of_2(words) // warp))
+        warps = min(4, max(1, triton.next_power_of_2(words) // 128))
         block_n = 4
         while block_n > 1 and n < block_n * 2 * sm_count:
             block_n //= 2
-        return Form(False, block_n, warp * warps, warps, rows=triton.next_power_of_2(m))
-    block_w = WORDS
-    if byte:
-        block_w = next(size for size in (64, 32, 16) if group >= k or group % size == 0)
+        return Form(False, block_n, warps, 128 * warps, rows=triton.next_power_of_2(m))
     rows = min(128, max(16, triton.next_power_of_2(m)))
     tiles = triton.cdiv(n, 64) * triton.cdiv(m, rows)
-    turns = triton.cdiv(k, block_w if byte else BLOCK)
-    splits = max(1, min(turns // 4, 4 * sm_count // tiles, 8)) if m <= rows else 1
-    return Form(True, 64, block_w, 4, rows=rows, stages=4 if rows <= 64 else 3, splits=splits)
+    splits = max(1, min(words // WORDS // 4, 4 * sm_count // tiles, 8)) if m <= rows else 1
+    return Form(True, 64, 4, rows=rows, stages=4 if rows <= 64 else 3, splits=splits)
+
+
+def _words(matrix: Coded) -> torch.Tensor:
+    return matrix.codes.view(torch.int32)
 
 
 def _options(matrix: Coded) -> dict[str, Any]:
     """What a kernel is compiled for."""
-    four = matrix.codes.dtype is torch.int32
-    kind = "byte" if not four else "int4" if matrix.table is None else "table"
-    group = min(matrix.group, matrix.columns)
+    eight = matrix.codes.dtype is not torch.int32
+    kind = "fp8" if eight else "table" if matrix.table is not None else f"int{matrix.bits}"
+    group, whole = min(matrix.group, matrix.columns), block(matrix.bits)
     return {
         "K": matrix.columns,
         "G": group,
-        "WORDS": matrix.codes.shape[1],
-        "FIELDS": BLOCK // WORDS if four else 1,
-        "PARTS": max(1, BLOCK // group) if four and group < matrix.columns else 1,
+        "WORDS": _words(matrix).shape[1],
+        "FIELDS": 32 // matrix.bits,
+        "PARTS": max(1, whole // group) if not eight and group < matrix.columns else 1,
         "KIND": kind,
         "ZERO": matrix.zero is not None,
     }
@@ -163,5 +160,5 @@ def _options(matrix: Coded) -> dict[str, Any]:
 
 def _cut(form: Form, words: int) -> tuple[int, int]:
     """Words of a program, and how many programs that makes."""
-    span = triton.cdiv(triton.cdiv(words, form.block_w), form.splits) * form.block_w
+    span = triton.cdiv(triton.cdiv(words, WORDS), form.splits) * WORDS
     return span, triton.cdiv(words, span)

@@ -55,7 +55,8 @@ class LLM:
     """A model ready to answer, in this process.
 
     `model` is a local folder, the name of a model in the cache, or the built-in "tiny". `kv_memory`
-    is bytes or a fraction of what is free; sizes left at None fit themselves to the machine. A
+    is bytes or a fraction of what is free; `quantize` rounds a model in 16 or 32 bits as it is read
+    ("int8", "int4", "nf4", "fp4", "fp8"); sizes left at None fit themselves to the machine. A
     folder without a tokenizer works: prompts must then be token ids, and texts are empty.
 
     Raises NotFound, BadCheckpoint or Unsupported (kvrun.errors), each saying what to do.
@@ -67,6 +68,7 @@ class LLM:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        quantize: str | None = None,
         attention: str = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
@@ -84,6 +86,7 @@ class LLM:
             model=str(folder),
             device=device,
             dtype=dtype,
+            quantize=quantize,
             attention=attention,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,

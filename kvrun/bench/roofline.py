@@ -60,10 +60,19 @@ class Cost:
     windows: tuple[int, ...]
     width: float = 2
     kv_width: float = 2
+    linear_width: float | None = None  # of the layers' matrices, where it is another
 
     @classmethod
-    def of(cls, config: HFConfig, dtype: str = "bfloat16", kv_dtype: str | None = None) -> "Cost":
+    def of(
+        cls,
+        config: HFConfig,
+        dtype: str = "bfloat16",
+        kv_dtype: str | None = None,
+        linear_width: float | None = None,
+    ) -> "Cost":
         """From a config.json, with weights in `dtype`, keys and values in `kv_dtype` or the same.
+
+        `linear_width`: bytes of a value of the layers' matrices where they are quantized.
 
         Raises BadCheckpoint when the configuration does not say what is needed.
         """
@@ -81,12 +90,14 @@ class Cost:
             windows=_windows(config, layers),
             width=WIDTHS.get(dtype, 1),
             kv_width=WIDTHS.get(kv_dtype or dtype, 1),
+            linear_width=linear_width,
         )
 
     @property
     def weight_bytes(self) -> float:
         """What a decode step reads of the weights, whatever its batch."""
-        return (self.linear + self.head) * self.width
+        each = self.width if self.linear_width is None else self.linear_width
+        return self.linear * each + self.head * self.width
 
     @property
     def kv_bytes_per_token(self) -> float:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from kvrun.errors import InvalidRequest
-from kvrun.runtime.config import DEVICES, DTYPES
+from kvrun.runtime.config import DEVICES, DTYPES, QUANTIZE
 from kvrun.runtime.sampling.params import SamplingParams, find, parse_option
 
 SAMPLING = "Sampling (default: what the model's generation_config.json names, else temperature 0.7)"
@@ -76,6 +76,16 @@ Assignments = Annotated[
 ]
 Device = Annotated[str, _engine("--device", "NAME", "auto, cpu, cuda or cuda:N.", among=DEVICES)]
 Dtype = Annotated[str, _engine("--dtype", "NAME", f"{', '.join(DTYPES)}.", among=DTYPES)]
+Quantize = Annotated[
+    str | None,
+    _engine(
+        "--quantize",
+        "NAME",
+        f"Round the matrices as they are read: {', '.join(QUANTIZE)}. Models that are quantized "
+        "already need nothing.",
+        among=QUANTIZE,
+    ),
+]
 MaxModelLen = Annotated[
     int | None,
     _engine("--max-model-len", "N", "Most tokens of a prompt with its answer; default: what fits."),

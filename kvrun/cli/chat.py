@@ -107,6 +107,7 @@ def command(
     option: options.Assignments = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     max_model_len: options.MaxModelLen = None,
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
@@ -126,6 +127,7 @@ def command(
     engine = {
         "device": device,
         "dtype": dtype,
+        "quantize": quantize,
         "max_model_len": max_model_len,
         "kv_memory": options.memory(kv_memory),
         "threads": threads,

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from kvrun.errors import BadCheckpoint
+from kvrun.errors import BadCheckpoint, Unsupported
 from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.parallel import Group
 from kvrun.runtime.tensorfile import Stored, TensorFile, TensorFolder
@@ -26,6 +26,8 @@ _DTYPES = {
 }  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _WIDE = tuple(_DTYPES[name] for name in _FLOATS)
+# Bytes of a value that is rounded as it is read, with its share of scales.
+WIDTHS = {"int8": 1.01, "fp8": 1.01, "int4": 0.54, "nf4": 0.57, "fp4": 0.57}
 _PIECE = 16 << 20  # bytes read at once where they are cut or converted
 _MISSING = 1000  # names after which a load gives up
 # Masks and tables that old files carry beside their weights.
@@ -60,6 +62,7 @@ class Source(Protocol):
     """Where tensors come from: files, or thin air."""
 
     parameters: int  # how many values there are; 0 where that is not known
+    nbytes: int  # as they are stored
 
     def has(self, name: str, otherwise: bool) -> bool:
         """Whether there is such a tensor; a source that cannot know says `otherwise`."""
@@ -90,7 +93,9 @@ class Checkpoint:
     """A model's folder: its configuration, and its tensors by the names in the file.
 
     `load_format` "dummy" answers every name with random values and needs only config.json.
-    Raises NotFound or BadCheckpoint for a folder that is not a readable model.
+    `quantize` (of config.QUANTIZE): how matrices are rounded as they are read. Raises NotFound or
+    BadCheckpoint for a folder that is not a readable model, Unsupported for one whose matrices are
+    quantized already.
     """
 
     def __init__(
@@ -101,9 +106,16 @@ class Checkpoint:
         dtype: torch.dtype = torch.float32,
         group: Group = Group(),  # noqa: B008 - frozen
         load_format: str = "auto",
+        quantize: str | None = None,
         seed: int = 0,
     ) -> None:
         self.config = HFConfig.read(folder)
+        self.quantize = quantize
+        if quantize and (stored := self.config.quant_method):
+            raise Unsupported(
+                f"the weights are quantized already, as '{stored}'.",
+                hint="leave quantize out, or name the model in 16 or 32 bits",
+            )
         self.device = torch.device(device)
         self.dtype = dtype
         self.group = group
@@ -112,9 +124,13 @@ class Checkpoint:
         self._source: Source = RandomSource(seed) if dummy else FileSource(Path(folder))
 
     @property
-    def stored_parameters(self) -> int:
-        """How many values the files hold; 0 where there are no files."""
-        return self._source.parameters
+    def needed_bytes(self) -> int:
+        """What the weights will take, at most; 0 where there are no files."""
+        if self.config.quant_method:
+            return self._source.nbytes
+        if self.quantize:
+            return int(self._source.parameters * WIDTHS[self.quantize])
+        return self._source.parameters * self.dtype.itemsize
 
     def settle(self, before: int, kept: int) -> None:
         """What was read since there were `before` bytes has become `kept` bytes in memory."""
@@ -208,7 +224,9 @@ class FileSource:
     def __init__(self, folder: Path) -> None:
         self._tensors = TensorFolder(folder)
         self._unread = self._tensors.names
-        self.parameters = sum(prod(self._tensors.find(n)[1].shape) for n in self._unread)
+        found = [self._tensors.find(name)[1] for name in self._unread]
+        self.parameters = sum(prod(stored.shape) for stored in found)
+        self.nbytes = sum(stored.nbytes for stored in found)
         self._missing: list[str] = []
 
     def has(self, name: str, otherwise: bool) -> bool:
@@ -274,7 +292,7 @@ class FileSource:
 class RandomSource:
     """Random values made on the device, the same for the same name, cut and seed."""
 
-    parameters = 0
+    parameters = nbytes = 0
 
     def __init__(self, seed: int) -> None:
         self._seed = seed

@@ -13,6 +13,7 @@ import torch
 
 from kvrun import folder
 from kvrun.errors import Unsupported
+from kvrun.runtime.quant import _round
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint, Shard
@@ -44,6 +45,8 @@ def read(w: "Checkpoint", shards: Sequence["Shard"], bias: bool) -> Weight:
 
     Raises Unsupported for a format that kvrun does not read.
     """
+    if w.quantize is not None:
+        return cast(Weight, _round.read(w, shards, bias))
     return cast(Weight, _format(w.config.quant_method or "dense").read(w, shards, bias))
 
 

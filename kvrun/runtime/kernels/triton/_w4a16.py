@@ -129,7 +129,7 @@ def _rounded(
                 is_pure=True,
                 pack=2,
             )
-    elif KIND == "int4":  # noqa: RET505
+    elif KIND == "int4":
         return (((words >> (4 * i)) & 15) - 8).to(dtype)
     elif KIND == "int8":
         return (_code(words, table, i, KIND, ASM) - _excess(i, KIND)).to(dtype)

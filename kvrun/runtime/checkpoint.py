@@ -2,11 +2,11 @@
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -14,6 +14,9 @@ from kvrun.errors import BadCheckpoint, Unsupported
 from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.parallel import Group
 from kvrun.runtime.tensorfile import Stored, TensorFile, TensorFolder
+
+if TYPE_CHECKING:
+    from kvrun.runtime.quant import Weight
 
 Ranges = tuple[tuple[int, int], ...]
 Cut = Sequence[Ranges | None]  # per dimension the ranges kept; None keeps all
@@ -111,6 +114,8 @@ class Checkpoint:
     ) -> None:
         self.config = HFConfig.read(folder)
         self.quantize = quantize
+        # What reads matrices in the place of `quant`, for those who look on.
+        self.reader: Callable[[Sequence[Shard], bool], Weight] | None = None
         if quantize and (stored := self.config.quant_method):
             raise Unsupported(
                 f"the weights are quantized already, as '{stored}'.",

@@ -30,7 +30,7 @@ class Decoder:
         head: "Head",
     ) -> None:
         self._embedding = embedding
-        self._blocks = blocks
+        self.blocks = blocks
         self._norm = norm
         self._head = head
         self.specs: list[AttentionSpec] = [block.spec for block in blocks]
@@ -43,10 +43,20 @@ class Decoder:
     def __call__(self, batch: "Batch", out: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [S, vocab] of batch.last_rows, written to `out` if given; `plan` of the backend
         must have run. Their dtype is the model's, or fp32."""
-        batch.shared.clear()
-        x = self._embedding(batch)
-        for block in self._blocks:
+        x = self.embed(batch)
+        for block in self.blocks:
             x = block(x, batch)
+        return self.logits(x, batch, out)
+
+    def embed(self, batch: "Batch") -> torch.Tensor:
+        """What the first block gets, [tokens, hidden]."""
+        batch.shared.clear()
+        return self._embedding(batch)
+
+    def logits(
+        self, x: torch.Tensor, batch: "Batch", out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """From what the last block gives."""
         wanted = len(batch.last_rows)
         if wanted == 0:
             return x.new_empty((0, self.vocab_size))

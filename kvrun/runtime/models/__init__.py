@@ -16,15 +16,20 @@ def build(checkpoint: "Checkpoint") -> Decoder:
     Raises Unsupported for an architecture or option that kvrun does not know, and BadCheckpoint
     when the files do not hold what the configuration describes. Closes the checkpoint.
     """
-    kind = checkpoint.config.text("model_type")
-    known = folder.names(__name__)
     try:
-        if kind not in known:
-            raise Unsupported(
-                f"the architecture '{kind}' is not supported.", hint=f"known: {', '.join(known)}"
-            )
-        decoder = cast(Decoder, folder.load(__name__, kind).build(checkpoint))
+        decoder = compose(checkpoint)
         checkpoint.finish()
     finally:
         checkpoint.close()
     return decoder
+
+
+def compose(checkpoint: "Checkpoint") -> Decoder:
+    """`build`, but tensors may be left over and the checkpoint stays open."""
+    kind = checkpoint.config.text("model_type")
+    known = folder.names(__name__)
+    if kind not in known:
+        raise Unsupported(
+            f"the architecture '{kind}' is not supported.", hint=f"known: {', '.join(known)}"
+        )
+    return cast(Decoder, folder.load(__name__, kind).build(checkpoint))

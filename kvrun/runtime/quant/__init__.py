@@ -45,8 +45,10 @@ def read(w: "Checkpoint", shards: Sequence["Shard"], bias: bool) -> Weight:
 
     Raises Unsupported for a format that kvrun does not read.
     """
+    if w.reader is not None:
+        return w.reader(shards, bias)
     if w.quantize is not None:
-        return cast(Weight, _round.read(w, shards, bias))
+        return _round.read(w, shards, bias)
     return cast(Weight, _format(w.config.quant_method or "dense").read(w, shards, bias))
 
 

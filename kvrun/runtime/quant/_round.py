@@ -43,7 +43,7 @@ class Codes(NamedTuple):
     def values(self) -> torch.Tensor:
         """fp32 [N, K]."""
         zero = float(1 << (self.bits - 1)) if self.zero is None else self.zero.float()[..., None]
-        codes = self.codes.float().unflatten(1, (-1, self.group))  # type: ignore[no-untyped-call]
+        codes = self.codes.float().view(len(self.codes), -1, self.group)
         values: torch.Tensor = (codes - zero) * self.scale.float()[..., None]
         return values.flatten(1)
 
@@ -54,10 +54,15 @@ def read(w: "Checkpoint", shards: Sequence[Shard], bias: bool) -> "Weight":
 
 
 def _decode(w: "Checkpoint", shard: Shard) -> Coded | None:
-    head = shard.out_features == w.config.get("vocab_size")
-    if head or w.quantize is None or shard.name.rpartition(".")[2] in _ROUTERS:
+    if w.quantize is None or stays(w, shard):
         return None
     return coded(w.matrix(shard), w.quantize)
+
+
+def stays(w: "Checkpoint", shard: Shard) -> bool:
+    """Whether a matrix is left as it is: the head, and routers of experts."""
+    head = shard.out_features == w.config.get("vocab_size")
+    return head or shard.name.rpartition(".")[2] in _ROUTERS
 
 
 def coded(weight: torch.Tensor, method: str) -> Coded:
@@ -93,14 +98,22 @@ def whole(
     symmetric: bool,
     clip: bool = True,
     importance: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Codes:
     """Integers with a scale, and a zero unless `symmetric`, for `group` columns, which divides K.
 
-    With `clip` ranges are narrowed where that lowers the squared error, weighed for each column by
-    `importance` [K] if given.
+    Scales are kept in `dtype`, by default the matrix's. With `clip` ranges are narrowed where that
+    lowers the squared error, weighed for each column by `importance` [K] if given.
     """
     made = [
-        _whole(rows.unflatten(1, (-1, group)), bits, symmetric, clip, importance, weight.dtype)
+        _whole(
+            rows.view(len(rows), -1, group),
+            bits,
+            symmetric,
+            clip,
+            importance,
+            dtype or weight.dtype,
+        )
         for rows in _pieces(weight)
     ]
     zeros = [zero for _, _, zero in made if zero is not None]
@@ -179,7 +192,7 @@ def by_table(
     middles = (points[1:] + points[:-1]) / 2
     made = []
     for rows in _pieces(weight):
-        blocks = rows.unflatten(1, (-1, size))
+        blocks = rows.view(len(rows), -1, size)
         scale = blocks.abs().amax(-1, keepdim=True)
         near = torch.bucketize(blocks / scale.clamp(min=1e-30), middles)
         made.append((order[near].to(torch.uint8).flatten(1), scale.squeeze(-1)))

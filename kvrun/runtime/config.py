@@ -11,6 +11,7 @@ KV_DTYPES = ("auto", "fp8")
 LOAD_FORMATS = ("auto", "dummy")
 # How matrices may be rounded as they are read, and other names for the same.
 QUANTIZE = ("int8", "int4", "nf4", "fp4", "fp8")
+METHODS = ("int8", "int4", "gptq", "awq", "nf4", "fp8")  # of `kvrun quantize`
 QUANTIZE_ALIASES = {
     "eetq": "int8", "bitsandbytes": "int8",
     "bitsandbytes-nf4": "nf4", "bitsandbytes-fp4": "fp4",

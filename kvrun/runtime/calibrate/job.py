@@ -20,6 +20,7 @@ from kvrun.runtime.batch import Batch
 from kvrun.runtime.calibrate import store
 from kvrun.runtime.calibrate.layer import LIKE_LLAMA, Made, Way
 from kvrun.runtime.calibrate.layers import Layers
+from kvrun.runtime.config import METHODS
 from kvrun.runtime.engine.start import choose_device, choose_dtype
 from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.plan import size
@@ -47,9 +48,9 @@ class Recipe:
     sample_length: int = 512
 
     def __post_init__(self) -> None:
-        if self.method not in store.METHODS:
+        if self.method not in METHODS:
             raise InvalidRequest(
-                f"--method is '{self.method}'.", hint=f"one of: {', '.join(store.METHODS)}"
+                f"--method is '{self.method}'.", hint=f"one of: {', '.join(METHODS)}"
             )
         fixed = self.method in ("nf4", "fp8")
         if self.group_size is not None and (fixed or self.group_size < 32 or self.group_size % 32):

@@ -81,11 +81,8 @@ class Way:
         if self.method == "gptq" and hessian is not None:
             return store.integers(solve.gptq(weight, hessian, bits, group, self.dtype))
         weigh = None if hessian is None else hessian.diagonal()
-        symmetric = self.method == "int8"
         return store.integers(
-            _round.whole(
-                weight, bits, group, symmetric=symmetric, importance=weigh, dtype=self.dtype
-            )
+            _round.whole(weight, bits, group, symmetric=True, importance=weigh, dtype=self.dtype)
         )
 
     def _shift(

@@ -28,29 +28,26 @@ def gptq(
     """Columns are rounded one by one, those that matter most first; what is lost by one is made
     up for by the columns that are still to come.
 
-    `weight` fp32 [N, K], `hessian` [K, K] as `damped` gives it. Scales, of `dtype`, and zeros are
-    those of plain rounding with errors weighed by H's diagonal, and stay as they are.
+    `weight` fp32 [N, K], `hessian` [K, K] as `damped` gives it. Scales, of `dtype`, are those of
+    plain rounding with errors weighed by H's diagonal, and stay as they are.
     """
     weigh = hessian.diagonal()
-    found = whole(weight, bits, group, symmetric=False, importance=weigh, dtype=dtype)
+    found = whole(weight, bits, group, symmetric=True, importance=weigh, dtype=dtype)
     order = torch.argsort(hessian.diagonal(), descending=True)
     places = order // group
-    scale, zero = found.scale.float(), found.zero
-    assert zero is not None
+    scale, zero, top = found.scale.float(), 1 << (bits - 1), (1 << bits) - 1
     inverse = _inverse(hessian[order][:, order])
     rest = weight[:, order].clone()
     codes = torch.empty_like(rest, dtype=torch.uint8)
-    top = (1 << bits) - 1
     for start in range(0, rest.shape[1], _COLUMNS):
         stop = min(start + _COLUMNS, rest.shape[1])
         block, errors = rest[:, start:stop], torch.empty_like(rest[:, start:stop])
         part = inverse[start:stop, start:stop]
         for i in range(stop - start):
-            s, z = scale[:, places[start + i]], zero[:, places[start + i]].float()
-            column = block[:, i]
-            code = ((column / s).round() + z).clamp(0, top)
+            s, column = scale[:, places[start + i]], block[:, i]
+            code = ((column / s).round() + zero).clamp(0, top)
             codes[:, start + i] = code.to(torch.uint8)
-            error = (column - (code - z) * s) / part[i, i]
+            error = (column - (code - zero) * s) / part[i, i]
             block[:, i + 1 :] -= error[:, None] * part[i, i + 1 :]
             errors[:, i] = error
         rest[:, stop:] -= errors @ inverse[start:stop, stop:]
@@ -94,7 +91,7 @@ def scales(
 
 
 def _rounded(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    return whole(weight, bits, group, symmetric=False, clip=False).values()
+    return whole(weight, bits, group, symmetric=True, clip=False).values()
 
 
 def _lost(weight: torch.Tensor, other: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -12,32 +12,28 @@ from kvrun.runtime.quant import _round
 from kvrun.runtime.quant._cut import unpack
 from kvrun.runtime.quant._round import Codes
 
-METHODS = ("int8", "int4", "gptq", "awq", "nf4", "fp8")
 CALIBRATED = ("gptq", "awq")
 BITS = {"int8": 8, "int4": 4, "gptq": 4, "awq": 4}
 Tensors = dict[str, torch.Tensor]
 
 
 def integers(made: Codes) -> tuple[Tensors, torch.Tensor]:
-    """Packed codes, scales and zeros, by suffix; the values [N, K] that a reader makes of them."""
-    n, k = made.codes.shape
-    tensors = {
+    """Packed codes and scales, by suffix; the values [N, K] that a reader makes of them.
+
+    Codes have no zeros: current readers do not agree on how those are packed.
+    """
+    assert made.zero is None
+    return {
         "weight_packed": _words(made.codes, made.bits),
         "weight_scale": made.scale.contiguous(),
-        "weight_shape": torch.tensor([n, k]),
-    }
-    if made.zero is not None:
-        tensors["weight_zero_point"] = _words(made.zero.t(), made.bits).t().contiguous()
-    return tensors, made.values()
+        "weight_shape": torch.tensor(made.codes.shape),
+    }, made.values()
 
 
 def values_of(tensors: Tensors, bits: int) -> torch.Tensor:
     """What `integers` has written, as values [N, K]."""
-    n, k = tensors["weight_shape"].tolist()
-    scale, zero = tensors["weight_scale"], None
-    if "weight_zero_point" in tensors:
-        zero = unpack(tensors["weight_zero_point"].t(), bits)[:, :n].t()
-    return Codes(unpack(tensors["weight_packed"], bits)[:, :k], scale, zero, bits).values()
+    codes = unpack(tensors["weight_packed"], bits)[:, : int(tensors["weight_shape"][1])]
+    return Codes(codes, tensors["weight_scale"], None, bits).values()
 
 
 def e4m3(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
@@ -75,7 +71,7 @@ def configuration(method: str, group: int | None, ignore: list[str]) -> dict[str
         }  # fmt: skip
     weights: dict[str, Any] = {
         "num_bits": BITS.get(method, 8), "type": "float" if method == "fp8" else "int",
-        "symmetric": method in ("int8", "fp8"),
+        "symmetric": True,
         "strategy": "channel" if group is None else "group", "dynamic": False,
     }  # fmt: skip
     if group is not None:

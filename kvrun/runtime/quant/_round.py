@@ -158,7 +158,7 @@ def grid(
     """Scale and zero [..., 1] in fp32, the scale as `dtype` holds it, for `share` of x's range."""
     top = (1 << bits) - 1
     if symmetric:
-        scale = x.abs().amax(-1, keepdim=True) * (share / (1 << (bits - 1)))
+        scale = x.abs().amax(-1, keepdim=True) * (2 * share / top)
         scale = _kept(scale, dtype)
         return scale, torch.full_like(scale, 1 << (bits - 1))
     low, high = x.amin(-1, keepdim=True).clamp_(max=0), x.amax(-1, keepdim=True).clamp_(min=0)

@@ -125,7 +125,7 @@ class _Job:
             shard.name: (lazy.layer, (shard.out_features, shard.in_features))
             for lazy in layers.lazy
             for shard in lazy.shards
-            if lazy.layer >= 0 and not _round.stays(layers.files, shard)
+            if lazy.layer >= 0 and not _round.stays(shard)
         }
         for name, (_, shape) in self._matrices.items():
             self._check(name, shape)

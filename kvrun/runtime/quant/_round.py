@@ -54,15 +54,15 @@ def read(w: "Checkpoint", shards: Sequence[Shard], bias: bool) -> "Weight":
 
 
 def _decode(w: "Checkpoint", shard: Shard) -> Coded | None:
-    if w.quantize is None or stays(w, shard):
+    if w.quantize is None or stays(shard):
         return None
     return coded(w.matrix(shard), w.quantize)
 
 
-def stays(w: "Checkpoint", shard: Shard) -> bool:
-    """Whether a matrix is left as it is: the head, and routers of experts."""
-    head = shard.out_features == w.config.get("vocab_size")
-    return head or shard.name.rpartition(".")[2] in _ROUTERS
+def stays(shard: Shard) -> bool:
+    """Whether a matrix is left as it is: those outside of all layers, and routers of experts."""
+    parts = shard.name.split(".")
+    return not any(part.isdigit() for part in parts) or parts[-1] in _ROUTERS
 
 
 def coded(weight: torch.Tensor, method: str) -> Coded:

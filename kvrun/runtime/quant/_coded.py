@@ -73,7 +73,10 @@ def grouped(
     scale = scale[:, groups[::size]].contiguous()
     if zero is not None:
         zero = zero[:, groups[::size]].contiguous() if bool(zero.any()) else None
-    codes = w4a16.pack(codes, bits) if codes.dtype is torch.uint8 else codes.contiguous()
+    if codes.dtype is torch.uint8:
+        codes = w4a16.pack(codes, bits)
+    else:
+        codes, bits = codes.contiguous(), 8
     return Coded(codes, scale, len(groups), size, zero, table, order, bits)
 
 

@@ -8,9 +8,14 @@ import torch.nn.functional as F
 from kvrun.runtime.device import kernel
 from kvrun.runtime.kernels.w4a16 import Coded
 
+# Rows from which e4m3 on both sides is faster than e4m3 that becomes bf16.
+_BOTH = 32
+
 
 class Fused:
     """Codes that are turned into values on their way into the product."""
+
+    most: int | None = None  # rows that go through the kernel, where that is less than it takes
 
     def __init__(self, matrix: Coded, bias: torch.Tensor | None) -> None:
         self._matrix = matrix._replace(order=None)
@@ -31,7 +36,8 @@ class Fused:
         out = add if out is None else out
         if self._order is not None:
             x = x.index_select(1, self._order)
-        if self._kernel.serves(len(x), self._matrix):
+        few = self.most is None or len(x) <= self.most
+        if few and self._kernel.serves(len(x), self._matrix):
             y: torch.Tensor = self._kernel.linear(
                 x, self._matrix, bias=self._bias, add=add, out=out, **prologue
             )
@@ -59,6 +65,7 @@ class Scaled(Fused):
         n, k = matrix.codes.shape
         hopper = torch.cuda.get_device_capability(matrix.codes.device) >= (9, 0)
         self._eight = hopper and n % 16 == 0 and k % 16 == 0
+        self.most = _BOTH if self._eight else None
 
     def _many(self, x: torch.Tensor) -> torch.Tensor:
         if not self._eight or x.dtype is not torch.bfloat16:

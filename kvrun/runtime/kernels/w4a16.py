@@ -20,9 +20,9 @@ class Coded(NamedTuple):
     """A matrix [N, K] = (code - zero) · scale, or table[code] · scale.
 
     `codes`: int32 [N, words] as `pack` lays codes of `bits`, 4 or 8; what counts is their distance
-    from the middle of their range. Or float8_e4m3fn [N, K], of 8 `bits`. `scale` [N, ceil(K / group)]; `zero`,
-    float or int, the same, None: 0. `table`: fp32 [16], of 4-bit codes. `order` [K]: codes of
-    column c belong to column order[c].
+    from the middle of their range. Or float8_e4m3fn [N, K], of 8 `bits`. `scale`
+    [N, ceil(K / group)]; `zero`, float or int, the same, None: 0. `table`: fp32 [16], of 4-bit
+    codes. `order` [K]: codes of column c belong to column order[c].
     """
 
     codes: torch.Tensor

@@ -135,7 +135,9 @@ def config(m: int, n: int, k: int, bits: int, sm_count: int) -> Form:
     rows = min(128, max(16, triton.next_power_of_2(m)))
     tiles = triton.cdiv(n, 64) * triton.cdiv(m, rows)
     splits = max(1, min(words // WORDS // 4, 4 * sm_count // tiles, 8)) if m <= rows else 1
-    return Form(True, 64, 4, rows=rows, stages=4 if rows <= 64 else 3, splits=splits)
+    # A thread's sums fit into its registers, and what is in flight into shared memory.
+    warps, stages = (4, 4) if rows <= 32 else (8, 3) if rows == 64 else (8, 2)
+    return Form(True, 64, warps, rows=rows, stages=stages, splits=splits)
 
 
 def _words(matrix: Coded) -> torch.Tensor:

@@ -65,6 +65,15 @@ def packed(
     return values if dim else values.t()
 
 
+def halves(w: "Checkpoint", name: str, shape: tuple[int, int], cut: Pair) -> torch.Tensor:
+    """The kept codes of a matrix `shape` with two of them in a byte, the lower half first."""
+    rows, cols = cut
+    covering = None if cols is None else tuple((a // 2, -(-b // 2)) for a, b in cols)
+    found = w.read(name, (shape[0], -(-shape[1] // 2)), (rows, covering), torch.uint8)
+    values = torch.stack([found & 15, found >> 4], 2).flatten(1)
+    return values[:, : shape[1]] if cols is None else _trim(values, cols, 2)
+
+
 def _trim(values: torch.Tensor, ranges: Ranges, unit: int) -> torch.Tensor:
     """What `ranges` keep of columns that were read in whole units."""
     parts, at = [], 0

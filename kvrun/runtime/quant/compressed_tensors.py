@@ -11,8 +11,9 @@ import torch
 from kvrun.errors import Unsupported
 from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.quant import _bytes, _coded
-from kvrun.runtime.quant._cut import bits_of, groups_of, packed
+from kvrun.runtime.quant._cut import bits_of, groups_of, halves, packed
 from kvrun.runtime.quant._names import listed
+from kvrun.runtime.quant._tables import E2M1
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint, Shard
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from kvrun.runtime.quant import Weight
 
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized",
-           "mixed-precision", "dense")  # fmt: skip
+           "mxfp4-pack-quantized", "nvfp4-pack-quantized", "mixed-precision", "dense")  # fmt: skip
 BITS = (2, 3, 4, 8)
 
 
@@ -37,8 +38,11 @@ def decode(w: "Checkpoint", shard: "Shard") -> "Coded | None":
             hint=f"known: {', '.join(FORMATS)}",
         )
     meant = name != "lm_head" and not listed(name, c.get("ignore"))
-    if w.has(f"{name}.weight_packed", otherwise=meant and stored == "pack-quantized"):
-        return _packed(w, shard)
+    if w.has(f"{name}.weight_packed", otherwise=meant and "pack-quantized" in stored):
+        usual = torch.int32 if stored == "pack-quantized" else torch.uint8
+        size = (shard.out_features, shard.in_features // (8 if usual is torch.int32 else 2))
+        _, dtype = w.find(f"{name}.weight_packed", size, usual)
+        return _four(w, shard) if dtype is torch.uint8 else _packed(w, shard)
     if not w.has(f"{name}.weight_scale", otherwise=meant and stored != "dense"):
         return None
     w.skip(f"{name}.input_scale", f"{name}.input_zero_point", f"{name}.weight_shape")
@@ -72,6 +76,23 @@ def _packed(w: "Checkpoint", s: "Shard") -> "Coded":
         index = groups_of(w, k, -(-k // groups), s.cols)
     w.skip(f"{name}.weight_shape")
     return _coded.affine(codes, scale, zero, bits, index)
+
+
+def _four(w: "Checkpoint", s: "Shard") -> "Coded":
+    """e2m1 with scales that are powers of two for 32 columns, or e4m3 for 16 and one for all."""
+    name, n, k = s.name, s.out_features, s.in_features
+    (_, groups), dtype = w.find(f"{name}.weight_scale", (n, -(-k // 32)), torch.uint8)
+    codes = halves(w, f"{name}.weight_packed", (n, k), (s.rows, s.cols))
+    scale = w.read(f"{name}.weight_scale", (n, groups), (s.rows, None), dtype).float()
+    if dtype is torch.uint8:
+        scale = torch.exp2(scale - 127)
+    if w.has(f"{name}.weight_global_scale", otherwise=False):
+        full = f"{name}.weight_global_scale"
+        shape, _ = w.find(full, (1,), torch.float32, any_rank=True)
+        scale = scale / w.read(full, shape, None, torch.float32).reshape(1, 1)
+    w.skip(f"{name}.input_global_scale", f"{name}.weight_shape")
+    table = torch.tensor(E2M1, device=w.device)
+    return _coded.grouped(codes, scale, groups_of(w, k, -(-k // groups), s.cols), table=table)
 
 
 def _weights(c: HFConfig) -> HFConfig:

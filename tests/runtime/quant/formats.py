@@ -53,6 +53,13 @@ def _float(kind: str) -> tuple[dict[str, Any], Writer]:
     return said, lambda weight: writers.fp8(weight, kind, "weight_scale")
 
 
+def _e2m1(kind: str) -> tuple[dict[str, Any], Writer]:
+    size = 32 if kind == "mxfp4" else 16
+    weights = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": size}
+    said = _compressed(f"{kind}-pack-quantized", weights)
+    return said, lambda weight: writers.e2m1(weight, kind)
+
+
 def _fp8(kind: str, **said: Any) -> tuple[dict[str, Any], Writer]:
     block = kind == "block"
     said = {"quant_method": "fp8", "weight_block_size": [32, 32] if block else None, **said}
@@ -92,6 +99,8 @@ FORMATS: dict[str, tuple[dict[str, Any], Writer]] = {
         lambda weight: writers.whole(weight, "weight_scale"),
     ),
     **{f"float-{kind}": _float(kind) for kind in ("tensor", "channel", "block")},
+    "mxfp4": _e2m1("mxfp4"),
+    "nvfp4": _e2m1("nvfp4"),
     "fp8-tensor-static": _fp8("tensor", activation_scheme="static"),
     "fp8-channel": _fp8("channel", activation_scheme="dynamic"),
     "fp8-block": _fp8("block", activation_scheme="dynamic"),

@@ -121,6 +121,27 @@ def fp8(weight: torch.Tensor, kind: str, name: str, block: int = 32) -> tuple[Te
     return {"weight": code, name: kept}, code.float() * spread
 
 
+def e2m1(weight: torch.Tensor, kind: str) -> tuple[Tensors, torch.Tensor]:
+    """compressed-tensors' mxfp4 and nvfp4."""
+    n = len(weight)
+    size = 32 if kind == "mxfp4" else 16
+    points = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    most = weight.view(n, -1, size).abs().amax(2) / 6
+    found: Tensors = {}
+    if kind == "mxfp4":
+        power = most.log2().ceil()
+        found["weight_scale"], scale = (power + 127).to(torch.uint8), 2.0**power
+    else:
+        all_of_it = 448 / most.max()
+        eight = (most * all_of_it).to(torch.float8_e4m3fn)
+        found |= {"weight_scale": eight, "weight_global_scale": all_of_it.view(1)}
+        scale = eight.float() / all_of_it
+    spread = scale.repeat_interleave(size, 1)
+    code = (weight / spread).unsqueeze(-1).sub(points).abs().argmin(-1)
+    found["weight_packed"] = (code[:, ::2] + 16 * code[:, 1::2]).to(torch.uint8)
+    return found, points[code] * spread
+
+
 def four(
     weight: torch.Tensor, kind: str, table: Sequence[float], *, nested: bool, size: int = 64
 ) -> tuple[Tensors, torch.Tensor]:

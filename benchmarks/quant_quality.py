@@ -1,7 +1,8 @@
 """What quantization costs the built-in model: exact answers to its held-out questions.
 
 `python benchmarks/quant_quality.py --count 30` answers 30 questions of each skill with the model as
-it is, written by `kvrun quantize` with each method and the built-in text, and rounded as it is read.
+it is, written by `kvrun quantize` with each method and the built-in text, and rounded as it is
+read.
 """
 
 import argparse

@@ -6,6 +6,7 @@ import torch
 
 from kvrun.errors import BadCheckpoint
 from kvrun.runtime.checkpoint import Ranges
+from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.quant import _coded
 
 if TYPE_CHECKING:
@@ -48,6 +49,21 @@ def read(
     if dtype is torch.int8:
         matrix = matrix.view(torch.uint8) ^ 128
     return _coded.grouped(matrix, values, places(k, s.cols, w) // cols, bits=8)
+
+
+def block_of(c: HFConfig, name: str) -> tuple[int, int] | None:
+    """Rows and columns of a block, as a list of two; None where the configuration has none."""
+    value = c.get(name)
+    if value is None:
+        return None
+    whole = isinstance(value, list) and all(type(v) is int and v > 0 for v in value)
+    if not whole or len(value) != 2:
+        raise BadCheckpoint(
+            f"the quantization config says '{name}': {str(value)[:60]}.",
+            cause="a block is two whole numbers of at least 1",
+            hint="fetch the model again",
+        )
+    return value[0], value[1]
 
 
 def places(size: int, ranges: Ranges | None, w: "Checkpoint") -> torch.Tensor:

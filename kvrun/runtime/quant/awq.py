@@ -36,8 +36,8 @@ def decode(w: "Checkpoint", shard: "Shard") -> "Coded | None":
     version = str(c.get("version", "gemm")).lower()
     if version not in ("gemm", "gemv"):
         raise Unsupported(f"AWQ of version '{version}' is not supported.", hint="known: gemm, gemv")
-    group = c.get("group_size", c.get("q_group_size", 128))
-    group = shard.in_features if group == -1 else int(group)
+    key = "q_group_size" if c.get("group_size") is None else "group_size"
+    group = shard.in_features if c.get(key) == -1 else c.integer(key, 128)
     return (_gemm if version == "gemm" else _gemv)(w, shard, group)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint, Shard
     from kvrun.runtime.quant import Weight
 
+_SIZES = ("blocksize", "nested_blocksize")
 INT8 = 127.0  # the largest code, which stands for a row's largest value
 
 
@@ -92,7 +93,11 @@ def _state(w: "Checkpoint", name: str) -> dict[str, Any]:
                 state = json.loads(raw)
             except ValueError as error:
                 raise BadCheckpoint(f"{full} is not JSON.", hint="fetch the model again") from error
-            return state if isinstance(state, dict) else {}
+            sizes = [state.get(key, 64) for key in _SIZES] if isinstance(state, dict) else [0]
+            if not all(type(size) is int and size > 0 for size in sizes):
+                raise BadCheckpoint(f"{full} does not say how blocks are stored.",
+                                    hint="fetch the model again")  # fmt: skip
+            return dict(state)
     return {}
 
 

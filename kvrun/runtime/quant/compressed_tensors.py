@@ -53,8 +53,7 @@ def decode(w: "Checkpoint", shard: "Shard") -> "Coded | None":
             f"{name} is stored as whole bytes with zero points, which is not supported.",
             hint="use a version of the model that is packed or symmetric",
         )
-    size = _weights(c).get("block_structure")
-    block = (int(size[0]), int(size[1])) if isinstance(size, list) and len(size) == 2 else None
+    block = _bytes.block_of(_weights(c), "block_structure")
     return _bytes.read(w, shard, f"{name}.weight", f"{name}.weight_scale", dtype, block)
 
 

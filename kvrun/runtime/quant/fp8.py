@@ -28,8 +28,7 @@ def decode(w: "Checkpoint", shard: "Shard") -> "Coded | None":
     kept = name == "lm_head" or any(
         listed(name, c.get(key)) for key in ("modules_to_not_convert", "ignored_layers")
     )
-    size = c.get("weight_block_size")
-    block = (int(size[0]), int(size[1])) if isinstance(size, list) and len(size) == 2 else None
+    block = _bytes.block_of(c, "weight_block_size")
     for suffix in ("weight_scale_inv", "weight_scale"):
         usual = (suffix == "weight_scale_inv") == (block is not None)
         if w.has(f"{name}.{suffix}", otherwise=not kept and usual):

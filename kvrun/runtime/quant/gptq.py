@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvrun.errors import BadCheckpoint
 from kvrun.runtime.quant import _coded
 from kvrun.runtime.quant._cut import bits_of, groups_of, packed
 
@@ -57,7 +58,14 @@ def _symmetric(w: "Checkpoint", name: str) -> bool:
     c = w.config.quantization()
     rules = c.get("dynamic", {})
     for rule, values in rules.items() if isinstance(rules, dict) else ():
-        found = re.match(rule.removeprefix("+:"), name)
+        try:
+            found = re.match(rule.removeprefix("+:"), name)
+        except re.error as error:
+            raise BadCheckpoint(
+                f"the quantization config has the rule '{rule[:60]}'.",
+                cause=f"it is no pattern: {error}",
+                hint="fetch the model again",
+            ) from error
         if found and isinstance(values, dict) and isinstance(values.get("sym"), bool):
             return bool(values["sym"])
     return c.flag("sym", True)

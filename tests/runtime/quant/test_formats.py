@@ -268,6 +268,27 @@ def test_a_format_that_is_not_read_is_refused(
     refused(Unsupported, lambda: read_one(tmp_path / "m"), words)
 
 
+@pytest.mark.parametrize(
+    ("name", "said", "words"),
+    [
+        ("fp8-block", {"weight_block_size": ["a", 0]}, "weight_block_size"),
+        ("gptq-4bit", {"group_size": "many"}, "group_size"),
+        ("gptq-4bit", {"bits": 0}, "bits"),
+        ("gptq-4bit", {"dynamic": {"+:(": {"bits": 4}}}, "no pattern"),
+        ("awq-gemm", {"group_size": 0}, "group_size"),
+    ],
+)
+def test_a_wrong_configuration_is_named(
+    tmp_path: Path, name: str, said: dict[str, Any], words: str
+) -> None:
+    stored(tmp_path / "m", name)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["quantization_config"] |= said
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadCheckpoint, match=words):
+        read_one(tmp_path / "m")
+
+
 def test_modules_that_are_not_converted_are_read_plainly(tmp_path: Path) -> None:
     weight = torch.randn(N, K)
     said = {"quant_method": "awq", "modules_to_not_convert": ["a"]}

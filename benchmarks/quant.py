@@ -7,6 +7,7 @@ A step is (time of 72 new tokens - time of 8) / 64, the median of `--repeats`.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -146,6 +147,7 @@ def steps(shape: str, batches: tuple[int, ...], repeats: int, **options: Any) ->
             found[method or "plain"] = mine
             llm.close()
             del llm
+            gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     return found

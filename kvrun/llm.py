@@ -64,7 +64,8 @@ class LLM:
     """A model ready to answer, in this process.
 
     `model` is a local folder, the name of a model in the cache, or the built-in "tiny". `kv_memory`
-    is bytes or a fraction of what is free; sizes left at None fit themselves to the machine. A
+    is bytes or a fraction of what is free; `quantize` rounds a model in 16 or 32 bits as it is read
+    ("int8", "int4", "nf4", "fp4", "fp8"); sizes left at None fit themselves to the machine. A
     folder without a tokenizer works: prompts must then be token ids, and texts are empty.
     `adapters` are LoRA adapters, name -> PEFT folder; those of a built-in model are known anyhow.
 
@@ -78,6 +79,7 @@ class LLM:
         adapters: Mapping[str, str] | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        quantize: str | None = None,
         attention: str = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
@@ -98,6 +100,7 @@ class LLM:
             adapters=adapters_of(model) | given,
             device=device,
             dtype=dtype,
+            quantize=quantize,
             attention=attention,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,

@@ -76,10 +76,19 @@ class Cost:
     share: float = 1.0
     width: float = 2
     kv_width: float = 2
+    linear_width: float | None = None  # of the layers' matrices, where it is another
 
     @classmethod
-    def of(cls, config: HFConfig, dtype: str = "bfloat16", kv_dtype: str | None = None) -> "Cost":
+    def of(
+        cls,
+        config: HFConfig,
+        dtype: str = "bfloat16",
+        kv_dtype: str | None = None,
+        linear_width: float | None = None,
+    ) -> "Cost":
         """From a config.json, with weights in `dtype`, keys and values in `kv_dtype` or the same.
+
+        `linear_width`: bytes of a value of the layers' matrices where they are quantized.
 
         Raises BadCheckpoint when the configuration does not say what is needed, and Unsupported
         for what is not counted here.
@@ -104,23 +113,28 @@ class Cost:
             share=share,
             width=WIDTHS.get(dtype, 1),
             kv_width=WIDTHS.get(kv_dtype or dtype, 1),
+            linear_width=linear_width,
         )
 
     @property
     def weight_bytes(self) -> float:
         """What the weights take."""
-        return (self.linear + self.head + self.experts) * self.width
+        return self._linear_bytes + (self.head + self.experts) * self.width
 
     def weights_read(self, tokens: float) -> float:
         """Bytes of weights that a step of so many tokens reads, with choices of experts that are
         evenly spread."""
         chosen = 1 - (1 - self.share) ** max(tokens, 1) if self.share < 1 else 1.0
-        return (self.linear + self.head + self.experts * chosen) * self.width
+        return self._linear_bytes + (self.head + self.experts * chosen) * self.width
 
     @property
     def _active(self) -> float:
         """Parameters of the layers that a token is multiplied with."""
         return self.linear + self.experts * self.share
+
+    @property
+    def _linear_bytes(self) -> float:
+        return self.linear * (self.width if self.linear_width is None else self.linear_width)
 
     @property
     def kv_bytes_per_token(self) -> float:

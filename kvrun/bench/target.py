@@ -25,6 +25,8 @@ from kvrun.bench.workloads import Prompt
 from kvrun.errors import InvalidRequest, KvrunError, Unsupported
 from kvrun.hub.local import resolve
 from kvrun.llm import LLM, Output
+from kvrun.runtime.checkpoint import WIDTHS
+from kvrun.runtime.config import QUANTIZE_ALIASES
 from kvrun.runtime.engine.start import choose_device, choose_dtype
 from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.plan import size
@@ -91,7 +93,9 @@ class Target:
         self.ready = self.llm.ready
         fp8 = self.options.get("kv_dtype") == "fp8"
         self.kv_dtype = "float8_e4m3fn" if fp8 else self.ready.dtype
-        self.cost = Cost.of(model.config, self.ready.dtype, self.kv_dtype)
+        asked = self.options.get("quantize") or ""
+        width = WIDTHS.get(QUANTIZE_ALIASES.get(asked, asked))
+        self.cost = Cost.of(model.config, self.ready.dtype, self.kv_dtype, width)
         self.last: list[Output] = []
 
     def seconds(
@@ -231,6 +235,8 @@ def _typed(name: str, text: str, default: Any) -> Any:
         value = text
     if isinstance(value, dict | list):
         raise InvalidRequest(f"-e {name} is '{text}'; it takes one value.")
+    if name == "quantize" and isinstance(value, str):
+        return value
     if default is None and not (value is None or type(value) in (int, float)):
         raise InvalidRequest(f"-e {name} is '{text}'; it must be a number, or null.")
     if default is not None and type(value) is not type(default):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from kvrun.errors import InvalidRequest
-from kvrun.runtime.config import DEVICES, DTYPES
+from kvrun.runtime.config import DEVICES, DTYPES, QUANTIZE
 from kvrun.runtime.sampling.params import SamplingParams, find, parse_option
 
 SAMPLING = "Sampling (default: what the model's generation_config.json names, else temperature 0.7)"
@@ -90,6 +90,16 @@ Adapter = Annotated[
         help="A LoRA adapter: one of the model's own by name, or a PEFT folder (repeatable; the "
         "first answers).",
         rich_help_panel=ENGINE,
+    ),
+]
+Quantize = Annotated[
+    str | None,
+    _engine(
+        "--quantize",
+        "NAME",
+        f"Round the matrices as they are read: {', '.join(QUANTIZE)}. Models that are quantized "
+        "already need nothing.",
+        among=QUANTIZE,
     ),
 ]
 MaxModelLen = Annotated[

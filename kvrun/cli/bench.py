@@ -46,6 +46,7 @@ def micro(
     no_progress: bench.NoProgress = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     max_model_len: options.MaxModelLen = None,
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
@@ -69,7 +70,7 @@ def micro(
     subject = run.Subject.of(
         bench.model_name(model, shape, yes), shape, random, engine=engine or (), threads=threads,
         roofline=not no_roofline, device=device, dtype=dtype, max_model_len=max_model_len,
-        kv_memory=options.memory(kv_memory),
+        kv_memory=options.memory(kv_memory), quantize=quantize,
     )  # fmt: skip
     run.micro(subject, todo, repetitions, seed, out, shown=not no_progress)
 
@@ -99,6 +100,7 @@ def latency(
     no_progress: bench.NoProgress = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     max_model_len: options.MaxModelLen = None,
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
@@ -120,7 +122,7 @@ def latency(
     subject = run.Subject.of(
         bench.model_name(model, shape, yes), shape, random, engine=engine or (), threads=threads,
         roofline=not no_roofline, device=device, dtype=dtype, max_model_len=max_model_len,
-        kv_memory=options.memory(kv_memory),
+        kv_memory=options.memory(kv_memory), quantize=quantize,
     )  # fmt: skip
     run.latency(
         subject, work, warm_ups=warm_ups, repetitions=repetitions, seed=seed, out=out,
@@ -144,6 +146,7 @@ def throughput(
     no_progress: bench.NoProgress = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     max_model_len: options.MaxModelLen = None,
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
@@ -165,7 +168,7 @@ def throughput(
     subject = run.Subject.of(
         bench.model_name(model, shape, yes), shape, random, engine=engine or (), threads=threads,
         roofline=not no_roofline, device=device, dtype=dtype, max_model_len=max_model_len,
-        kv_memory=options.memory(kv_memory),
+        kv_memory=options.memory(kv_memory), quantize=quantize,
     )  # fmt: skip
     run.throughput(subject, todo, repetitions, seed, out, shown=not no_progress)
 

@@ -120,6 +120,7 @@ def command(
     adapter: options.Adapter = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     max_model_len: options.MaxModelLen = None,
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
@@ -139,6 +140,7 @@ def command(
     engine: dict[str, Any] = {
         "device": device,
         "dtype": dtype,
+        "quantize": quantize,
         "max_model_len": max_model_len,
         "kv_memory": options.memory(kv_memory),
         "threads": threads,

@@ -9,6 +9,13 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "fp8")
 LOAD_FORMATS = ("auto", "dummy")
+# How matrices may be rounded as they are read, and other names for the same.
+QUANTIZE = ("int8", "int4", "nf4", "fp4", "fp8")
+METHODS = ("int8", "int4", "gptq", "awq", "nf4", "fp8")  # of `kvrun quantize`
+QUANTIZE_ALIASES = {
+    "eetq": "int8", "bitsandbytes": "int8",
+    "bitsandbytes-nf4": "nf4", "bitsandbytes-fp4": "fp4",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +33,7 @@ class EngineConfig:
     model: str  # a local folder with config.json
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str | None = None  # one of QUANTIZE or QUANTIZE_ALIASES; the head stays as it is
     attention: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256
@@ -48,6 +56,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _one_of("device", self.device.split(":")[0], DEVICES)
         _one_of("dtype", self.dtype, DTYPES)
+        if self.quantize is not None:
+            _one_of("quantize", self.quantize, (*QUANTIZE, *QUANTIZE_ALIASES))
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
         _at_least_one("max_num_seqs", self.max_num_seqs)
@@ -70,6 +80,11 @@ class EngineConfig:
             )
         if self.run_ahead is not None and self.run_ahead < 0:
             raise InvalidRequest(f"run_ahead is {self.run_ahead}; it must be at least 0.")
+
+    @property
+    def rounding(self) -> str | None:
+        """`quantize` by its own name."""
+        return self.quantize and QUANTIZE_ALIASES.get(self.quantize, self.quantize)
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -19,6 +19,7 @@ _ALIASES = {
     "num_local_experts": ("num_experts",),
     "n_routed_experts": ("num_local_experts", "num_experts"),
 }
+_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of old checkpoints
 
 
 class HFConfig:
@@ -40,21 +41,16 @@ class HFConfig:
     @classmethod
     def read(cls, folder: str | Path) -> "HFConfig":
         path = Path(folder) / "config.json"
-        try:
-            raw = path.read_text(encoding="utf-8")
-        except FileNotFoundError as error:
+        values = _object(path)
+        if values is None:
             raise NotFound(
                 f"{path.parent} holds no config.json.",
                 hint="give a folder with a model in Hugging Face format",
-            ) from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadCheckpoint(f"{path} cannot be read.", cause=str(error)) from error
-        try:
-            values = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise BadCheckpoint(f"{path} is not JSON.", cause=str(error)) from error
-        if not isinstance(values, dict):
-            raise BadCheckpoint(f"{path} is not a JSON object.")
+            )
+        for name, method in _BESIDE.items():
+            found = _object(path.with_name(name)) if "quantization_config" not in values else None
+            if found is not None:
+                values["quantization_config"] = {"quant_method": method, **found}
         return cls(values, str(path))
 
     def __getattr__(self, name: str) -> Any:
@@ -184,6 +180,13 @@ class HFConfig:
             raise self._wrong("quantization_config", "an object that names its quant_method")
         return method
 
+    def quantization(self) -> "HFConfig":
+        """What `quantization_config` says; nothing where there is none."""
+        found = self.get("quantization_config", {})
+        values = dict(found) if isinstance(found, dict) else {}
+        values["model_type"] = "quantization"
+        return HFConfig(values, f"{self._source}: quantization_config")
+
     def rope(
         self,
         layer_type: str | None = None,
@@ -228,6 +231,23 @@ class HFConfig:
         value = self._values.get(name)
         said = "says nothing" if value is None else f"says {json.dumps(value)[:80]}"
         return BadCheckpoint(f"{self._source}: '{name}' must be {expected}.", cause=f"it {said}")
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no such file."""
+    try:
+        raw = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadCheckpoint(f"{path} cannot be read.", cause=str(error)) from error
+    try:
+        values = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"{path} is not JSON.", cause=str(error)) from error
+    if not isinstance(values, dict):
+        raise BadCheckpoint(f"{path} is not a JSON object.")
+    return values
 
 
 def _finite(value: float) -> bool:

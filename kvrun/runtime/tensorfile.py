@@ -219,6 +219,7 @@ def _no_weights(folder: Path) -> NotFound | Unsupported:
         )
     if any(folder.glob("*.gguf")):
         return Unsupported(
-            f"{folder} holds its weights as GGUF.", hint="use the model's safetensors files"
+            f"{folder} holds its weights as GGUF.",
+            hint="pull the repository that holds the model as safetensors",
         )
     return NotFound(f"{folder} holds no weights.", cause=f"neither {SINGLE} nor {INDEX} is there")

@@ -71,9 +71,12 @@ class Driver:
     dtype: torch.dtype = torch.float32
     group: Group = field(default_factory=Group)
     scattered: bool = True
+    load_format: str = "auto"
 
     def __post_init__(self) -> None:
-        checkpoint = Checkpoint(self.folder, dtype=self.dtype, group=self.group)
+        checkpoint = Checkpoint(
+            self.folder, dtype=self.dtype, group=self.group, load_format=self.load_format
+        )
         self.model: Decoder = build(checkpoint)
         cpu = torch.device("cpu")
         self.backend = Attention(

@@ -114,7 +114,7 @@ RANGES = [None, ((0, 6),), ((2, 3), (5, 6)), ((4, 6), (0, 3)), ((3, 3),)]
 def test_a_shard_is_exactly_its_rows_and_columns(
     tmp_path: Path, rows: Any, cols: Any, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvrun.runtime.checkpoint._PIECE", piece)
+    monkeypatch.setattr("kvrun.runtime.source._PIECE", piece)
     values = {"a.weight": torch.randn(6, 6), "a.bias": torch.randn(6)}
     w = Checkpoint(write(tmp_path / "m", values))
     shard = Shard("a", 6, 6, rows, cols)
@@ -482,8 +482,8 @@ def test_unknown_architecture_names_the_known_ones(tmp_path: Path) -> None:
 
 
 def test_unknown_quantization_is_named(tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match="'gptq'"):
-        load(write(tmp_path / "m", quantization_config={"quant_method": "gptq", "bits": 4}))
+    with pytest.raises(Unsupported, match="'quip'"):
+        load(write(tmp_path / "m", quantization_config={"quant_method": "quip", "bits": 4}))
 
 
 @pytest.mark.parametrize(

@@ -237,11 +237,17 @@ def _thread_rule(asked: int | None, parameters: int) -> Callable[[int], int]:
 
 
 def _load(config: EngineConfig, folder: Path, device: torch.device) -> tuple[Decoder, torch.dtype]:
-    checkpoint = Checkpoint(folder, device=device, load_format=config.load_format, seed=config.seed)
+    checkpoint = Checkpoint(
+        folder,
+        device=device,
+        load_format=config.load_format,
+        quantize=config.rounding,
+        seed=config.seed,
+    )
     checkpoint.config.context = config.max_model_len
     checkpoint.dtype = choose_dtype(config.dtype, checkpoint.config.dtype, device)
     free = _free_bytes(device)
-    if (needed := checkpoint.stored_parameters * checkpoint.dtype.itemsize) > free:
+    if (needed := checkpoint.needed_bytes) > free:
         checkpoint.close()
         raise Unsupported(
             f"the weights need {size(needed)}, {size(free)} are free.",

@@ -34,7 +34,7 @@ def linear(
         row = row * torch.rsqrt(row.square().mean(-1, keepdim=True) + eps) * norm
     if act is not None:
         gate, up = row.chunk(2, -1)
-        row = _activate(gate, act) * up
+        row = activate(gate, act) * up
     y = row.to(x.dtype).float() @ weight.float().t()
     for term in (bias, add):
         if term is not None:
@@ -47,7 +47,7 @@ def serves(m: int, n: int, k: int, dtype: torch.dtype) -> bool:
     return False
 
 
-def _activate(gate: torch.Tensor, act: str) -> torch.Tensor:
+def activate(gate: torch.Tensor, act: str) -> torch.Tensor:
     if act == "silu":
         return F.silu(gate)
     if act == "relu":

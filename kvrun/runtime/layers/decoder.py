@@ -41,7 +41,7 @@ class Decoder:
         head: "Head",
     ) -> None:
         self._embedding = embedding
-        self._blocks = blocks
+        self.blocks = blocks
         self._norm = norm
         self._head = head
         self.specs: list[AttentionSpec] = [block.spec for block in blocks]
@@ -56,13 +56,23 @@ class Decoder:
         """Logits [S, vocab] of batch.last_rows, written to `out` if given; `plan` of the backend
         must have run. Their dtype is the model's, or fp32. States that the batch asks for are put
         into it: what the last norm makes of its `state_rows`."""
-        batch.shared.clear()
-        x = self._embedding(batch)
-        for block in self._blocks:
+        x = self.embed(batch)
+        for block in self.blocks:
             x = block(x, batch)
         if batch.state_rows is not None:
             states = x.index_select(0, batch.state_rows)
             batch.states = states if self._norm is None else self._norm(states)
+        return self.logits(x, batch, out)
+
+    def embed(self, batch: "Batch") -> torch.Tensor:
+        """What the first block gets, [tokens, hidden]."""
+        batch.shared.clear()
+        return self._embedding(batch)
+
+    def logits(
+        self, x: torch.Tensor, batch: "Batch", out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """From what the last block gives."""
         wanted = len(batch.last_rows)
         if wanted == 0:
             return x.new_empty((0, self.vocab_size))

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvrun.errors import BadCheckpoint
-from kvrun.runtime.checkpoint import Ranges
 from kvrun.runtime.checkpoint import Shard as Shard  # families take it from here
+from kvrun.runtime.source import Ranges
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvrun.runtime.checkpoint import Ranges, Shard
+from kvrun.runtime.checkpoint import Shard
+from kvrun.runtime.source import Ranges
 
 # Elements to which matrices are aligned: 16 bytes in 16 bits, what a GPU loads at once.
 ALIGN = 8

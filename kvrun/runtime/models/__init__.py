@@ -24,22 +24,27 @@ def build(checkpoint: "Checkpoint") -> Decoder:
     Raises Unsupported for an architecture or option that kvrun does not know, and BadCheckpoint
     when the files do not hold what the configuration describes. Closes the checkpoint.
     """
-    kind = checkpoint.config.text("model_type")
-    kind = FORMER_NAMES.get(kind, kind)
     try:
-        if kind not in (known := folder.names(__name__)):
-            near = difflib.get_close_matches(kind, known, 1)
-            meant = f"did you mean '{near[0]}'? " if near else ""
-            raise Unsupported(
-                f"the architecture '{kind}' is not supported.",
-                hint=f"{meant}known: {', '.join(known)}",
-            )
-        _find_text_part(checkpoint)
-        decoder = cast(Decoder, folder.load(__name__, kind).build(checkpoint))
+        decoder = compose(checkpoint)
         checkpoint.finish()
     finally:
         checkpoint.close()
     return decoder
+
+
+def compose(checkpoint: "Checkpoint") -> Decoder:
+    """`build`, but tensors may be left over and the checkpoint stays open."""
+    kind = checkpoint.config.text("model_type")
+    kind = FORMER_NAMES.get(kind, kind)
+    if kind not in (known := folder.names(__name__)):
+        near = difflib.get_close_matches(kind, known, 1)
+        meant = f"did you mean '{near[0]}'? " if near else ""
+        raise Unsupported(
+            f"the architecture '{kind}' is not supported.",
+            hint=f"{meant}known: {', '.join(known)}",
+        )
+    _find_text_part(checkpoint)
+    return cast(Decoder, folder.load(__name__, kind).build(checkpoint))
 
 
 def _find_text_part(w: "Checkpoint") -> None:

@@ -1,7 +1,7 @@
 """JOB: how a matrix is stored and multiplied.
 
-A file of this folder is named as the checkpoint's `quant_method` (`dense`: plain matrices) and has
-`read(w, shards, bias) -> Weight`.
+A file of this folder is named as the checkpoint's `quant_method`, with _ for - (`dense`: plain
+matrices), and has `read(w, shards, bias) -> Weight`. What they share begins with an underscore.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import torch
 
 from kvrun import folder
 from kvrun.errors import Unsupported
+from kvrun.runtime.quant import _round
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint, Shard
@@ -44,14 +45,23 @@ def read(w: "Checkpoint", shards: Sequence["Shard"], bias: bool) -> Weight:
 
     Raises Unsupported for a format that kvrun does not read.
     """
+    if w.reader is not None:
+        return w.reader(shards, bias)
+    if w.quantize is not None:
+        return _round.read(w, shards, bias)
     return cast(Weight, _format(w.config.quant_method or "dense").read(w, shards, bias))
 
 
 @cache
 def _format(method: str) -> ModuleType:
-    if method not in folder.names(__name__):
+    name = method.replace("-", "_")
+    if name not in folder.names(__name__):
+        hint = "use the model's version in 16 or 32 bits"
+        if method == "gguf":
+            hint = (
+                "pull the repository that holds the model as safetensors, and `kvrun quantize` it"
+            )
         raise Unsupported(
-            f"the weights are stored as '{method}', which kvrun cannot read.",
-            hint="use the model's version in 16 or 32 bits",
+            f"the weights are stored as '{method}', which kvrun cannot read.", hint=hint
         )
-    return folder.load(__name__, method)
+    return folder.load(__name__, name)

@@ -1,0 +1,166 @@
+"""Products with matrices of codes that become values in registers; twin: kernels/w4a16.py.
+
+Two forms, as in `skinny.py`: `fma` multiplies and adds in fp32, for the fewest rows; `dot` uses
+tensor cores, codes as their left operand in x's dtype, which holds them exactly, and scales on
+the sums. What is beyond both is turned into values first.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from kvrun.runtime.kernels.triton import skinny
+from kvrun.runtime.kernels.triton._overlap import overlap
+from kvrun.runtime.kernels.triton._w4a16 import dot, fma, values
+from kvrun.runtime.kernels.w4a16 import WORDS, Coded, block
+
+FEW = 4  # rows for which `fma` is used
+MOST = 256  # rows that `linear` takes
+
+
+class Form(NamedTuple):
+    """How a product is cut."""
+
+    dot: bool  # tensor cores, else multiply-add
+    block_n: int  # outputs of a program
+    warps: int
+    block_w: int = WORDS  # words of a row per turn of its loop, of `fma`
+    rows: int = 1  # rows of x in a tile
+    stages: int = 1  # tiles in flight, of `dot`
+    splits: int = 1  # programs that share K, of `dot`
+
+
+def linear(
+    x: torch.Tensor,
+    matrix: Coded,
+    *,
+    bias: torch.Tensor | None = None,
+    add: torch.Tensor | None = None,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    act: str | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As the twin. `norm` and `act` up to FEW rows; not on two streams of a device at once."""
+    n, k = len(matrix.codes), matrix.columns
+    form = config(len(x), n, k, matrix.bits, skinny._sm_count(x.device))
+    return run(form, x, matrix, bias=bias, add=add, norm=norm, eps=eps, act=act, out=out)
+
+
+def run(
+    form: Form, x: torch.Tensor, matrix: Coded, *,
+    bias: torch.Tensor | None = None, add: torch.Tensor | None = None,
+    norm: torch.Tensor | None = None, eps: float = 0.0, act: str | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """`linear` in a form of the caller's choice."""
+    (m, n), device = (len(x), len(matrix.codes)), x.device
+    if out is None:
+        out = torch.empty((m, n), dtype=x.dtype, device=device)
+    if not m:
+        return out
+    options = {
+        **_options(matrix), "ROWS": form.rows, "BLOCK_N": form.block_n,
+        "BIAS": bias is not None, "ADD": add is not None, "ASM": device.type == "cuda",
+        "num_warps": form.warps, **overlap(device),
+    }  # fmt: skip
+    words = _words(matrix)
+    stored = (words, matrix.scale, matrix.zero, matrix.table)
+    strides = (
+        matrix.scale.shape[1], x.stride(0), words.stride(0),
+        0 if add is None else add.stride(0), out.stride(0),
+    )  # fmt: skip
+    tiles = triton.cdiv(n, form.block_n)
+    if not form.dot:
+        fma[(tiles,)](
+            x, *stored, bias, add, norm, out, m, n, *strides, eps,
+            NORM=norm is not None, ACT=act or "", BLOCK_W=form.block_w, **options,
+        )  # fmt: skip
+        return out
+    assert norm is None
+    assert act is None
+    span, splits = _cut(form, words.shape[1])
+    parts = counters = None
+    if splits > 1:
+        size = tiles * splits * (form.block_n + 1) * form.rows
+        parts, counters = torch.empty(size, device=device), skinny._counters(device)
+    dot[(tiles, splits, triton.cdiv(m, form.rows))](
+        x, *stored, bias, add, out, parts, counters, m, n, *strides, span, splits,
+        SPLIT=splits > 1, STAGES=form.stages,
+        # Triton's interpreter multiplies the bits of bf16 as integers.
+        WIDE=device.type == "cpu", **options,
+    )  # fmt: skip
+    return out
+
+
+def dequantise(matrix: Coded, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """As the twin, of a matrix in the order of its columns."""
+    assert matrix.order is None
+    n, k = len(matrix.codes), matrix.columns
+    if out is None:
+        out = torch.empty((n, k), dtype=dtype, device=matrix.codes.device)
+    options, words = _options(matrix), _words(matrix)
+    del options["PARTS"]
+    values[(triton.cdiv(n, 8), triton.cdiv(words.shape[1], 128))](
+        words, matrix.scale, matrix.zero, matrix.table, out,
+        n, matrix.scale.shape[1], words.stride(0),
+        BLOCK_N=8, BLOCK_W=128, num_warps=4, **options, **overlap(out.device),
+    )  # fmt: skip
+    return out
+
+
+def serves(m: int, matrix: Coded) -> bool:
+    """Whether `linear` takes so many rows in one go."""
+    return 0 < m <= MOST
+
+
+def takes_in(m: int, matrix: Coded) -> bool:
+    """Whether `linear` for so many rows knows a norm and a gate."""
+    return 0 < m <= FEW
+
+
+@cache
+def config(m: int, n: int, k: int, bits: int, sm_count: int) -> Form:
+    """How a product is cut."""
+    words = triton.cdiv(k, block(bits)) * WORDS
+    if m <= FEW:
+        # A thread loads 16 bytes of each row.
+        warps = min(4, max(1, triton.next_power_of_2(words) // 128))
+        block_n = 4
+        while block_n > 1 and n < block_n * 2 * sm_count:
+            block_n //= 2
+        return Form(False, block_n, warps, 128 * warps, rows=triton.next_power_of_2(m))
+    rows = min(128, max(16, triton.next_power_of_2(m)))
+    tiles = triton.cdiv(n, 64) * triton.cdiv(m, rows)
+    splits = max(1, min(words // WORDS // 4, 4 * sm_count // tiles, 8)) if m <= rows else 1
+    # A thread's sums fit into its registers, and what is in flight into shared memory.
+    warps, stages = (4, 4) if rows <= 32 else (8, 3) if rows == 64 else (8, 2)
+    return Form(True, 64, warps, rows=rows, stages=stages, splits=splits)
+
+
+def _words(matrix: Coded) -> torch.Tensor:
+    return matrix.codes.view(torch.int32)
+
+
+def _options(matrix: Coded) -> dict[str, Any]:
+    """What a kernel is compiled for."""
+    eight = matrix.codes.dtype is not torch.int32
+    kind = "fp8" if eight else "table" if matrix.table is not None else f"int{matrix.bits}"
+    group, whole = min(matrix.group, matrix.columns), block(matrix.bits)
+    return {
+        "K": matrix.columns,
+        "G": group,
+        "WORDS": _words(matrix).shape[1],
+        "FIELDS": 32 // matrix.bits,
+        "PARTS": max(1, whole // group) if not eight and group < matrix.columns else 1,
+        "KIND": kind,
+        "ZERO": matrix.zero is not None,
+    }
+
+
+def _cut(form: Form, words: int) -> tuple[int, int]:
+    """Words of a program, and how many programs that makes."""
+    span = triton.cdiv(triton.cdiv(words, WORDS), form.splits) * WORDS
+    return span, triton.cdiv(words, span)

@@ -1,0 +1,83 @@
+"""Products of codes on a GPU: few rows by a kernel that streams codes, more by tensor cores."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kvrun.runtime.device import kernel
+from kvrun.runtime.kernels.w4a16 import Coded
+
+# Rows from which e4m3 on both sides is faster than e4m3 that becomes bf16.
+_BOTH = 32
+
+
+class Fused:
+    """Codes that are turned into values on their way into the product."""
+
+    most: int | None = None  # rows that go through the kernel, where that is less than it takes
+
+    def __init__(self, matrix: Coded, bias: torch.Tensor | None) -> None:
+        self._matrix = matrix._replace(order=None)
+        self._order = matrix.order
+        self._bias = bias
+        self._kernel = kernel("w4a16", matrix.codes.device)
+
+    def takes_in(self, rows: int) -> bool:
+        return self._order is None and bool(self._kernel.takes_in(rows, self._matrix))
+
+    def matmul(
+        self,
+        x: torch.Tensor,
+        add: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        **prologue: Any,
+    ) -> torch.Tensor:
+        out = add if out is None else out
+        if self._order is not None:
+            x = x.index_select(1, self._order)
+        few = self.most is None or len(x) <= self.most
+        if few and self._kernel.serves(len(x), self._matrix):
+            y: torch.Tensor = self._kernel.linear(
+                x, self._matrix, bias=self._bias, add=add, out=out, **prologue
+            )
+            return y
+        y = self._many(x)
+        if add is not None:
+            y = add.add_(y)
+        return y if out is None or out is y else out.copy_(y)
+
+    def _many(self, x: torch.Tensor) -> torch.Tensor:
+        """More rows than the kernel takes."""
+        return F.linear(x, self._kernel.dequantise(self._matrix, x.dtype), self._bias)
+
+
+class Scaled(Fused):
+    """e4m3 with one scale for a row, whose products of many rows run in 8 bits on both sides.
+
+    Each row of x gets a scale of its own.
+    """
+
+    def __init__(self, matrix: Coded, bias: torch.Tensor | None) -> None:
+        super().__init__(matrix, bias)
+        self._columns = matrix.scale.float().reshape(1, -1)
+        self._rows = kernel("fp8", matrix.codes.device)
+        n, k = matrix.codes.shape
+        hopper = torch.cuda.get_device_capability(matrix.codes.device) >= (9, 0)
+        self._eight = hopper and n % 16 == 0 and k % 16 == 0
+        self.most = _BOTH if self._eight else None
+
+    def _many(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._eight or x.dtype is not torch.bfloat16:
+            return super()._many(x)
+        codes, scale = self._rows.quantise_rows(x)
+        y: torch.Tensor = torch._scaled_mm(
+            codes,
+            self._matrix.codes.t(),
+            scale_a=scale,
+            scale_b=self._columns,
+            bias=self._bias,
+            out_dtype=x.dtype,
+            use_fast_accum=True,
+        )
+        return y

@@ -1,0 +1,72 @@
+"""kvrun quantize on a command line: the folder, the table, the messages."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("The lamp stands on the table. What is 12 + 30? It is 42.\n" * 40)
+    return path
+
+
+def test_a_folder_and_what_it_cost(kvrun_command: Run, tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "new"
+    done = kvrun_command(
+        "quantize", "tiny", "--method", "int8", "-o", str(out),
+        "--calibration", str(text), "--check",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    lines = [line.split() for line in done.out.splitlines()]
+    assert lines[0] == ["original", "quantized"]
+    assert [line[0] for line in lines[1:]] == ["perplexity", "KL,", "same", "size"]
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert recipe["method"] == "int8"
+    assert recipe["check"]["kl_mean"] < 0.05
+    assert (out / "tokenizer.json").is_file()
+    assert "\x1b" not in done.err
+    again = kvrun_command("quantize", str(out), "--method", "int8", "-o", str(tmp_path / "b"))
+    assert again.code == 4
+    assert "quantized already" in again.err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--method", "int3"], 2, "int3"),
+        (["--method", "int4", "--group-size", "50"], 2, "--group-size is 50"),
+        (["--method", "int4", "--group-size", "96"], 2, "do not divide"),
+        (["--method", "gptq", "--calibration", "no-such-file"], 3, "no-such-file"),
+        (["--method", "gptq", "--samples", "0"], 2, "--samples is 0"),
+        (["--method", "fp8", "--group-size", "64"], 2, "no choice"),
+    ],
+)
+def test_what_cannot_be_done(
+    kvrun_command: Run, tmp_path: Path, words: list[str], code: int, said: str
+) -> None:
+    done = kvrun_command("quantize", "tiny", "-o", str(tmp_path / "new"), *words)
+    assert done.code == code
+    assert said in done.err
+    assert not list(tmp_path.glob("new*"))
+
+
+def test_an_output_that_is_there_stays(kvrun_command: Run, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "mine.txt").write_text("mine")
+    done = kvrun_command("quantize", "tiny", "--method", "int8", "-o", str(tmp_path / "new"))
+    assert done.code == 2
+    assert "is there already" in done.err
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["mine.txt"]
+
+
+def test_no_model_and_no_output(kvrun_command: Run, tmp_path: Path) -> None:
+    assert kvrun_command("quantize", "tiny").code == 2
+    done = kvrun_command("quantize", "no/such-model", "-o", str(tmp_path / "new"))
+    assert done.code == 3

@@ -1,0 +1,190 @@
+"""Products of codes: Triton in its interpreter against the twin, the twin against plain torch."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kvrun.runtime.kernels import fp8 as fp8_twin
+from kvrun.runtime.kernels import w4a16 as twin
+from kvrun.runtime.kernels.triton import fp8, w4a16
+from kvrun.runtime.kernels.triton.w4a16 import Form
+from kvrun.runtime.kernels.w4a16 import Coded
+
+# A code enters as a part of a larger number, which costs some bits of fp32.
+CLOSE = 1e-4
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+FORMS = {
+    "fma": Form(False, 4, 1, 128, rows=4),
+    "carried": Form(False, 8, 1, 32, rows=4),
+    "dot": Form(True, 16, 4, rows=16),
+    "split": Form(True, 16, 4, rows=16, splits=3),
+}
+KINDS = ("int4", "int4-zero", "int4-float-zero", "table", "int8", "int8-zero", "fp8")
+# No size fills its blocks.
+N, K = 21, 608
+
+
+def matrix(kind: str, n: int = N, k: int = K, group: int = 32) -> Coded:
+    group = max(group, 128) if kind == "fp8" else group
+    groups = 1 if group >= k else -(-k // group)
+    scale = torch.rand(n, groups) / 8 + 0.01
+    zero = table = None
+    bits = 4 if kind.startswith(("int4", "table")) else 8
+    if kind == "fp8":
+        codes = torch.randn(n, k).to(torch.float8_e4m3fn)
+    else:
+        codes = twin.pack(torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8), bits)
+        table = torch.randn(16) if kind == "table" else None
+    if kind.endswith("zero"):
+        zero = torch.randint(-8, 8, (n, groups), dtype=torch.int8)
+        zero = zero + torch.rand(n, groups) if "float" in kind else zero
+    return Coded(codes, scale, k, group, zero, table, bits=bits)
+
+
+def off(got: torch.Tensor, ref: torch.Tensor) -> float:
+    assert got.dtype == ref.dtype
+    assert got.shape == ref.shape
+    return float((got.double() - ref.double()).norm() / ref.double().norm())
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 256, 1 << 20])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_twin_is_its_definition(kind: str, group: int) -> None:
+    """Each value by itself, from the words' bits on."""
+    made = matrix(kind, 5, K, group)
+    got = twin.dequantise(made, torch.float32)
+    for n, k in [(0, 0), (1, 1), (2, 17), (3, 129), (4, 607), (0, 200)]:
+        if made.codes.dtype is torch.int32:
+            bits, block = made.bits, 1024 // made.bits
+            word = int(made.codes[n, k // block * 32 + k % 32])
+            code = word >> (bits * (k % block // 32)) & (1 << bits) - 1
+            middle = 1 << bits - 1
+            value = float(code - middle) if made.table is None else float(made.table[code])
+        else:
+            value = float(made.codes[n, k])
+        g = k // made.group
+        value -= 0.0 if made.zero is None else float(made.zero[n, g])
+        assert float(got[n, k]) == pytest.approx(value * float(made.scale[n, g]), rel=1e-6)
+    x = torch.randn(3, K)
+    assert off(twin.linear(x, made), x @ got.t()) < 1e-6
+
+
+def test_packing_is_reversible() -> None:
+    for k in (1, 16, 127, 128, 300):
+        for bits in (4, 8):
+            codes = torch.randint(0, 1 << bits, (7, k), dtype=torch.uint8)
+            assert torch.equal(twin.unpack(twin.pack(codes, bits), k, bits), codes)
+
+
+def test_columns_in_another_order() -> None:
+    made = matrix("int4", group=32)
+    order = torch.randperm(K)
+    shuffled = twin.dequantise(made._replace(order=order), torch.float32)
+    assert torch.equal(shuffled[:, order], twin.dequantise(made, torch.float32))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds(form: str, kind: str) -> None:
+    made, x = matrix(kind), torch.randn(3, K)
+    assert off(w4a16.run(FORMS[form], x, made), twin.linear(x, made)) < CLOSE
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 256, 1 << 20])
+@pytest.mark.parametrize("form", ["fma", "dot", "split"])
+def test_groups(form: str, group: int) -> None:
+    for kind in ("int4-zero", "int8-zero"):
+        made, x = matrix(kind, group=group), torch.randn(2, K)
+        assert off(w4a16.run(FORMS[form], x, made), twin.linear(x, made)) < CLOSE
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("form", ["fma", "dot"])
+def test_dtypes_and_sums(form: str, dtype: torch.dtype) -> None:
+    x, bias = torch.randn(3, K).to(dtype), torch.randn(N).to(dtype)
+    for kind in ("int4-zero", "table", "int8"):
+        made, add = matrix(kind, group=32), torch.randn(3, N).to(dtype)
+        ref = twin.linear(x, made, bias=bias, add=add)
+        got = w4a16.run(FORMS[form], x, made, bias=bias, add=add, out=add)
+        assert got is add
+        assert off(got, ref) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("options", [{"norm": True}, {"act": "silu"}, {"act": "gelu_tanh"}])
+@pytest.mark.parametrize("kind", ["int4", "int4-zero", "int8"])
+def test_norms_and_gates(kind: str, options: dict[str, Any]) -> None:
+    made = matrix(kind, group=32)
+    x = torch.randn(3, 2 * K if "act" in options else K)
+    if "norm" in options:
+        options = {"norm": torch.rand(K) + 0.5, "eps": 1e-3}
+    got = w4a16.run(FORMS["fma"], x, made, **options)
+    assert off(got, twin.linear(x, made, **options)) < CLOSE
+
+
+def test_rows_apart() -> None:
+    made, x = matrix("int4"), torch.randn(3, K + 24)[:, 8 : 8 + K]
+    wide = torch.zeros(3, N + 5)
+    for form in FORMS.values():
+        w4a16.run(form, x, made, out=wide[:, :N])
+        assert off(wide[:, :N], twin.linear(x, made)) < CLOSE
+        assert not wide[:, N:].any()
+
+
+@pytest.mark.parametrize("m", [0, 1, 2, 7, 16, 33])
+@pytest.mark.parametrize("kind", ["int4-zero", "int8"])
+def test_the_form_it_chooses_itself(m: int, kind: str) -> None:
+    made, x = matrix(kind, 24, 256, 64), torch.randn(m, 256)
+    got = w4a16.linear(x, made)
+    assert got.shape == (m, 24)
+    assert m == 0 or off(got, twin.linear(x, made)) < CLOSE
+
+
+def test_several_tiles_of_rows() -> None:
+    made, x = matrix("int4-zero", 20, 128, 32), torch.randn(37, 128)
+    form = FORMS["dot"]
+    assert off(w4a16.run(form, x, made), twin.linear(x, made)) < CLOSE
+
+
+@pytest.mark.parametrize("group", [32, 128, 1 << 20])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values(kind: str, group: int) -> None:
+    made = matrix(kind, group=group)
+    got = w4a16.dequantise(made, torch.float32)
+    assert off(got, twin.dequantise(made, torch.float32)) < 1e-6
+
+
+@pytest.mark.parametrize("m", [1, 4, 5, 16, 33, 64, 100, 256])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("n", "k"), [(6144, 4096), (4096, 14336), (128256, 4096), (1024, 576), (8, 8)]
+)
+def test_forms_fit_the_device(m: int, bits: int, n: int, k: int) -> None:
+    """The parts of K are all there and none is empty; counters suffice."""
+    form = w4a16.config(m, n, k, bits, 132)
+    words = -(-k // (1024 // bits)) * 32
+    span, splits = w4a16._cut(form, words)
+    assert (splits - 1) * span < words <= splits * span
+    assert span % 32 == 0
+    assert splits == 1 or -(-n // form.block_n) <= 1 << 14
+    assert splits == 1 or m <= form.rows
+
+
+def test_rows_of_8_bits() -> None:
+    x = torch.randn(5, 75) * torch.tensor([[1.0], [100.0], [0.0], [1e-4], [7.0]])
+    codes, scale = fp8_twin.quantise_rows(x)
+    assert off(codes.float() * scale, x) < 0.04
+    assert not codes[2].float().any()
+    assert codes[0].float().abs().max() == 448
+    got, scales = fp8.quantise_rows(x)
+    torch.testing.assert_close(scales, scale)
+    # The interpreter loses a carry into the exponent; a GPU rounds as the twin does.
+    assert off(got.float() * scales, x) < (0.04 if torch.cuda.is_available() else 0.1)
+
+
+def test_the_twin_is_what_the_layers_compute() -> None:
+    made, x = matrix("int4", group=32), torch.randn(3, K)
+    weight, norm = twin.dequantise(made, torch.float32), torch.rand(K)
+    ref = F.linear(F.rms_norm(x, (K,), norm, 1e-3), weight)
+    assert off(twin.linear(x, made, norm=norm, eps=1e-3), ref) < 1e-6

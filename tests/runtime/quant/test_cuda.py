@@ -1,0 +1,60 @@
+"""The weights of a GPU, with their Triton kernels in the interpreter."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kvrun import folder
+from kvrun.runtime.device import TRITON
+from kvrun.runtime.kernels import w4a16
+from kvrun.runtime.quant import _cuda, _round
+from kvrun.runtime.quant._cuda import Fused
+
+N, K = 24, 64
+
+
+@pytest.fixture(autouse=True)
+def triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "kernel", lambda name, device: folder.load(TRITON, name))
+
+
+def off(got: torch.Tensor, ref: torch.Tensor) -> float:
+    return float((got - ref).norm() / ref.norm())
+
+
+@pytest.mark.parametrize("rows", [1, 6, 300])
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("method", ["int4", "int8", "nf4", "fp8"])
+def test_products_and_sums(method: str, ordered: bool, rows: int) -> None:
+    made = _round.coded(torch.randn(N, K), method)
+    if ordered:
+        made = made._replace(order=torch.randperm(K))
+    values = w4a16.dequantise(made, torch.float32)
+    x, add, bias = torch.randn(rows, K), torch.randn(rows, N), torch.randn(N)
+    weight = Fused(made, bias)
+    ref = F.linear(x, values, bias)
+    assert off(weight.matmul(x), ref) < 1e-4
+    assert off(weight.matmul(x, add.clone()), ref + add) < 1e-4
+    out, kept = torch.empty(rows, N), add.clone()
+    assert weight.matmul(x, kept, out) is out
+    assert off(out, ref + add) < 1e-4
+
+
+def test_what_comes_before_is_taken_in_where_it_can_be() -> None:
+    made = _round.coded(torch.randn(N, K), "int4")
+    weight = Fused(made, None)
+    values, norm = w4a16.dequantise(made, torch.float32), torch.rand(K) + 0.5
+    x = torch.randn(3, K)
+    assert weight.takes_in(3)
+    got = weight.matmul(x, norm=norm, eps=1e-5)
+    assert off(got, F.rms_norm(x, (K,), norm, 1e-5) @ values.t()) < 1e-4
+    assert not weight.takes_in(30)
+    assert not Fused(made._replace(order=torch.randperm(K)), None).takes_in(3)
+
+
+def test_more_rows_than_a_weight_wants_are_multiplied_as_values() -> None:
+    made = _round.coded(torch.randn(N, K), "int8")
+    weight = Fused(made, None)
+    weight.most = 2
+    x = torch.randn(5, K)
+    assert torch.equal(weight.matmul(x), F.linear(x, w4a16.dequantise(made, torch.float32)))

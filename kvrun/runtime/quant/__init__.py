@@ -43,13 +43,19 @@ class Weight(Protocol):
 def read(w: "Checkpoint", shards: Sequence["Shard"], bias: bool) -> Weight:
     """The matrix whose output rows are those of `shards`, one after the other.
 
-    Raises Unsupported for a format that kvrun does not read.
+    Raises Unsupported for a format that kvrun does not read, or not of this family.
     """
     if w.reader is not None:
         return w.reader(shards, bias)
     if w.quantize is not None:
         return _round.read(w, shards, bias)
-    return cast(Weight, _format(w.config.quant_method or "dense").read(w, shards, bias))
+    method = w.config.quant_method
+    if method and any(shard.transposed for shard in shards):
+        raise Unsupported(
+            f"'{method}' of a family that stores its matrices as [in, out] is not read.",
+            hint="use the model's version in 16 or 32 bits",
+        )
+    return cast(Weight, _format(method or "dense").read(w, shards, bias))
 
 
 @cache

@@ -55,7 +55,7 @@ class Attention:
 
     def _group(self, spec: AttentionSpec, q: torch.Tensor, group: Group) -> torch.Tensor:
         """q [sequences * queries, heads, head_dim] -> [sequences * queries, heads * head_dim]"""
-        k, v = group.gather(self.cache, spec)
+        k, v = group.gather(self.cache, spec).unbind(0)
         mask = group.mask(spec)
         if spec.softcap is not None or spec.sinks is not None:
             return _scored(spec, q, k, v, mask, group)

@@ -46,6 +46,8 @@ class Linear:
         before: Prologue | None = None,
     ) -> torch.Tensor:
         if not self._partial:
+            if batch.lora is None:
+                return product(self._weight, x, add, before)
             return self._product(x, batch, add, before)
         y = self._group.all_reduce(self._product(x, batch, None, before))
         if self._late_bias is not None:
@@ -62,7 +64,7 @@ class Linear:
         rows = batch.lora
         if rows is None:
             return product(self._weight, x, add, before)
-        if before is not None and not (rows.takes_in and self._weight.takes_in(len(x))):
+        if before is not None and not (rows.takes_in and self._weight.takes_in(x.shape[0])):
             x, before = before(x), None  # once for both
         prologue = {} if before is None else before.prologue
         low = rows.shrink(self._site, x, prologue)
@@ -82,7 +84,7 @@ def product(
     """weight · before(x) + add, in one kernel where the weight takes in what comes before."""
     if before is None:
         return weight.matmul(x, add, out)
-    if weight.takes_in(len(x)):
+    if weight.takes_in(x.shape[0]):
         return weight.matmul(x, add, out, **before.prologue)
     return weight.matmul(before(x), add, out)
 

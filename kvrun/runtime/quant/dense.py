@@ -113,9 +113,10 @@ class Packed:
         out: torch.Tensor | None = None,
         **prologue: Any,
     ) -> torch.Tensor:
-        if len(x) == 1 and self._row is not None:
+        rows = x.shape[0]  # len() goes through Python
+        if rows == 1 and self._row is not None:
             return self._row.matmul(x, add, out)
-        if len(x) >= self._widens:
+        if rows >= self._widens:
             y: torch.Tensor = self._wide(x, add)
             return y if out is None else out.copy_(y)
         if add is None:

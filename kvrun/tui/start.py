@@ -1,6 +1,7 @@
 """Open the screen on a board, and close what it leaves behind."""
 
 import asyncio
+import gc
 import os
 
 from kvrun.chat.history import History
@@ -26,6 +27,9 @@ def show(board: Board, *, demo: bool = False, resume: bool = False) -> None:
         resume=resume,
         no_color=no_color,
     )
+    # A full collection goes through everything imported and stops the screen for 20 ms and more.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
     error = asyncio.run(_run(app, board))
     if error is not None:
         raise error

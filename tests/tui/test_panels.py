@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from textual.widgets import Input
 
 from kvrun.chat.export import from_jsonl
@@ -139,8 +140,9 @@ async def test_adapters_are_loaded_unloaded_and_scaled_while_others_stream(
 
 
 async def test_a_folder_that_is_no_adapter_and_one_that_is_in_use(
-    show: Show, tmp_path: Path
+    show: Show, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     async with show("sql") as screen:
         await screen.ask("@sql hold")
         await screen.until(lambda: "half" in screen.says(2))
@@ -153,7 +155,7 @@ async def test_a_folder_that_is_no_adapter_and_one_that_is_in_use(
         await screen.sees("holds no LoRA adapter")
         screen.app.screen.query_one(Input).value = "no/such"
         await screen.pilot.press("enter")
-        await screen.sees("there is no adapter 'no/such'")
+        await screen.sees("'no/such' cannot be pulled: the network is forbidden")
         assert list(screen.engine.loaded) == ["sql"]
         screen.engine.go.set()
         await screen.pilot.press("escape")

@@ -1,4 +1,4 @@
-"""Adapters: load from a folder, unload, scale, while columns go on streaming."""
+"""Adapters: load from a folder or the Hub, unload, scale, while columns go on streaming."""
 
 from collections.abc import Coroutine, Mapping
 from typing import Any, ClassVar
@@ -7,11 +7,12 @@ from textual import on
 from textual.binding import Binding, BindingType
 from textual.widgets import Input
 
-from kvrun.errors import InvalidRequest, KvrunError
+from kvrun.errors import InvalidRequest, KvrunError, NotFound
 from kvrun.hub.local import resolve_adapter
 from kvrun.runtime.engine.request import AdapterInfo
 from kvrun.tui.board import Board
 from kvrun.tui.panels.picker import Picker, Row
+from kvrun.tui.pulling import pull
 from kvrun.tui.talk import Speaker
 
 MOST_SCALE = 10.0
@@ -117,7 +118,12 @@ class AdaptersScreen(Picker):
 
     async def _load(self, name: str, path: str) -> str:
         assert self._board.host
-        folder = resolve_adapter(self._board.host.name, path)
+        try:
+            folder = resolve_adapter(self._board.host.name, path)
+        except NotFound:
+            if not await pull(path, lambda text: self.say(text) if self.is_attached else None):
+                raise
+            folder = resolve_adapter(self._board.host.name, path)
         name = name or (path if path in self._offered else folder.name)
         info = await self._board.host.load_adapter(name, str(folder))
         took = f" in {info.load_seconds * 1000:.0f} ms" if info.load_seconds else ""

@@ -17,7 +17,7 @@ from kvrun.tui.themes import Themes
 FIRST = ("What is the capital of Portugal?", "Anna is 34 years old and lives in Oslo.")
 FIRST += (FIRST[0], "Which customers live in Lisbon?")
 THEN = ("Tell me a story about a fox.", "Maria is 27 and works as a nurse in Porto.")
-THEN += (THEN[0], "How many orders were there in 2021?")
+THEN += (THEN[0], "How many products cost more than 100?")
 
 
 async def main() -> None:

@@ -24,11 +24,11 @@ QUESTIONS = {
     "sql": (
         "Which customers live in Lisbon?", "How many books are there?",
         "What is the average salary of the employees?", "Show the names of all products.",
-        "Which books have more than 300 pages?", "How many orders were there in 2021?",
+        "Which books have more than 300 pages?", "How many products cost more than 100?",
     ),
     "json": (
         "Anna is 34 years old and lives in Oslo.", "Tom ordered 3 lamps for 40 euros.",
-        "The concert is on 12 May in Vienna.", "Maria is 27 and works as a nurse in Porto.",
+        "The meeting is on Monday at 10:00.", "Maria is 27 and works as a nurse in Porto.",
     ),
     "pirate": (
         "What is the capital of France?", "How are you today?", "Who are you?",

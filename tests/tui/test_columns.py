@@ -195,14 +195,14 @@ async def test_copying_a_message_and_its_code_blocks(show: Show) -> None:
 async def test_what_a_model_says_is_text_and_nothing_else(show: Show) -> None:
     async with show() as screen:
         evil = "say [b]bold[/b] <think>no</think> \x1b]0;owned\x07 \x1b[31mred [x](http://b.c)"
-        await screen.ask(evil)
+        await screen.ask(evil + " \x9b31m \u202etxt")
         await screen.answered()
         await screen.sees(
             "[b]bold[/b]", "<think>no</think>", "]0;owned", "[31mred", "x (http://b.c)"
         )
         shown = screen.text()
-        assert "\x1b" not in shown
-        assert "\x07" not in shown
+        for obeyed in "\x1b\x07\x9b\u202e":  # 8-bit CSI and right to left among them
+            assert obeyed not in shown
 
 
 async def test_markdown_when_a_block_is_complete_and_lines_stay_lines(show: Show) -> None:

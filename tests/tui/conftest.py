@@ -28,11 +28,15 @@ from tests.chat import scripted
 
 PATIENCE = 8.0  # seconds until a test gives up, not a time that anything should take
 
+# Escapes of 7 and 8 bits, a title, markup, a link, and a line that reads from right to left.
+EVIL = "[b]bold[/b] <think>no</think> \x1b]0;owned\x07 \x1b[31mred [x](http://b.c) \x9b7m \u202etxt"
+
 
 class Engine(scripted.ScriptedEngine):
     """The line session's scripted engine with adapters, pages and a death of its own.
 
-    "hold" begins and goes on once `go` is set; an adapter's answer names it.
+    "hold" begins and goes on once `go` is set; an adapter's answer names it; "attack" is answered
+    with what a terminal would obey.
     """
 
     broken = False  # the next one cannot start
@@ -72,6 +76,10 @@ class Engine(scripted.ScriptedEngine):
             await self.go.wait()
             end = self.text.eos_token_ids[0]
             ids = [*self.text.encode("whole"), end]
+            yield Delta(request_id=request.id, token_ids=ids, finish_reason="stop")
+            return
+        if question == "attack":
+            ids = [*self.text.encode(EVIL), self.text.eos_token_ids[0]]
             yield Delta(request_id=request.id, token_ids=ids, finish_reason="stop")
             return
         if question == "who?":

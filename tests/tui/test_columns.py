@@ -194,8 +194,7 @@ async def test_copying_a_message_and_its_code_blocks(show: Show) -> None:
 
 async def test_what_a_model_says_is_text_and_nothing_else(show: Show) -> None:
     async with show() as screen:
-        evil = "say [b]bold[/b] <think>no</think> \x1b]0;owned\x07 \x1b[31mred [x](http://b.c)"
-        await screen.ask(evil + " \x9b31m \u202etxt")
+        await screen.ask("attack")
         await screen.answered()
         await screen.sees(
             "[b]bold[/b]", "<think>no</think>", "]0;owned", "[31mred", "x (http://b.c)"

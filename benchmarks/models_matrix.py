@@ -50,6 +50,9 @@ depends on its neighbours. Latent attention (DeepSeek) keeps the keys and values
 the cache, not the latent. Attention in chunks (Llama 4) runs without kvrun's own kernels. Experts
 are read from plain matrices in 16 or 32 bits.
 
+Of all these, Llama and Qwen 3 have run on a GPU so far; what a GPU runs for the others is tested by
+the twins of its kernels, on CPU.
+
 """
 
 

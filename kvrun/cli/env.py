@@ -18,7 +18,7 @@ PACKAGES = (
     "torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "triton", "numpy",
     "fastapi", "uvicorn",
 )  # fmt: skip
-DISTRIBUTIONS = {"flashinfer": "flashinfer-python"}  # imported by another name
+FOR_EXTRAS = {"opentelemetry": "opentelemetry-sdk"}  # by the names of their imports
 # What they are for, and how they are installed.
 FOR_TOKENIZERS = ("sentencepiece", "tiktoken", "protobuf")
 VARIABLES = (
@@ -44,9 +44,9 @@ def command(as_json: options.AsJson = False) -> None:
 def _found() -> dict[str, dict[str, Any]]:
     versions = {name: _version(name) or "missing" for name in PACKAGES}
     optional = {}
-    for name, extra in EXTRAS.items():
-        version = _version(DISTRIBUTIONS.get(name, name))
-        optional[name] = version or f"missing: pip install 'kvrun[{extra}]'"
+    for name, distribution in FOR_EXTRAS.items():
+        missing = f"missing: pip install 'kvrun[{EXTRAS[name]}]'"
+        optional[name] = _version(distribution) or missing
     for name in FOR_TOKENIZERS:
         optional[name] = _version(name) or f"missing: pip install {name} (some tokenizers)"
     return {

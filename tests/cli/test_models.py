@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -256,7 +257,7 @@ def test_env(kvrun_command: Run, monkeypatch: pytest.MonkeyPatch, cache: Path) -
     told = json.loads(kvrun_command("env", "--json").out)
     assert told["environment"]["HF_TOKEN"] == "set"
     assert told["versions"]["kvrun"] == kvrun.__version__
-    assert "flashinfer" in told["optional"]
+    assert told["optional"]["opentelemetry"] == version("opentelemetry-sdk")
 
 
 def test_env_says_how_to_get_what_is_missing(
@@ -264,7 +265,7 @@ def test_env_says_how_to_get_what_is_missing(
 ) -> None:
     monkeypatch.setattr(env, "_version", lambda name: None)
     told = json.loads(kvrun_command("env", "--json").out)
-    assert told["optional"]["flashinfer"] == "missing: pip install 'kvrun[cuda]'"
+    assert told["optional"]["opentelemetry"] == "missing: pip install 'kvrun[otel]'"
     assert told["versions"]["torch"] == "missing"
 
 

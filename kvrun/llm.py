@@ -133,8 +133,8 @@ class LLM:
 
         `params` is one for all prompts or one for each. `adapter` is a name, [(name, weight), ...]
         or None (the base model) for all prompts, or a list of names and Nones, one for each
-        prompt. Raises InvalidRequest before anything is
-        computed if one of them cannot be served; an answer that fails later says so itself.
+        prompt. Raises InvalidRequest before anything is computed if one of them cannot be served;
+        an answer that fails later says so itself.
         """
         listed = _listed(prompts)
         count = len(listed)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "kvrun").rglob("*.py"))
-EVERYWHERE = ("kvrun.folder", "kvrun.errors", "kvrun")
+EVERYWHERE = ("kvrun.folder", "kvrun.errors", "kvrun.http", "kvrun")
 
 # What the rooms above the runtime may see of it.
 FRONT_DOOR = tuple(

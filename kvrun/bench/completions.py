@@ -6,9 +6,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvrun.bench.http import CUT_SHORT, Address, BadReply, Client, events
 from kvrun.bench.workloads import Prompt
 from kvrun.errors import InvalidRequest, KvrunError, NotFound, Unreachable
+from kvrun.http import Address, BadReply, Client, describe, events, said
 
 COMPLETIONS, CHAT = "/completions", "/chat/completions"
 KINDS = {"completions": COMPLETIONS, "chat": CHAT}
@@ -216,22 +216,3 @@ def refused(error: str, where: str) -> KvrunError:
         hint += "--no-ignore-eos for those that know OpenAI's own fields only"
         return InvalidRequest(f"{where} refuses the request.", cause=error, hint=hint)
     return KvrunError(f"{where} has not answered the first request.", cause=error)
-
-
-def describe(error: BaseException) -> str:
-    """An exception of a connection in one line."""
-    if isinstance(error, asyncio.IncompleteReadError):
-        return CUT_SHORT
-    text = getattr(error, "strerror", None) or str(error)
-    return str(text).splitlines()[0] if text else type(error).__name__
-
-
-def said(body: bytes) -> str:
-    """What a server says of an error, whatever form it has, in one short line."""
-    try:
-        value = json.loads(body)
-        error = value.get("error", value) if isinstance(value, dict) else value
-        text = error.get("message", error) if isinstance(error, dict) else error
-    except ValueError:
-        text = body.decode(errors="replace")
-    return " ".join(str(text).split())[:300] or "without a word"

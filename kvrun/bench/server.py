@@ -9,13 +9,13 @@ from typing import Any
 from kvrun import __version__
 from kvrun.bench import load, report
 from kvrun.bench.completions import Asker, Outcome, Route, first_model
-from kvrun.bench.http import Client
 from kvrun.bench.load import Run
 from kvrun.bench.progress import Work, note
 from kvrun.bench.report import Report
 from kvrun.bench.table import Row, number
 from kvrun.bench.workloads import Workload
 from kvrun.errors import InvalidRequest, KvrunError
+from kvrun.http import Client
 
 
 @dataclass(frozen=True)

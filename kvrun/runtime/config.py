@@ -61,13 +61,8 @@ class EngineConfig:
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
         _at_least_one("max_num_seqs", self.max_num_seqs)
-        for name in (
-            "max_num_batched_tokens",
-            "block_size",
-            "max_model_len",
-            "threads",
-            "kv_tokens",
-        ):
+        sizes = ("max_num_batched_tokens", "block_size", "max_model_len", "threads", "kv_tokens")
+        for name in sizes:
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
         for name in ("kv_memory", "lora_memory", "step_timeout"):

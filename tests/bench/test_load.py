@@ -11,9 +11,9 @@ import pytest
 
 from kvrun.bench import load, workloads
 from kvrun.bench.completions import Asker, Outcome, Route, first_model
-from kvrun.bench.http import Address, Client
 from kvrun.bench.load import Run
 from kvrun.errors import InvalidRequest, KvrunError, NotFound, Unreachable
+from kvrun.http import Address, Client
 from tests.bench.stub import Stub, event
 
 Ask = Callable[..., Asker]

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from kvrun.chat.remote import Address, Remote
+from kvrun.chat.remote import Remote
 from kvrun.errors import InvalidRequest, KvrunError, NotFound, Unreachable
 from kvrun.runtime.sampling.params import SamplingParams
 
@@ -129,8 +129,14 @@ def test_what_is_no_url(url: str) -> None:
 
 
 def test_an_address() -> None:
-    assert Address.of("https://host/base") == Address(True, "host", 443, "/base/v1")
-    assert Address.of("[::1]:80/v1/chat/completions") == Address(False, "::1", 80, "/v1")
+    for url, where, base in (
+        ("https://host/base", (True, "host", 443), "/base/v1"),
+        ("[::1]:80/v1/chat/completions", (False, "::1", 80), "/v1"),
+    ):
+        remote = Remote(url)
+        address = remote.address
+        assert (address.secure, address.host, address.port) == where
+        assert remote.base == base
 
 
 async def test_a_key_or_a_scale_that_cannot_be_sent() -> None:

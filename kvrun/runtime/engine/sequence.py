@@ -40,9 +40,8 @@ class Sequence:
         self.seed = seed
         self.max_length = max_length  # prompt and generated tokens together
         self.pooling = request.pooling
-        self.plain = (
-            request.params.plain and not request.pooling
-        )  # the device can go on without the host
+        # The device can go on without the host.
+        self.plain = request.params.plain and not request.pooling
         self.tokens = list(request.prompt_ids)
         self.prompt_len = len(self.tokens)
         self.state = State.WAITING

@@ -11,7 +11,8 @@ part begins, and its rank. Ranks may differ in every way; what a row costs is it
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
+
+from kvrun.runtime.kernels.skinny import activate
 
 
 def shrink(
@@ -45,7 +46,7 @@ def shrink(
         row = x[rows[first : first + count].long()].float()
         if act is not None:
             gate, up = row.chunk(2, -1)
-            row = _activate(gate, act) * up
+            row = activate(gate, act) * up
         if norm is not None:
             sums[0, first : first + count, width] = row.square().sum(-1)
             row = row * norm
@@ -86,11 +87,3 @@ def expand(
                 change = part_sums.to(b.dtype).float() @ b.float()
                 y[index, at : at + out] = (y[index, at : at + out].float() + change).to(y.dtype)
             at += out
-
-
-def _activate(gate: torch.Tensor, act: str) -> torch.Tensor:
-    if act == "silu":
-        return F.silu(gate)
-    if act == "relu":
-        return F.relu(gate)
-    return F.gelu(gate, approximate={"gelu": "none", "gelu_tanh": "tanh"}[act])

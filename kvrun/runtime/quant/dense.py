@@ -32,7 +32,7 @@ class Plain:
     """[out, in], as in the file."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._weight = weight
+        self.weight = weight
         self._turned = weight.t()
         self._bias = bias
 
@@ -47,11 +47,11 @@ class Plain:
         **prologue: Any,
     ) -> torch.Tensor:
         if add is None:
-            y = F.linear(x, self._weight, self._bias)
+            y = F.linear(x, self.weight, self._bias)
         elif self._bias is None:
             y = torch.addmm(add, x, self._turned)
         else:
-            y = F.linear(x, self._weight, self._bias).add_(add)
+            y = F.linear(x, self.weight, self._bias).add_(add)
         return y if out is None else out.copy_(y)
 
 
@@ -94,11 +94,10 @@ class Packed:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
-        self._row = Plain(weight, bias) if weight.numel() <= _SMALL_ROW else None
-        self._kept: torch.Tensor | None = None
         self._widens = _widens(weight)
-        if self._widens < _NEVER and weight.numel() <= _KEPT:
-            self._kept = weight
+        self._row = weight.numel() <= _SMALL_ROW
+        kept = self._row or (self._widens < _NEVER and weight.numel() <= _KEPT)
+        self._plain = Plain(weight, bias) if kept else None
         self._bias = bias
         self._product = torch.ops.mkldnn._linear_pointwise.default
         self._sum = torch.ops.mkldnn._linear_pointwise.binary
@@ -114,8 +113,8 @@ class Packed:
         **prologue: Any,
     ) -> torch.Tensor:
         rows = x.shape[0]  # len() goes through Python
-        if rows == 1 and self._row is not None:
-            return self._row.matmul(x, add, out)
+        if rows == 1 and self._plain is not None and self._row:
+            return self._plain.matmul(x, add, out)
         if rows >= self._widens:
             y: torch.Tensor = self._wide(x, add)
             return y if out is None else out.copy_(y)
@@ -126,8 +125,9 @@ class Packed:
         return y if out is None else out.copy_(y)
 
     def _wide(self, x: torch.Tensor, add: torch.Tensor | None) -> torch.Tensor:
-        if self._kept is not None:
-            weight = self._kept.float()
+        """The product in fp32, and everything behind it, rounded once."""
+        if self._plain is not None:
+            weight = self._plain.weight.float()
         else:
             weight = self._weight.to_dense(torch.float32)
         y = F.linear(x.float(), weight)

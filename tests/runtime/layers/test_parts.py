@@ -234,6 +234,7 @@ def test_a_cpu_without_bf16_multiplies_many_rows_in_fp32(
 ) -> None:
     monkeypatch.setattr(dense, "_emulates_bf16", lambda: emulated)
     monkeypatch.setattr(dense, "_KEPT", kept)
+    monkeypatch.setattr(dense, "_SMALL_ROW", 0)
     widened: list[int] = []
     torch.manual_seed(0)
     weight = torch.randn(512, 64).bfloat16()

@@ -17,9 +17,10 @@ import triton.language as tl
 
 from kvrun.runtime.kernels.triton._overlap import overlap, release, wait
 from kvrun.runtime.kernels.triton._skinny import _input
+from kvrun.runtime.kernels.triton.skinny import sm_count
 
 RANKS = 16  # of a block: the least that tensor cores multiply
-_FEW_TILES = 16
+_FEW_TILES = 16  # up to which the input is cut as finely as it goes
 _TALL = 16  # rows of a tile beyond which it is a prompt's
 _MOST_PIECES = 32
 _FEWEST_PIECES = 8  # where many rows may be few tiles: all of one adapter
@@ -32,7 +33,7 @@ def shrink(
 ) -> torch.Tensor:  # fmt: skip
     """As the twin."""
     block_m = max(16, triton.next_power_of_2(height))
-    block_k, span, pieces = _cut(len(tiles), parts, features, block_m, _sm_count(x.device))
+    block_k, span, pieces = _cut(len(tiles), parts, features, block_m, sm_count(x.device))
     sums = torch.empty((pieces, len(rows), width + 1), device=x.device)
     if len(tiles) and len(rows):
         _shrink[(len(tiles), parts, pieces)](
@@ -354,10 +355,3 @@ def _places(outs: tuple[int, ...], block_n: int, device: torch.device) -> torch.
         found += [(part, n0, out, column) for n0 in range(0, out, block_n)]
         column += out
     return torch.tensor(found, dtype=torch.int32, device=device)
-
-
-@cache
-def _sm_count(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count

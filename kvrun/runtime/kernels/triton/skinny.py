@@ -45,7 +45,7 @@ def linear(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As the twin. Up to 64 rows; not on two streams of a device at once (they share counters)."""
-    form = config(x.shape[0], *weight.shape, x.dtype, _sm_count(x.device))
+    form = config(x.shape[0], *weight.shape, x.dtype, sm_count(x.device))
     return run(form, x, weight, bias=bias, add=add, norm=norm, eps=eps, act=act, out=out)
 
 
@@ -144,7 +144,8 @@ def _counters(device: torch.device) -> torch.Tensor:
 
 
 @cache
-def _sm_count(device: torch.device) -> int:
+def sm_count(device: torch.device) -> int:
+    """Programs that a device runs side by side, at least; 1 in the interpreter."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

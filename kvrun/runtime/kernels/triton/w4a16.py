@@ -45,7 +45,7 @@ def linear(
 ) -> torch.Tensor:
     """As the twin. `norm` and `act` up to FEW rows; not on two streams of a device at once."""
     n, k = len(matrix.codes), matrix.columns
-    form = config(len(x), n, k, matrix.bits, skinny._sm_count(x.device))
+    form = config(len(x), n, k, matrix.bits, skinny.sm_count(x.device))
     return run(form, x, matrix, bias=bias, add=add, norm=norm, eps=eps, act=act, out=out)
 
 

@@ -1,10 +1,11 @@
-"""An HTTP/1.1 client for load: connections that are kept, bodies piece by piece as they arrive.
+"""An HTTP/1.1 client: connections that are kept, bodies piece by piece as they arrive.
 
 On asyncio's streams alone: the HTTP package below huggingface_hub goes by another name from one
-release to the next, and what a client spends on an event it takes from what it measures.
+release to the next, and what a client spends on an event it takes from what `bench` measures.
 """
 
 import asyncio
+import json
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -16,6 +17,7 @@ from kvrun.errors import InvalidRequest
 CONNECT_SECONDS = 30
 CUT_SHORT = "the connection was closed before the end"
 MOST_HEADERS = 200
+MOST_LINE = 1 << 22  # bytes of an event's line
 PIECE = 1 << 16
 
 
@@ -179,6 +181,8 @@ async def events(response: Response) -> AsyncIterator[bytes]:
     rest, data = b"", []
     async for piece in response.pieces():
         *lines, rest = (rest + piece).split(b"\n")
+        if len(rest) > MOST_LINE:
+            raise BadReply("a line of the answer does not end")
         for line in lines:
             line = line.rstrip(b"\r")
             if line.startswith(b"data:"):
@@ -186,6 +190,25 @@ async def events(response: Response) -> AsyncIterator[bytes]:
             elif not line and data:
                 yield b"\n".join(data)
                 data = []
+
+
+def describe(error: BaseException) -> str:
+    """An exception of a connection in one line."""
+    if isinstance(error, asyncio.IncompleteReadError):
+        return CUT_SHORT
+    text = getattr(error, "strerror", None) or str(error)
+    return str(text).splitlines()[0] if text else type(error).__name__
+
+
+def said(body: bytes) -> str:
+    """What a server says of an error, whatever form it has, in one short line."""
+    try:
+        value = json.loads(body)
+        error = value.get("error", value) if isinstance(value, dict) else value
+        text = error.get("message", error) if isinstance(error, dict) else error
+    except ValueError:
+        text = body.decode(errors="replace")
+    return " ".join(str(text).split())[:300] or "without a word"
 
 
 async def _head(link: Link) -> Response:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvrun.chat.plain import is_terminal, note
 from kvrun.folder import load, names
-from kvrun.runtime.plan import size
+from kvrun.runtime.plan import architecture, size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -181,9 +181,9 @@ def pull(name: str, offer: "Offer", *, quiet: bool = False, plain: bool = False)
 
 def _warn(config: dict[str, Any]) -> None:
     """Say before a long transfer when kvrun could not run what comes."""
-    kind, stored = config.get("model_type"), config.get("quantization_config")
+    kind, stored = architecture(config), config.get("quantization_config")
     if kind is not None and kind not in names("kvrun.runtime.models"):
-        note(f"note: kvrun does not know the architecture '{str(kind)[:40]}'")
+        note(f"note: kvrun does not know the architecture '{kind[:40]}'")
     method = stored.get("quant_method") if isinstance(stored, dict) else None
     if method is not None and str(method).replace("-", "_") not in names("kvrun.runtime.quant"):
         note(f"note: kvrun does not read weights stored as '{str(method)[:40]}'")

@@ -193,7 +193,9 @@ def _cached(name: str, repo: str, revision: str | None) -> Path:
         raise NotFound(f"'{name}' is not on this machine.", cause=cause, hint=download)
     adapter = (snapshot / "adapter_config.json").is_file()
     if adapter and not (snapshot / "config.json").is_file():
-        raise Unsupported(f"'{name}' is an adapter, not a model.", hint=f"kvrun show {repo}")
+        raise Unsupported(
+            f"'{name}' is an adapter, not a model.", hint=f"kvrun chat MODEL --adapter NAME={repo}"
+        )
     missing = _missing(snapshot)
     if missing:
         raise BadCheckpoint(

@@ -19,6 +19,8 @@ _ALIASES = {
     "num_local_experts": ("num_experts",),
     "n_routed_experts": ("num_local_experts", "num_experts"),
 }
+# What families were called before transformers took them in.
+_FORMER_NAMES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon"}
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # of old checkpoints
 
 
@@ -37,6 +39,8 @@ class HFConfig:
         self.context: int | None = None
         if not isinstance(self._values.get("model_type"), str):
             raise self._wrong("model_type", "a string that names the architecture")
+        kind = self._values["model_type"]
+        self._values["model_type"] = _FORMER_NAMES.get(kind, kind)
 
     @classmethod
     def read(cls, folder: str | Path) -> "HFConfig":

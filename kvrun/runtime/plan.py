@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from kvrun.errors import Unsupported
 from kvrun.runtime.hf_config import HFConfig
@@ -128,6 +129,14 @@ class Facts:
             max_position=self.context or 4096,
             max_model_len=None,
         )
+
+
+def architecture(values: dict[str, Any]) -> str | None:
+    """The architecture that a config.json's `values` name, of the text part where there are
+    several, as a family of `models/` would be called; None when they name none."""
+    if not isinstance(values.get("model_type"), str):
+        return None
+    return HFConfig(values).text("model_type")
 
 
 def examine(folder: str | Path) -> Facts:

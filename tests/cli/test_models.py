@@ -221,6 +221,22 @@ def test_a_pull_warns_of_what_kvrun_cannot_run(hub: Hub, kvrun_command: Run) -> 
     assert "note" not in kvrun_command("pull", "org/m").err
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
+        {"model_type": "RefinedWeb"},
+    ],
+)
+def test_a_pull_knows_text_parts_and_former_names(
+    hub: Hub, kvrun_command: Run, config: dict[str, object]
+) -> None:
+    hub.add("org/new", MODEL | {"config.json": json.dumps(config).encode()})
+    done = kvrun_command("pull", "org/new")
+    assert done.code == 0
+    assert "note" not in done.err
+
+
 def test_rm(hub: Hub, kvrun_command: Run) -> None:
     kvrun_command("pull", "org/m")
     refused = kvrun_command("rm", "org/m")

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint
 
 
-# What families were called before transformers took them in.
-FORMER_NAMES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon"}
 # Where the text model of a vision-language model lies, and what lies beside it.
 _TEXT_PARTS = ("language_model.model.", "model.language_model.")
 _TOWERS = ("vision_tower.", "multi_modal_projector.", "vision_model.", "image_newline")
@@ -35,7 +33,6 @@ def build(checkpoint: "Checkpoint") -> Decoder:
 def compose(checkpoint: "Checkpoint") -> Decoder:
     """`build`, but tensors may be left over and the checkpoint stays open."""
     kind = checkpoint.config.text("model_type")
-    kind = FORMER_NAMES.get(kind, kind)
     if kind not in (known := folder.names(__name__)):
         near = difflib.get_close_matches(kind, known, 1)
         meant = f"did you mean '{near[0]}'? " if near else ""

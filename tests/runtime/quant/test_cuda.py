@@ -57,4 +57,4 @@ def test_more_rows_than_a_weight_wants_are_multiplied_as_values() -> None:
     weight = Fused(made, None)
     weight.most = 2
     x = torch.randn(5, K)
-    assert torch.equal(weight.matmul(x), F.linear(x, w4a16.dequantise(made, torch.float32)))
+    assert off(weight.matmul(x), F.linear(x, w4a16.dequantise(made, torch.float32))) < 1e-6

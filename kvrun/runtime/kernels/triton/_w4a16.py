@@ -1,7 +1,7 @@
 """The device's side of `w4a16.py`: `fma`, `dot` and `values`.
 
 A word has FIELDS codes: 8 of 4 bits, or 4 of 8. PARTS is how many groups of columns its fields
-belong to. Of e4m3 a word is what lies in 4 neighbouring columns.
+belong to. Of e4m3 a word is what lies in 4 neighbouring columns, and is read as these.
 """
 
 import triton
@@ -12,12 +12,9 @@ from kvrun.runtime.kernels.triton._skinny import _arrive, _collect, _finish, _in
 
 
 @triton.jit
-def _column(j, i: tl.constexpr, KIND: tl.constexpr, FIELDS: tl.constexpr):
+def _column(j, i: tl.constexpr, FIELDS: tl.constexpr):
     """The column whose code is field i of word j."""
-    if KIND == "fp8":
-        return j * 4 + i
-    else:  # noqa: RET505 - what follows must not be compiled
-        return j // 32 * (32 * FIELDS) + i * 32 + j % 32
+    return j // 32 * (32 * FIELDS) + i * 32 + j % 32
 
 
 @triton.jit
@@ -34,13 +31,6 @@ def _pick(words, mask: tl.constexpr, bits: tl.constexpr, ASM: tl.constexpr):
         )
     else:  # noqa: RET505
         return (words & mask) | bits
-
-
-@triton.jit
-def _e4m3(words, i: tl.constexpr):
-    """Field i in fp32, times 2^-120: exponent and mantissa where those of fp32 are."""
-    high = words << (24 - 8 * i)
-    return ((high >> 4) & -2014314496).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -80,10 +70,8 @@ def _code(words, table, i: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
         else:
             wide = (((words >> (8 * i)) & 255) << 8) | 0x47000000
         return wide.to(tl.float32, bitcast=True)
-    elif KIND == "table":
-        return tl.load(table + ((words >> (4 * i)) & 15))
     else:
-        return _e4m3(words, i)
+        return tl.load(table + ((words >> (4 * i)) & 15))
 
 
 @triton.jit
@@ -98,51 +86,9 @@ def _excess(i: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _rounded(
-    words, table, i: tl.constexpr, KIND: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr
-):
-    """Field i of words in `dtype`: the distance from the middle, or the value."""
-    if KIND == "int4" and ASM and (dtype == tl.bfloat16 or dtype == tl.float16):
-        # Two words at once: 128 + code in bf16, 1024 + code in fp16, less that and the middle.
-        half: tl.constexpr = "0x5410" if i < 4 else "0x7632"
-        low: tl.constexpr = "0" if i % 4 == 0 else "4"
-        shift: tl.constexpr = low if i % 4 < 2 else "8" if i % 4 == 2 else "12"
-        if dtype == tl.bfloat16:
-            return tl.inline_asm_elementwise(
-                "{ .reg .b32 t, one, c; mov.b32 one, 0x3F803F80; mov.b32 c, 0xC308C308; "
-                "prmt.b32 t, $1, $2, " + half + "; shr.b32 t, t, " + shift + "; "
-                "lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA; fma.rn.bf16x2 $0, t, one, c; }",
-                "=r,r,r",
-                [words],
-                dtype=tl.bfloat16,
-                is_pure=True,
-                pack=2,
-            )
-        else:  # noqa: RET505
-            return tl.inline_asm_elementwise(
-                "{ .reg .b32 t, c; mov.b32 c, 0x64086408; "
-                "prmt.b32 t, $1, $2, " + half + "; shr.b32 t, t, " + shift + "; "
-                "lop3.b32 t, t, 0x000F000F, 0x64006400, 0xEA; sub.f16x2 $0, t, c; }",
-                "=r,r,r",
-                [words],
-                dtype=tl.float16,
-                is_pure=True,
-                pack=2,
-            )
-    elif KIND == "int4":
-        return (((words >> (4 * i)) & 15) - 8).to(dtype)
-    elif KIND == "int8":
-        return (_code(words, table, i, KIND, ASM) - _excess(i, KIND)).to(dtype)
-    elif KIND == "table":
-        return _code(words, table, i, KIND, ASM).to(dtype)
-    else:
-        return (_e4m3(words, i) * 1.329227995784916e36).to(dtype)
-
-
-@triton.jit
-def _fold(x):
-    """Sums over the 4 neighbouring words that one thread holds."""
-    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 4, 4]), 3)
+def _fold(x, count: tl.constexpr = 4):
+    """Sums over the neighbours that one thread holds, of words or of columns."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // count, count]), 3)
 
 
 @triton.jit
@@ -160,7 +106,7 @@ def _turn(
         whole = tl.zeros([sums.shape[0], 1, words.shape[2]], tl.float32)
         excess = tl.zeros([sums.shape[0], 1, words.shape[2]], tl.float32)
         for f in tl.static_range(share):
-            k = _column(j0 + j, p * share + f, KIND, FIELDS)
+            k = _column(j0 + j, p * share + f, FIELDS)
             row = _input(x + k, k < K, K, ACT, EVEN).to(tl.float32)
             if NORM:
                 squares += _fold(row * row)
@@ -169,22 +115,35 @@ def _turn(
                 whole += row
             if CODED:
                 excess += row * _excess(p * share + f, KIND)
-            if KIND == "fp8":
-                row *= 1.152921504606847e18
             part += row * _code(words, table, p * share + f, KIND, ASM)
         part = _fold(part)
         if CODED:
             part -= _fold(excess)
         first = j0 + tl.arange(0, words.shape[2] // 4)[None, None, :] * 4
-        k = _column(first, p * share, KIND, FIELDS)
+        k = _column(first, p * share, FIELDS)
         factor = tl.load(scale + k // G, mask=k < K, other=0.0).to(tl.float32)
-        if KIND == "fp8":
-            factor *= 1.152921504606847e18
         if ZERO:
             offset = tl.load(zero + k // G, mask=k < K, other=0.0).to(tl.float32)
             part -= offset * _fold(whole)
         sums += part * factor
     return sums, squares
+
+
+@triton.jit
+def _turn_e4m3(
+    sums, squares, tile, x, norm, scale, j0,
+    K: tl.constexpr, G: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    """`_turn` where columns follow each other: a thread holds 16 of them."""
+    k = j0 * 4 + tl.arange(0, tile.shape[2])[None, None, :]
+    row = _input(x + k, k < K, K, ACT, EVEN).to(tl.float32)
+    if NORM:
+        squares += _fold(row * row, 16)
+        row *= tl.load(norm + k) if EVEN else tl.load(norm + k, mask=k < K, other=0.0)
+    first = j0 * 4 + tl.arange(0, tile.shape[2] // 16)[None, None, :] * 16
+    factor = tl.load(scale + first // G, mask=first < K, other=0.0).to(tl.float32)
+    code = tile.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    return sums + _fold(row * code, 16) * factor, squares
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -201,28 +160,42 @@ def fma(
     release(PDL)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     own = tl.minimum(n, N - 1).to(tl.int64)[None, :, None]
-    j = tl.arange(0, BLOCK_W)[None, None, :]
+    PER: tl.constexpr = 4 if KIND == "fp8" else 1  # what is loaded of a word
+    j = tl.arange(0, BLOCK_W * PER)[None, None, :]
     EVEN: tl.constexpr = WORDS % BLOCK_W == 0 and WORDS * FIELDS == K
-    words += own * word_stride + j
+    words += own * word_stride
+    if KIND == "fp8":
+        words = words.to(tl.pointer_type(tl.int8))
+    words += j
     scale += own * groups
     if ZERO:
         zero += own * groups
     # The first words before the wait, and each turn's while the one before it computes.
-    tile = tl.load(words, mask=j < WORDS, other=0, eviction_policy="evict_first")
+    tile = tl.load(words, mask=j < WORDS * PER, other=0, eviction_policy="evict_first")
     sums = tl.zeros([ROWS, BLOCK_N, BLOCK_W // 4], tl.float32)
     squares = tl.zeros([ROWS, 1, BLOCK_W // 4], tl.float32)
     m = tl.arange(0, ROWS)[:, None]
     x += tl.minimum(m, M - 1)[:, :, None] * x_stride
     wait(PDL)
     for j0 in range(0, WORDS, BLOCK_W):
-        later = j0 + BLOCK_W
-        following = tl.load(
-            words + later, mask=later + j < WORDS, other=0, eviction_policy="evict_first"
-        )
-        sums, squares = _turn(
-            sums, squares, tile, x, norm, scale, zero, table, j, j0,
-            K, G, FIELDS, PARTS, KIND, ZERO, NORM, ACT, EVEN, ASM,
-        )  # fmt: skip
+        later = (j0 + BLOCK_W) * PER
+        following = tile
+        if WORDS > BLOCK_W:
+            following = tl.load(
+                words + later,
+                mask=later + j < WORDS * PER,
+                other=0,
+                eviction_policy="evict_first",
+            )
+        if KIND == "fp8":
+            sums, squares = _turn_e4m3(
+                sums, squares, tile, x, norm, scale, j0, K, G, NORM, ACT, EVEN
+            )
+        else:
+            sums, squares = _turn(
+                sums, squares, tile, x, norm, scale, zero, table, j, j0,
+                K, G, FIELDS, PARTS, KIND, ZERO, NORM, ACT, EVEN, ASM,
+            )  # fmt: skip
         tile = following
     y = tl.sum(sums, 2)
     if NORM:
@@ -231,35 +204,60 @@ def fma(
 
 
 @triton.jit
-def _multiply(
-    rows, words, scale, zero, table, first, last, j,
+def _spread(
+    words, scale, zero, table, j0,
     K: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr,
-    PARTS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr,
+    KIND: tl.constexpr, ZERO: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Codes · rows transposed [BLOCK_N, ROWS] over words first to last, a block per turn."""
-    share: tl.constexpr = FIELDS // PARTS
+    """The values of 32 words from j0 on of each row, [BLOCK_N, 32 · FIELDS] in `dtype`.
+
+    A word is seen once for each of its fields, in a dimension that one thread holds whole: shifts
+    are constants, and nothing moves between threads until the product.
+    """
+    field = tl.arange(0, FIELDS)
+    g = tl.minimum(j0 * FIELDS + 32 * field, K - 1)[None, :] // G
+    factor = tl.load(scale + g).to(tl.float32)[:, :, None]
+    if KIND == "fp8":
+        column = j0 * 4 + tl.arange(0, 32 * FIELDS)[None, :]
+        at = words.to(tl.pointer_type(tl.int8)) + column
+        code = tl.load(at) if WORDS % 32 == 0 else tl.load(at, mask=column < K, other=0)
+        code = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        value = tl.reshape(code, [code.shape[0], FIELDS, 32])
+        middle = 0.0
+    else:
+        word = tl.load(words + j0 + tl.arange(0, 32)[None, :])[:, None, :]
+        code = word >> (field * (32 // FIELDS))[None, :, None]
+        if KIND == "int4":  # the middle part of a mantissa, as in `_code`
+            value = ((code & 15) << 16 | 0x43000000).to(tl.float32, bitcast=True)
+            middle = 128.0 + 8.0
+        elif KIND == "int8":
+            value = ((code & 255) << 8 | 0x47000000).to(tl.float32, bitcast=True)
+            middle = 32768.0 + 128.0
+        else:
+            value = tl.load(table + (code & 15))
+            middle = 0.0
+    if ZERO:
+        middle += tl.load(zero + g).to(tl.float32)[:, :, None]
+    value = (value - middle) * factor
+    return tl.reshape(value.to(dtype), [value.shape[0], FIELDS * 32])
+
+
+@triton.jit
+def _multiply(
+    rows, words, scale, zero, table, first, last,
+    K: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr,
+    KIND: tl.constexpr, ZERO: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Values · rows transposed [BLOCK_N, ROWS] over words first to last, a block per turn."""
     EVEN: tl.constexpr = WORDS * FIELDS == K and WORDS % 32 == 0
     sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    inner = tl.arange(0, 32 * FIELDS)[:, None]
     for j0 in tl.range(first, last, 32, num_stages=STAGES):
-        if KIND == "fp8" and WORDS % 32 != 0:
-            tile = tl.load(words + j0, mask=j0 + j[None, :] < WORDS, other=0)
-        else:
-            tile = tl.load(words + j0)
-        for p in tl.static_range(PARTS):
-            part = tl.zeros([BLOCK_N, ROWS], tl.float32)
-            whole = tl.zeros([ROWS], tl.float32)
-            for f in tl.static_range(share):
-                k = _column(j0, p * share + f, KIND, FIELDS) + _column(j, 0, KIND, FIELDS)[:, None]
-                row = tl.load(rows + k) if EVEN else tl.load(rows + k, mask=k < K, other=0.0)
-                if ZERO:
-                    whole += tl.sum(row.to(tl.float32), 0)
-                code = _rounded(tile, table, p * share + f, KIND, dtype, ASM)
-                part = tl.dot(code, row.to(dtype), part, input_precision="ieee")
-            g = tl.minimum(_column(j0, p * share, KIND, FIELDS), K - 1) // G
-            if ZERO:
-                part -= tl.load(zero + g).to(tl.float32) * whole[None, :]
-            sums += tl.load(scale + g).to(tl.float32) * part
+        k = j0 * FIELDS + inner
+        row = tl.load(rows + k) if EVEN else tl.load(rows + k, mask=k < K, other=0.0)
+        tile = _spread(words, scale, zero, table, j0, K, G, WORDS, FIELDS, KIND, ZERO, dtype)
+        sums = tl.dot(tile, row.to(dtype), sums, input_precision="ieee")
     return sums
 
 
@@ -279,15 +277,14 @@ def dot(
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     m = m0 + tl.arange(0, ROWS)[None, :]
     own = tl.minimum(n, N - 1).to(tl.int64)
-    j = tl.arange(0, 32)
     first = split * span
     dtype: tl.constexpr = tl.float32 if WIDE else x.dtype.element_ty
     wait(PDL)
     y = _multiply(
-        x + tl.minimum(m, M - 1).to(tl.int64) * x_stride, words + own * word_stride + j[None, :],
+        x + tl.minimum(m, M - 1).to(tl.int64) * x_stride, words + own * word_stride,
         scale + own * groups, zero + own * groups if ZERO else zero, table,
-        first, tl.minimum(first + span, WORDS), j,
-        K, G, WORDS, FIELDS, PARTS, KIND, ZERO, ROWS, BLOCK_N, STAGES, dtype, ASM,
+        first, tl.minimum(first + span, WORDS),
+        K, G, WORDS, FIELDS, KIND, ZERO, ROWS, BLOCK_N, STAGES, dtype,
     )  # fmt: skip
     if SPLIT:
         parts += tile * splits * ((BLOCK_N + 1) * ROWS)
@@ -303,20 +300,19 @@ def dot(
 def values(
     words, scale, zero, table, out, N, groups, word_stride,
     K: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr,
-    KIND: tl.constexpr, ZERO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
-    PDL: tl.constexpr,
+    KIND: tl.constexpr, ZERO: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The matrix's values [BLOCK_N rows, FIELDS · BLOCK_W columns]."""
+    """The matrix's values [BLOCK_N rows, 32 · FIELDS columns]."""
     release(PDL)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    j = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
-    tile = tl.load(words + n * word_stride + j, mask=(n < N) & (j < WORDS), other=0)
+    j0 = tl.program_id(1) * 32
+    own = tl.minimum(n, N - 1)
+    if ZERO:
+        zero += own * groups
+    value = _spread(
+        words + own * word_stride, scale + own * groups, zero, table, j0,
+        K, G, WORDS, FIELDS, KIND, ZERO, out.dtype.element_ty,
+    )  # fmt: skip
     wait(PDL)
-    for i in tl.static_range(FIELDS):
-        k = _column(j, i, KIND, FIELDS)
-        inside = (n < N) & (k < K)
-        value = _rounded(tile, table, i, KIND, tl.float32, False)
-        if ZERO:
-            value -= tl.load(zero + n * groups + k // G, mask=inside, other=0.0).to(tl.float32)
-        value *= tl.load(scale + n * groups + k // G, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + n * K + k, value.to(out.dtype.element_ty), mask=inside)
+    k = j0 * FIELDS + tl.arange(0, 32 * FIELDS)[None, :]
+    tl.store(out + n * K + k, value, mask=(n < N) & (k < K))

@@ -23,6 +23,8 @@ RANKS = 16  # of a block: the least that tensor cores multiply
 _FEW_TILES = 16  # up to which the input is cut as finely as it goes
 _TALL = 16  # rows of a tile beyond which it is a prompt's
 _MOST_PIECES = 32
+_NARROW = 128  # outputs of a turn where a tile has several rows: what registers hold
+_LIMIT = {"maxnreg": 128}  # so that enough programs are there at once to keep memory busy
 _FEWEST_PIECES = 8  # where many rows may be few tiles: all of one adapter
 
 
@@ -59,13 +61,14 @@ def expand(
     block_m = max(16, triton.next_power_of_2(height))
     block_n = _block_n(len(tiles), sum(outs), block_m)
     places = _places(tuple(outs), block_n, y.device)
-    _expand[(len(tiles), len(places))](
-        sums, y, arena, table, rows, tiles, places,
+    _expand[(len(tiles) * len(places),)](
+        sums, y, arena, table, rows, tiles, places, len(tiles), len(places),
         count, y.stride(0), table.stride(0), width, pieces, 1.0 / features, eps or 0.0,
         CHUNK=_chunk(pieces, block_m), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=RANKS,
+        TILES=triton.next_power_of_2(len(tiles)), SHARE=block_n // min(block_n, _NARROW),
         NORM=eps is not None,
         ALIGNED=all(out % 8 == 0 for out in outs), WIDE=y.device.type == "cpu",
-        num_warps=4, **overlap(y.device),
+        num_warps=4, **(_LIMIT if sum(outs) > 8192 else {}), **overlap(y.device),
     )  # fmt: skip
 
 
@@ -214,16 +217,27 @@ def _dot(x, a, y, WIDE: tl.constexpr):
     return tl.dot(x, tl.trans(a), y, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["count", "width", "pieces"])
+@triton.jit(do_not_specialize=["count", "width", "pieces", "room", "spots"])
 def _expand(
-    sums, y, arena, table, rows, tiles, places, count, y_stride, table_stride, width, pieces,
-    per_feature, eps, CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    sums, y, arena, table, rows, tiles, places, room, spots,
+    count, y_stride, table_stride, width, pieces, per_feature, eps,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    TILES: tl.constexpr, SHARE: tl.constexpr,
     NORM: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Of one tile of rows, BLOCK_N outputs of one part."""
+    """Of one tile of rows, BLOCK_N outputs of one part, or a share of them where tiles are few."""
     release(PDL)
-    tile, place = tl.program_id(0), places + 4 * tl.program_id(1)
+    program, every = tl.program_id(0), tl.arange(0, TILES)
+    talls = tl.load(tiles + 3 * every + 2, mask=every < room, other=0)
+    live = tl.sum((talls > 0).to(tl.int32), 0)
+    # Programs without a tile of their own take shares of those there are.
+    split = SHARE > 1 and live * SHARE <= room
+    per_tile = spots * SHARE if split else spots
+    tile, spot = program // per_tile, program % per_tile
+    if tile >= live:
+        wait(PDL)  # a kernel that waits for nobody would let the next one start too early
+        return
+    place = places + 4 * (spot // SHARE if split else spot)
     slot = tl.load(tiles + 3 * tile)
     part, n0, out, column = (
         tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
@@ -236,44 +250,71 @@ def _expand(
         wait(PDL)
         return
     first, tall = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    m, r, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R), n0 + tl.arange(0, BLOCK_N)
-    b_at = arena + tl.multiple_of(tl.load(entry), 8) + r[:, None] * out + n[None, :]
-    b = tl.load(b_at, mask=(r < rank)[:, None] & (n < out)[None, :], other=0.0)
-    if tall == 1:
+    b_at = arena + tl.multiple_of(tl.load(entry), 8)
+    begin = tl.load(entry + 1).to(tl.int32)
+    if tall == 1 and not split:
         _expand_row(
-            sums, y, b_at, b, rows, n, r, first, rank, tl.load(entry + 1).to(tl.int32), column, out,
-            count, y_stride, width, pieces, per_feature, eps, CHUNK, BLOCK_N, BLOCK_R, NORM, PDL,
+            sums, y, b_at, rows, n0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R), first, rank,
+            begin, column, out, count, y_stride, width, pieces, per_feature, eps,
+            CHUNK, BLOCK_N, BLOCK_R, NORM, PDL,
         )  # fmt: skip
-        return
+    else:
+        turns = 1 if split else SHARE
+        n0 += spot % SHARE * (BLOCK_N // SHARE) if split else 0
+        _expand_rows(
+            sums, y, b_at, rows, n0, turns, first, tall, rank, begin, column, out, count, y_stride,
+            width, pieces, per_feature, eps, CHUNK, BLOCK_M, BLOCK_N // SHARE, BLOCK_R, NORM, WIDE,
+            PDL,
+        )  # fmt: skip
+
+
+@triton.jit
+def _expand_rows(
+    sums, y, b_at, rows, n0, turns, first, tall, rank, begin, column, out, count, y_stride, width,
+    pieces, per_feature, eps, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, NORM: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`turns` times BLOCK_N outputs of several rows, by tensor cores."""
+    m, r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
+    n = n0 + tl.arange(0, BLOCK_N)
+    b_at += r[:, None] * out + n[None, :]
+    b = tl.load(b_at, mask=(r < rank)[:, None] & (n < out)[None, :], other=0.0)
     row = tl.load(rows + first + m, mask=m < tall, other=0).to(tl.int64)
     alive = (m < tall)[:, None]
     sums += (first + m)[:, None].to(tl.int64) * width
-    low_at = sums + (tl.load(entry + 1).to(tl.int32) + r)[None, :]
-    wait(PDL)
+    low_at = sums + (begin + r)[None, :]
     y_at = y + row[:, None] * y_stride + column + n[None, :]
-    inside = alive & (n < out)[None, :]
-    before = tl.load(y_at, mask=inside, other=0.0)
-    change = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    wait(PDL)
     scale = tl.full([BLOCK_M, 1], 1.0, tl.float32)
     if NORM:
         square = _collect(sums + width - 1, alive, count * width, pieces, CHUNK)
         scale = tl.rsqrt(square * per_feature + eps)
-    for r0 in range(0, rank, BLOCK_R):
-        mask = alive & (r0 + r < rank)[None, :]
-        low = _collect(low_at + r0, mask, count * width, pieces, CHUNK)
-        change = _dot((low * scale).to(b.dtype), tl.trans(b), change, WIDE)
-        later = (r0 + BLOCK_R + r < rank)[:, None] & (n < out)[None, :]
-        b = tl.load(b_at + (r0 + BLOCK_R) * out, mask=later, other=0.0)
-    tl.store(y_at, (before.to(tl.float32) + change).to(y.dtype.element_ty), mask=inside)
+    for turn in range(turns):
+        shift = turn * BLOCK_N
+        inside = alive & (shift + n < out)[None, :]
+        before = tl.load(y_at + shift, mask=inside, other=0.0)
+        change = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for r0 in range(0, rank, BLOCK_R):
+            mask = alive & (r0 + r < rank)[None, :]
+            low = _collect(low_at + r0, mask, count * width, pieces, CHUNK)
+            change = _dot((low * scale).to(b.dtype), tl.trans(b), change, WIDE)
+            onward = r0 + BLOCK_R < rank
+            next_r = tl.where(onward, r0 + BLOCK_R, 0)
+            next_n = tl.where(onward, shift, shift + BLOCK_N)
+            later = (next_r + r < rank)[:, None] & (next_n + n < out)[None, :]
+            b = tl.load(b_at + next_r * out + next_n, mask=later, other=0.0)
+        tl.store(y_at + shift, (before.to(tl.float32) + change).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _expand_row(
-    sums, y, b_at, b, rows, n, r, first, rank, begin, column, out, count, y_stride, width, pieces,
+    sums, y, b_at, rows, n, r, first, rank, begin, column, out, count, y_stride, width, pieces,
     per_feature, eps, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The same for a tile of one row, by multiply and add: there is nothing to share."""
+    """Of one row, by multiply and add: there is nothing to share."""
+    b_at += r[:, None] * out + n[None, :]
+    b = tl.load(b_at, mask=(r < rank)[:, None] & (n < out)[None, :], other=0.0)
     row = tl.load(rows + first).to(tl.int64)
     y_at = y + row * y_stride + column + n
     at = sums + first.to(tl.int64) * width
@@ -300,8 +341,9 @@ def _expand_row(
             ), 0)  # fmt: skip
         low = (low * scale).to(b.dtype).to(tl.float32)
         change += tl.sum(low[:, None] * b.to(tl.float32), 0)
-        later = (r0 + BLOCK_R + r < rank)[:, None] & (n < out)[None, :]
-        b = tl.load(b_at + (r0 + BLOCK_R) * out, mask=later, other=0.0)
+        if r0 + BLOCK_R < rank:  # no mask alone: zeros would need registers beside the old ones
+            later = (r0 + BLOCK_R + r < rank)[:, None] & (n < out)[None, :]
+            b = tl.load(b_at + (r0 + BLOCK_R) * out, mask=later, other=0.0)
     tl.store(y_at, (before + change).to(y.dtype.element_ty), mask=n < out)
 
 

@@ -17,7 +17,8 @@ from kvrun.runtime.kernels.triton._w4a16 import dot, fma, values
 from kvrun.runtime.kernels.w4a16 import WORDS, Coded, block
 
 FEW = 4  # rows for which `fma` is used
-MOST = 256  # rows that `linear` takes
+# Rows that `linear` takes: beyond, making the values first is faster.
+MOST = {4: 64, 8: 256}
 
 
 class Form(NamedTuple):
@@ -103,17 +104,17 @@ def dequantise(matrix: Coded, dtype: torch.dtype, out: torch.Tensor | None = Non
         out = torch.empty((n, k), dtype=dtype, device=matrix.codes.device)
     options, words = _options(matrix), _words(matrix)
     del options["PARTS"]
-    values[(triton.cdiv(n, 8), triton.cdiv(words.shape[1], 128))](
+    values[(triton.cdiv(n, 32), triton.cdiv(words.shape[1], WORDS))](
         words, matrix.scale, matrix.zero, matrix.table, out,
         n, matrix.scale.shape[1], words.stride(0),
-        BLOCK_N=8, BLOCK_W=128, num_warps=4, **options, **overlap(out.device),
+        BLOCK_N=32, num_warps=4, **options, **overlap(out.device),
     )  # fmt: skip
     return out
 
 
 def serves(m: int, matrix: Coded) -> bool:
     """Whether `linear` takes so many rows in one go."""
-    return 0 < m <= MOST
+    return 0 < m <= (MOST[matrix.bits] if matrix.table is None else FEW)
 
 
 def takes_in(m: int, matrix: Coded) -> bool:
@@ -126,18 +127,16 @@ def config(m: int, n: int, k: int, bits: int, sm_count: int) -> Form:
     """How a product is cut."""
     words = triton.cdiv(k, block(bits)) * WORDS
     if m <= FEW:
-        # A thread loads 16 bytes of each row.
-        warps = min(4, max(1, triton.next_power_of_2(words) // 128))
+        # A thread loads 16 bytes of each row, and turns fill where they can.
+        warps = next((w for w in (4, 2) if words % (128 * w) == 0), 1)
         block_n = 4
         while block_n > 1 and n < block_n * 2 * sm_count:
             block_n //= 2
         return Form(False, block_n, warps, 128 * warps, rows=triton.next_power_of_2(m))
-    rows = min(128, max(16, triton.next_power_of_2(m)))
+    rows = min(128 if bits == 4 else 256, max(16, triton.next_power_of_2(m)))
     tiles = triton.cdiv(n, 64) * triton.cdiv(m, rows)
-    splits = max(1, min(words // WORDS // 4, 4 * sm_count // tiles, 8)) if m <= rows else 1
-    # A thread's sums fit into its registers, and what is in flight into shared memory.
-    warps, stages = (4, 4) if rows <= 32 else (8, 3) if rows == 64 else (8, 2)
-    return Form(True, 64, warps, rows=rows, stages=stages, splits=splits)
+    splits = max(1, min(words // WORDS // 4, 4 * sm_count // tiles, 8)) if m <= 64 else 1
+    return Form(True, 64, 4 if rows <= 64 else 8, rows=rows, stages=3, splits=splits)
 
 
 def _words(matrix: Coded) -> torch.Tensor:

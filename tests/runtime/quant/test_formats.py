@@ -24,7 +24,8 @@ from tests.runtime.quant.formats import FORMATS
 from tests.runtime.test_parallel import Threads
 
 N, K = 96, 128
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2",
+          "w3")  # fmt: skip
 
 
 def write(path: Path, said: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
@@ -108,11 +109,19 @@ def off(got: torch.Tensor, ref: torch.Tensor) -> float:
     return float((got.double() - ref.double()).norm() / ref.double().norm())
 
 
-def quantized(path: Path, name: str, family: str = "llama", variant: str = "biases") -> Path:
+def quantized(
+    path: Path, name: str, family: str = "llama", variant: str = "biases", **more: Any
+) -> Path:
     """A model of a family, its matrices stored in the format `name` at `path`/quantized; the same
     values plainly at `path`/plain."""
     plain, coded = path / "plain", path / "quantized"
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "head_dim": 32,
+        "num_key_value_heads": 2,
+    }
+    sizes |= more
     zoo.make(plain, family, variant, num_attention_heads=4, **sizes)
     zoo.make(coded, family, variant, num_attention_heads=4, **sizes)
     said, writer = FORMATS[name]

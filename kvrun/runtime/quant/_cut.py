@@ -65,11 +65,18 @@ def packed(
     return values if dim else values.t()
 
 
-def halves(w: "Checkpoint", name: str, shape: tuple[int, int], cut: Pair) -> torch.Tensor:
+def halves(
+    w: "Checkpoint",
+    name: str,
+    shape: tuple[int, int],
+    cut: Pair,
+    dtype: torch.dtype = torch.uint8,
+) -> torch.Tensor:
     """The kept codes of a matrix `shape` with two of them in a byte, the lower half first."""
     rows, cols = cut
     covering = None if cols is None else tuple((a // 2, -(-b // 2)) for a, b in cols)
-    found = w.read(name, (shape[0], -(-shape[1] // 2)), (rows, covering), torch.uint8)
+    found = w.read(name, (shape[0], -(-shape[1] // 2)), (rows, covering), dtype)
+    found = found.view(torch.uint8)
     values = torch.stack([found & 15, found >> 4], 2).flatten(1)
     return values[:, : shape[1]] if cols is None else trim(values, cols, 2)
 

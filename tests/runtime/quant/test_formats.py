@@ -48,6 +48,8 @@ def decoded(w: Checkpoint, shard: Shard) -> torch.Tensor:
     """The matrix as its file of formats finds it."""
     method = w.config.quant_method.replace("-", "_")
     found = folder.load(quant.__name__, method).decode(w, shard)
+    if isinstance(found, torch.Tensor):  # of values, where columns share no scales
+        return found
     return w4a16.dequantise(found, torch.float32)
 
 
@@ -58,8 +60,8 @@ def test_the_values_are_those_written(tmp_path: Path, name: str) -> None:
     found = decoded(w, Shard("a", N, K))
     w.finish()  # every tensor of the file has its meaning
     w.close()
-    exact = not name.startswith(("nf4-double", "bitsandbytes"))
-    torch.testing.assert_close(found, ref, rtol=0 if exact else 1e-6, atol=0 if exact else 1e-7)
+    exact = not name.startswith(("nf4-double", "bitsandbytes", "torchao-int4"))
+    torch.testing.assert_close(found, ref, rtol=0 if exact else 1e-6, atol=0 if exact else 5e-7)
 
 
 CUTS: list[tuple[Ranges | None, Ranges | None]] = [
@@ -148,7 +150,7 @@ def logits(driver: Driver) -> list[torch.Tensor]:
 
 
 MODELS = ["gptq-order", "awq-gemm", "packed-4bit-zero", "int-quantized", "fp8-block", "nf4-double",
-          "bitsandbytes-int8"]  # fmt: skip
+          "bitsandbytes-int8", "torchao-int4", "torchao-float8-channel", "hqq-4bit"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -185,7 +187,7 @@ def test_random_weights_of_every_format(tmp_path: Path, name: str) -> None:
     driver = Driver(coded, load_format="dummy")
     assert torch.cat(logits(driver)).isfinite().all()
     plain = Driver(tmp_path / "plain", load_format="dummy")
-    values = name in ("fp8-block", "nf4-double")  # on CPU
+    values = name in ("fp8-block", "nf4-double", "torchao-float8-channel")  # on CPU
     less = plain.model.parameter_bytes > driver.model.parameter_bytes
     assert less is not values
 

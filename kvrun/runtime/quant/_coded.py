@@ -114,7 +114,7 @@ def join(parts: Sequence[Coded]) -> Coded:
     if any(part.zero is not None for part in parts):
         zero = torch.cat(
             [
-                torch.zeros_like(p.scale) if p.zero is None else p.zero.to(p.scale.dtype)
+                torch.zeros_like(p.scale, dtype=torch.float32) if p.zero is None else p.zero.float()
                 for p in parts
             ]
         )

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from kvrun import folder
-from kvrun.errors import InvalidRequest
+from kvrun.errors import InvalidRequest, Unsupported
 from kvrun.runtime import quant
 from kvrun.runtime.calibrate import job, store
 from kvrun.runtime.calibrate.job import Recipe, quantize
@@ -186,3 +186,11 @@ def test_experts_of_their_own_are_quantized(tmp_path: Path) -> None:
     said = json.loads((out / "config.json").read_text())["quantization_config"]
     assert said["dynamic"] == {r"-:model\.layers\.1\.mlp\.gate$": {}}
     assert off(logits(out), logits(tmp_path / "m")) < 0.5
+
+
+def test_experts_in_one_tensor_are_refused(tmp_path: Path) -> None:
+    zoo.make(tmp_path / "m", "granitemoe", "plain")
+    with pytest.raises(Unsupported, match="lie in one tensor") as caught:
+        quantize(tmp_path / "m", tmp_path / "out", Recipe("m", "int4", 32), [])
+    assert "--quantize" in str(caught.value.hint)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]

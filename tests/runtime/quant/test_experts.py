@@ -18,6 +18,7 @@ from kvrun.runtime.kernels.moe import one
 from kvrun.runtime.models import build
 from kvrun.runtime.quant import _coded, _stack, mxfp4
 from tests.runtime.driver import Driver
+from tests.runtime.lora import adapters
 from tests.runtime.models import zoo
 from tests.runtime.quant.test_formats import logits, off, quantized, write
 from tests.runtime.test_parallel import Threads
@@ -219,3 +220,33 @@ def mxfp4_like(seed: int) -> w4a16.Coded:
     codes = torch.randint(0, 16, (4, 64), generator=generator).to(torch.uint8)
     table = torch.tensor(mxfp4.E2M1)
     return _coded.grouped(codes, torch.rand(4, 2), torch.arange(64) // 32, table=table)
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "variant"),
+    [
+        ("torchao-int4", "llama", "biases"),
+        ("hqq-4bit", "llama", "biases"),
+        ("fp8-block", "qwen3_moe", "plain"),
+    ],
+)
+def test_an_adapter_goes_on_top(tmp_path: Path, name: str, family: str, variant: str) -> None:
+    """The answer is that of the values with the adapter added to them."""
+    coded = quantized(tmp_path, name, family, variant, moe_intermediate_size=64)
+    shapes = {
+        f"model.layers.{n}.self_attn.{part}": size
+        for n in range(2)
+        for part, size in {"q_proj": (128, 64), "v_proj": (64, 64), "o_proj": (64, 128)}.items()
+    }
+    deltas = adapters.write(tmp_path / "adapter", shapes)
+    driver = adapters.Adapted(coded)
+    driver.bank.register("a", str(tmp_path / "adapter"))
+    ids = list(range(11))
+    found, base = driver.adapted([(0, ids, "a"), (1, ids, None)], "joined")
+    zoo.edit_tensors(
+        tmp_path / "plain",
+        lambda t: t | {f"{m}.weight": t[f"{m}.weight"] + delta for m, delta in deltas.items()},
+    )
+    (wanted,) = Driver(tmp_path / "plain").step([(0, ids)])
+    assert off(found, wanted) < 4e-2
+    assert off(base, wanted) > 0.2

@@ -48,7 +48,7 @@ are not. Scaled rotations: linear, dynamic, llama3, yarn, longrope; the two list
 chosen between once for an engine, by its longest context (`max_model_len`), so that no answer
 depends on its neighbours. Latent attention (DeepSeek) keeps the keys and values of every head in
 the cache, not the latent. Attention in chunks (Llama 4) runs without kvrun's own kernels. Experts
-are read from plain matrices in 16 or 32 bits.
+are read plain, in every stored format where each has tensors of its own, and as mxfp4.
 
 Of all these, Llama and Qwen 3 have run on a GPU so far; what a GPU runs for the others is tested by
 the twins of its kernels, on CPU.

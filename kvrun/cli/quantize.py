@@ -12,9 +12,11 @@ from kvrun.errors import InvalidRequest
 from kvrun.runtime.config import METHODS
 
 PANEL = "Models"
+FORMATS = ("compressed-tensors", "gptq", "awq", "bitsandbytes")
 EXAMPLES = (
     "kvrun quantize Qwen/Qwen3-0.6B --method int8 -o qwen3-int8       8 bits, nothing to look at",
     "kvrun quantize Qwen/Qwen3-0.6B --method gptq -o qwen3-4bit --check   4 bits, and what it cost",
+    "kvrun quantize Qwen/Qwen3-0.6B --method gptq --format gptq -o qwen3-gptq   as AutoGPTQ has it",
     "kvrun quantize ./my-model --method awq --calibration notes.txt -o my-4bit",
 )
 Model = Annotated[
@@ -37,6 +39,16 @@ Method = Annotated[
         help=f"{', '.join(METHODS)}; gptq and awq look at text.",
         rich_help_panel=PANEL,
         autocompletion=lambda: list(METHODS),
+    ),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help=f"How it is stored: {', '.join(FORMATS)}; default: {FORMATS[0]}, nf4: {FORMATS[3]}.",
+        rich_help_panel=PANEL,
+        autocompletion=lambda: list(FORMATS),
     ),
 ]
 Calibration = Annotated[
@@ -75,6 +87,7 @@ def command(
     model: Model,
     output: Output,
     method: Method = "int4",
+    format: Format = None,
     calibration: Calibration = "builtin",
     group_size: GroupSize = None,
     samples: Samples = 128,
@@ -91,7 +104,7 @@ def command(
 
     if samples < 1:
         raise InvalidRequest(f"--samples is {samples}; it must be at least 1.")
-    recipe = job.Recipe(model, method, group_size, calibration, samples)
+    recipe = job.Recipe(model, method, group_size, calibration, samples, format=format)
     folder = resolve(model)
     seen: list[list[int]] = []
     kept: list[list[int]] = []

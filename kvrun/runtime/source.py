@@ -3,7 +3,7 @@
 import re
 import zlib
 from collections.abc import Sequence
-from math import prod
+from math import log2, prod
 from pathlib import Path
 from typing import Protocol
 
@@ -164,6 +164,9 @@ class RandomSource:
     def fill(self, name: str, shape: tuple[int, ...], cut: Cut, out: torch.Tensor) -> None:
         generator = torch.Generator(out.device)
         generator.manual_seed(zlib.crc32(f"{self._seed} {name} {cut}".encode()))
+        if out.dtype is torch.uint8 and _SCALE.search(name):  # powers of two
+            out.fill_(127 + int(log2(_CODE_SCALE)))
+            return
         if not out.dtype.is_floating_point:
             limits = torch.iinfo(out.dtype)
             out.random_(limits.min, limits.max, generator=generator)

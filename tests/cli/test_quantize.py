@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from kvrun.cli import quantize
+from kvrun.runtime.calibrate import store
+
 Run = Callable[..., Any]
 
 
@@ -46,6 +49,8 @@ def test_a_folder_and_what_it_cost(kvrun_command: Run, tmp_path: Path, text: Pat
         (["--method", "gptq", "--calibration", "no-such-file"], 3, "no-such-file"),
         (["--method", "gptq", "--samples", "0"], 2, "--samples is 0"),
         (["--method", "fp8", "--group-size", "64"], 2, "no choice"),
+        (["--method", "int8", "--format", "awq"], 2, "with --format awq: int4"),
+        (["--method", "int4", "--format", "gguf"], 2, "one of: compressed-tensors, gptq, awq"),
     ],
 )
 def test_what_cannot_be_done(
@@ -70,3 +75,19 @@ def test_no_model_and_no_output(kvrun_command: Run, tmp_path: Path) -> None:
     assert kvrun_command("quantize", "tiny").code == 2
     done = kvrun_command("quantize", "no/such-model", "-o", str(tmp_path / "new"))
     assert done.code == 3
+
+
+def test_the_formats_of_the_help_are_those_that_are_written() -> None:
+    assert set(quantize.FORMATS) == set(store.FORMATS)
+
+
+def test_a_format_of_choice(kvrun_command: Run, tmp_path: Path) -> None:
+    out = tmp_path / "new"
+    done = kvrun_command(
+        "quantize", "tiny", "--method", "int4", "--group-size", "32", "--format", "gptq",
+        "-o", str(out),
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    said = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (said["quant_method"], said["group_size"]) == ("gptq", 32)
+    assert json.loads((out / "recipe.json").read_text())["format"] == "gptq"

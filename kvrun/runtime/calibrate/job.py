@@ -38,7 +38,8 @@ _SMALL = 256 << 20  # tensors up to so many bytes share a file
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to do; `group_size` None: 128 columns share a scale of 4 bits, a row one of 8."""
+    """What to do; `group_size` None: 128 columns share a scale of 4 bits, a row one of 8; `format`
+    of store.FORMATS, None: the method's usual."""
 
     model: str
     method: str
@@ -46,16 +47,30 @@ class Recipe:
     calibration: str = "builtin"
     samples: int = 128
     sample_length: int = 512
+    format: str | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InvalidRequest(
                 f"--method is '{self.method}'.", hint=f"one of: {', '.join(METHODS)}"
             )
-        fixed = self.method in ("nf4", "fp8")
+        if self.form not in store.FORMATS:
+            raise InvalidRequest(
+                f"--format is '{self.form}'.", hint=f"one of: {', '.join(store.FORMATS)}"
+            )
+        if self.method not in (known := store.FORMATS[self.form]):
+            raise InvalidRequest(
+                f"files of {self.form} do not hold what --method {self.method} makes.",
+                hint=f"with --format {self.form}: {', '.join(known)}",
+            )
+        fixed = self.method in ("nf4", "fp8") or self.form == "bitsandbytes"
         if self.group_size is not None and (fixed or self.group_size < 32 or self.group_size % 32):
             why = f"{self.method} has no choice of it" if fixed else "it is a multiple of 32"
             raise InvalidRequest(f"--group-size is {self.group_size}.", hint=why)
+
+    @property
+    def form(self) -> str:
+        return self.format or store.usual(self.method)
 
     @property
     def looks(self) -> bool:
@@ -118,7 +133,7 @@ class _Job:
         self._stored = TensorFolder(folder)
         self._stored.close()
         config = layers.files.config
-        self._way = Way(recipe.method, recipe.group, _dtype(config))
+        self._way = Way(recipe.method, recipe.group, _dtype(config), recipe.form)
         self._family = config.text("model_type")
         # Matrices that become codes: their layer and shape.
         self._matrices = {
@@ -143,6 +158,12 @@ class _Job:
             raise InvalidRequest(
                 f"groups of {group} columns do not divide the {k} columns of {name}.",
                 hint=f"--group-size {_round.fitting(k, group)}",
+            )
+        units = store.unit(self._recipe.form, store.BITS.get(self._recipe.method, 8))
+        if n % units[0] or k % units[1]:
+            raise InvalidRequest(
+                f"words of {self._recipe.form} do not divide {name} of [{n}, {k}].",
+                hint=f"--format {store.usual(self._recipe.method)}",
             )
         if self._recipe.method == "nf4" and n * k % _round.BLOCK:
             raise InvalidRequest(f"blocks of {_round.BLOCK} do not divide {name} of [{n}, {k}].")
@@ -213,7 +234,8 @@ class _Job:
             (made.columns if kind == "columns" else made.rows)[name] = factor
         for name in self._names(layer):
             own = {f[len(name) + 1 :]: t for f, t in found.items() if f.startswith(f"{name}.")}
-            made.add(name, own, store.values_of(own, store.BITS[self._recipe.method]))
+            values = store.values_of(own, store.BITS[self._recipe.method], self._recipe.form)
+            made.add(name, own, values)
         return made.values
 
     def _layer(
@@ -265,7 +287,10 @@ class _Job:
             if name.endswith(".weight") and len(self._stored.find(name)[1].shape) == 2
         ]
         ignore = sorted({"lm_head", *plain})
-        said = store.configuration(self._recipe.method, self._way.group, ignore)
+        form = self._recipe.form
+        said = store.configuration(self._recipe.method, form, self._way.group, ignore)
+        if form == "gptq":  # readers of old files look here
+            _write(self._partial / "quantize_config.json", said)
         _write(self._partial / "config.json", {**config, "quantization_config": said})
         versions = {"kvrun": __version__, "torch": torch.__version__}
         _write(self._partial / RECIPE, {**asdict(self._recipe), "versions": versions})

@@ -42,7 +42,8 @@ class Way:
 
     method: str
     group: int | None
-    dtype: torch.dtype  # of scales
+    dtype: torch.dtype  # of the model, and of scales where the format does not say another
+    form: str = "compressed-tensors"  # of store.FORMATS
 
     def make(
         self,
@@ -75,15 +76,23 @@ class Way:
     ) -> tuple[store.Tensors, torch.Tensor]:
         if self.method == "fp8":
             return store.e4m3(weight.to(self.dtype))
-        if self.method == "nf4":
-            return store.nf4(weight.to(self.dtype))
+        if self.form == "bitsandbytes":
+            return (store.nf4 if self.method == "nf4" else store.rows)(weight.to(self.dtype))
         bits, group = store.BITS[self.method], self.group or weight.shape[1]
+        dtype = torch.float16 if self.form in store.HALF else self.dtype
         if self.method == "gptq" and hessian is not None:
-            return store.integers(solve.gptq(weight, hessian, bits, group, self.dtype))
-        weigh = None if hessian is None else hessian.diagonal()
-        return store.integers(
-            _round.whole(weight, bits, group, symmetric=True, importance=weigh, dtype=self.dtype)
-        )
+            made = solve.gptq(weight, hessian, bits, group, dtype)
+        else:
+            weigh = None if hessian is None else hessian.diagonal()
+            made = _round.whole(
+                weight,
+                bits,
+                group,
+                symmetric=self.form != "awq",  # which has room for zeros
+                importance=weigh,
+                dtype=dtype,
+            )
+        return store.integers(made, self.form)
 
     def _shift(
         self,

@@ -1,18 +1,24 @@
 """Mixture of experts: every token through the few gated MLPs that its router has chosen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 
+from kvrun.runtime.kernels import w4a16
 from kvrun.runtime.kernels.gated import ACTIVATIONS
+from kvrun.runtime.kernels.w4a16 import Coded
 
 Gate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Matrices [experts, out, in]; the same as codes, whose tensors have that dimension more; or what
+# multiplies [tokens, in] by each of them, which the Triton kernel does not take.
+Stack = torch.Tensor | Coded | Sequence[Callable[[torch.Tensor], torch.Tensor]]
 
 
 def experts(
     x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: Stack,
+    down: Stack,
     chosen: torch.Tensor,
     weights: torch.Tensor,
     act: str,
@@ -34,7 +40,7 @@ def experts(
     rows = x.index_select(0, order // count)
     found = torch.empty_like(rows)
     start = 0
-    for expert, size in enumerate(torch.bincount(flat, minlength=len(gate_up)).tolist()):
+    for expert, size in enumerate(torch.bincount(flat).tolist()):
         if size == 0:
             continue
         mine = slice(start, start + size)
@@ -46,10 +52,20 @@ def experts(
     return (each.float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
 
-def _linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, expert: int
-) -> torch.Tensor:
-    return torch.nn.functional.linear(x, weight[expert], None if bias is None else bias[expert])
+def _linear(x: torch.Tensor, stack: Stack, bias: torch.Tensor | None, expert: int) -> torch.Tensor:
+    own = None if bias is None else bias[expert]
+    if isinstance(stack, Coded):
+        return F.linear(x, w4a16.dequantise(one(stack, expert), x.dtype), own)
+    if isinstance(stack, torch.Tensor):
+        return F.linear(x, stack[expert], own)
+    y = stack[expert](x)
+    return y if own is None else y + own
+
+
+def one(stack: Coded, expert: int) -> Coded:
+    """The matrix of one expert."""
+    zero = None if stack.zero is None else stack.zero[expert]
+    return stack._replace(codes=stack.codes[expert], scale=stack.scale[expert], zero=zero)
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor, act: str, limit: float) -> torch.Tensor:

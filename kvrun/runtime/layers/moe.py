@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from kvrun.errors import Unsupported
+from kvrun.runtime import quant
 from kvrun.runtime.device import kernel
+from kvrun.runtime.kernels.moe import Stack
+from kvrun.runtime.kernels.w4a16 import Coded
 from kvrun.runtime.layers.linear import Linear, split_cols
 from kvrun.runtime.layers.mlp import KERNEL_NAMES, gate_and_up
 from kvrun.runtime.layers.qkv import Shard
@@ -81,15 +83,17 @@ def sigmoid_top(
 
 @dataclass(frozen=True)
 class Experts:
-    """Stacked matrices of this rank: gate_up [experts, 2 * inner, hidden], the gates on top, down
+    """Matrices of this rank: gate_up [experts, 2 * inner, hidden], the gates on top, down
     [experts, hidden, inner]; biases [experts, ...] if any.
 
     `act` is an activation of a gated MLP, or "clamped" with a `limit` (see kernels/moe.py).
     """
 
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Stack
+    down: Stack
     act: str
+    count: int
+    hidden: int
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
     limit: float = 0.0
@@ -106,15 +110,13 @@ def listed(
     act: str,
 ) -> Experts:
     """Experts with tensors of their own: `name`.N.part, for a gate, an up and a down matrix."""
-    plain(w, name)
     gate, up, down = parts
-    rows: list[Shard] = []
-    for n in range(count):
-        rows += gate_and_up(w, (f"{name}.{n}.{gate}", f"{name}.{n}.{up}"), hidden, inner)
-    cols = [split_cols(w, f"{name}.{n}.{down}", hidden, inner) for n in range(count)]
-    return Experts(
-        w.matrix(*rows).view(count, -1, hidden), w.matrix(*cols).view(count, hidden, -1), act
-    )
+    rows = [
+        gate_and_up(w, (f"{name}.{n}.{gate}", f"{name}.{n}.{up}"), hidden, inner)
+        for n in range(count)
+    ]
+    cols = [[split_cols(w, f"{name}.{n}.{down}", hidden, inner)] for n in range(count)]
+    return Experts(quant.experts(w, rows), quant.experts(w, cols), act, count, hidden)
 
 
 def stacked(
@@ -126,25 +128,30 @@ def stacked(
     hidden: int,
     inner: int,
     act: str,
+    transposed: bool = False,
+    alternate: bool = False,
 ) -> Experts:
-    """Experts in two tensors [count, 2 * inner, hidden] and [count, hidden, inner]."""
-    plain(w, gate_up)
+    """Experts in two tensors [count, 2 * inner, hidden] and [count, hidden, inner]; `transposed`:
+    their last two dimensions are exchanged; `alternate`: a gate, an up, and so on."""
     first, last = w.group.cut(inner, gate_up)
-    rows, cols = ((first, last), (inner + first, inner + last)), ((first, last),)
+    halves = (first, last), (inner + first, inner + last)
+    rows = ((2 * first, 2 * last),) if alternate else halves
+    both = Shard(gate_up, 2 * inner, hidden, rows, None, transposed)
+    back = Shard(down, hidden, inner, None, ((first, last),), transposed)
     return Experts(
-        w.read(gate_up, (count, 2 * inner, hidden), (None, rows, None)),
-        w.read(down, (count, hidden, inner), (None, None, cols)),
+        quant.stack(w, count, both, alternate=alternate),
+        quant.stack(w, count, back),
         act,
+        count,
+        hidden,
     )
 
 
-def plain(w: "Checkpoint", name: str) -> None:
-    """Raise Unsupported for experts that are stored in another form than plain matrices."""
-    if w.config.quant_method is not None:
-        raise Unsupported(
-            f"the experts {name} are stored as '{w.config.quant_method}', which kvrun cannot read.",
-            hint="use the model's version in 16 or 32 bits",
-        )
+def made(
+    w: "Checkpoint", name: str, shape: tuple[int, int, int], one: Callable[[int], torch.Tensor]
+) -> Stack:
+    """Matrices [experts, out, in] of this rank, each [out, in] as `one` reads it plainly."""
+    return quant.made(w, name, shape[0], shape[1:], one)
 
 
 class MoE:
@@ -165,7 +172,7 @@ class MoE:
         wide: bool = False,
         shared: "Part | None" = None,
     ) -> None:
-        count, hidden, _ = experts.down.shape
+        count, hidden = experts.count, experts.hidden
         self._wide = (
             w.read(f"{router}.weight", (count, hidden), None, torch.float32) if wide else None
         )
@@ -176,7 +183,8 @@ class MoE:
         self._experts = experts
         self._shared = shared
         self._group = w.group
-        self._kernel = kernel("moe", w.device)
+        stacks = isinstance(experts.down, torch.Tensor | Coded)
+        self._kernel = kernel("moe", w.device if stacks else torch.device("cpu"))
 
     def __call__(
         self,

@@ -9,7 +9,7 @@ from kvrun.runtime.layers.attention import Attention
 from kvrun.runtime.layers.block import Block
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.layers.embedding import Embedding, Head
-from kvrun.runtime.layers.moe import Experts, MoE, plain, softmax_top
+from kvrun.runtime.layers.moe import Experts, MoE, made, softmax_top
 from kvrun.runtime.layers.norm import LayerNorm, layer_norm
 from kvrun.runtime.layers.position import Rope
 from kvrun.runtime.layers.qkv import cut_heads, packed
@@ -53,14 +53,17 @@ def norm(w: "Checkpoint", name: str) -> LayerNorm:
 
 def experts(w: "Checkpoint", p: str) -> Experts:
     """Three tensors [experts * inner, hidden]; the last is used as it lies, not transposed."""
-    plain(w, p)
     f, hidden = w.config.part("ffn_config"), w.config.integer("hidden_size")
     count, inner = f.integer("moe_num_experts", 4), f.integer("ffn_hidden_size", 3584)
     first, last = w.group.cut(inner, p)
-    rows = tuple((e * inner + first, e * inner + last) for e in range(count))
-    gate, up, down = (
-        w.read(f"{p}.{name}", (count * inner, hidden), (rows, None)).view(count, -1, hidden)
-        for name in ("w1", "v1", "w2")
+
+    def read(part: str, e: int) -> torch.Tensor:
+        rows = ((e * inner + first, e * inner + last),)
+        return w.read(f"{p}.{part}", (count * inner, hidden), (rows, None))
+
+    own = last - first
+    gate_up = made(
+        w, p, (count, 2 * own, hidden), lambda e: torch.cat((read("w1", e), read("v1", e)))
     )
-    act = f.part("ffn_act_fn").text("name", "silu")
-    return Experts(torch.cat((gate, up), 1), down.transpose(1, 2).contiguous(), act)
+    down = made(w, p, (count, hidden, own), lambda e: read("w2", e).t())
+    return Experts(gate_up, down, f.part("ffn_act_fn").text("name", "silu"), count, hidden)

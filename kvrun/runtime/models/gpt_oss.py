@@ -1,13 +1,14 @@
 """gpt-oss: experts with biases and a clamped gate, a sink per head, a window on every other layer.
 Source: transformers, models/gpt_oss/modeling_gpt_oss.py."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from kvrun.runtime.layers.block import Block
 from kvrun.runtime.layers.decoder import Decoder
-from kvrun.runtime.layers.moe import Experts, MoE, plain, top_softmax
+from kvrun.runtime.layers.moe import MoE, stacked, top_softmax
 from kvrun.runtime.layers.position import Rope
 from kvrun.runtime.models import llama
 
@@ -37,26 +38,21 @@ def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
 
 
 def moe(w: "Checkpoint", p: str) -> MoE:
-    """Gates and ups alternate in the file, and matrices are stored [in, out]."""
-    plain(w, p)
+    """Gates and ups alternate in the file, and plain matrices are stored [in, out]."""
     c = w.config
     count, hidden = c.integer("num_local_experts"), c.integer("hidden_size")
     inner = c.integer("intermediate_size")
+    up, down = f"{p}.experts.gate_up_proj", f"{p}.experts.down_proj"
+    sizes = {"count": count, "hidden": hidden, "inner": inner}
+    experts = stacked(w, up, down, act="clamped", transposed=True, alternate=True, **sizes)
     first, last = w.group.cut(inner, p)
-    both, mine = ((2 * first, 2 * last),), ((first, last),)
-    name = f"{p}.experts.gate_up_proj"
-    gate_up = w.read(name, (count, hidden, 2 * inner), (None, None, both)).transpose(1, 2)
-    biases = w.read(f"{name}_bias", (count, 2 * inner), (None, both))
-    name = f"{p}.experts.down_proj"
-    down = w.read(name, (count, inner, hidden), (None, mine, None)).transpose(1, 2)
-    down_bias = w.read(f"{name}_bias", (count, hidden))
-    experts = Experts(
-        torch.cat((gate_up[:, ::2], gate_up[:, 1::2]), 1),
-        down.contiguous(),
-        "clamped",
-        torch.cat((biases[:, ::2], biases[:, 1::2]), 1),
-        down_bias if w.group.rank == 0 else down_bias * 0,  # once in the sum over ranks
-        c.number("swiglu_limit", 7.0),
+    biases = w.read(f"{up}_bias", (count, 2 * inner), (None, ((2 * first, 2 * last),)))
+    down_bias = w.read(f"{down}_bias", (count, hidden))
+    experts = replace(
+        experts,
+        gate_up_bias=torch.cat((biases[:, ::2], biases[:, 1::2]), 1),
+        down_bias=down_bias if w.group.rank == 0 else down_bias * 0,  # once in the sum over ranks
+        limit=c.number("swiglu_limit", 7.0),
     )
     route = top_softmax(c.integer("num_experts_per_tok"))
     return MoE(w, f"{p}.router", route, experts, bias=True)

@@ -10,7 +10,7 @@ from kvrun.runtime.layers.attention import Attention
 from kvrun.runtime.layers.block import Block, Part
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.layers.mlp import GatedMLP
-from kvrun.runtime.layers.moe import Experts, MoE, plain
+from kvrun.runtime.layers.moe import Experts, MoE, stacked
 from kvrun.runtime.layers.norm import HeadNorm, RMSNorm
 from kvrun.runtime.layers.position import GrowingQueries, Rope
 from kvrun.runtime.layers.qkv import Heads
@@ -90,16 +90,17 @@ def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def experts(w: "Checkpoint", p: str) -> Experts:
     """Stored [in, out], the gates before the ups."""
-    plain(w, p)
     c = w.config
-    count, hidden = c.integer("num_local_experts", 16), c.integer("hidden_size")
-    inner = c.integer("intermediate_size")
-    first, last = w.group.cut(inner, p)
-    both = ((first, last), (inner + first, inner + last))
-    gate_up = w.read(f"{p}.gate_up_proj", (count, hidden, 2 * inner), (None, None, both))
-    down = w.read(f"{p}.down_proj", (count, inner, hidden), (None, ((first, last),), None))
-    gate_up, down = (x.transpose(1, 2).contiguous() for x in (gate_up, down))
-    return Experts(gate_up, down, c.text("hidden_act", "silu"))
+    return stacked(
+        w,
+        f"{p}.gate_up_proj",
+        f"{p}.down_proj",
+        count=c.integer("num_local_experts", 16),
+        hidden=c.integer("hidden_size"),
+        inner=c.integer("intermediate_size"),
+        act=c.text("hidden_act", "silu"),
+        transposed=True,
+    )
 
 
 class InputScaled(MoE):

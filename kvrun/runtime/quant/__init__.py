@@ -1,10 +1,12 @@
 """JOB: how a matrix is stored and multiplied.
 
 A file of this folder is named as the checkpoint's `quant_method`, with _ for - (`dense`: plain
-matrices), and has `read(w, shards, bias) -> Weight`. What they share begins with an underscore.
+matrices), and has `read(w, shards, bias) -> Weight`, and `decode(w, shard)` where it stores codes;
+`expert(w, shard, count, n)` where it stores experts in one tensor. What they share begins with an
+underscore.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -13,7 +15,8 @@ import torch
 
 from kvrun import folder
 from kvrun.errors import Unsupported
-from kvrun.runtime.quant import _round
+from kvrun.runtime.kernels.moe import Stack
+from kvrun.runtime.quant import _round, _stack
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint, Shard
@@ -56,6 +59,88 @@ def read(w: "Checkpoint", shards: Sequence["Shard"], bias: bool) -> Weight:
             hint="use the model's version in 16 or 32 bits",
         )
     return cast(Weight, _format(method or "dense").read(w, shards, bias))
+
+
+def experts(w: "Checkpoint", shards: Sequence[Sequence["Shard"]]) -> Stack:
+    """Matrices of experts that have tensors of their own: of each the shards whose rows it has.
+
+    Raises as `read`.
+    """
+    if w.reader is not None:
+        return [w.reader(own, False).matmul for own in shards]
+    method = w.config.quant_method
+    rows, columns = sum(s.shape[0] for s in shards[0]), shards[0][0].shape[1]
+    if method is None and w.quantize is None:
+        whole = w.matrix(*(s for own in shards for s in own))
+        return whole.view(len(shards), rows, columns)
+    decode = _round.decode if method is None else _format(method).decode
+
+    def find(n: int) -> list[Any]:
+        found = [(s, decode(w, s)) for s in shards[n]]
+        return [w.matrix(s) if part is None else part for s, part in found]
+
+    return _stack.collect(w, len(shards), (rows, columns), find)
+
+
+def stack(w: "Checkpoint", count: int, shard: "Shard", *, alternate: bool = False) -> Stack:
+    """Matrices of experts that are one tensor, `shard.name`, whose first dimension they are.
+
+    Each is cut as `shard`; with `alternate` its even rows come first. Raises Unsupported for a
+    format that does not store experts so.
+    """
+    method = w.config.quant_method
+    read_one = None if method is None else getattr(_format(method), "expert", None)
+
+    def order(rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat((rows[::2], rows[1::2])) if alternate else rows
+
+    if read_one is not None:
+
+        def coded(n: int) -> list[Any]:
+            found = read_one(w, shard, count, n)
+            return [found._replace(codes=order(found.codes), scale=order(found.scale))]
+
+        return _stack.collect(w, count, shard.shape, coded)
+    n, k = shard.out_features, shard.in_features
+    shape, cut = (n, k), (shard.rows, shard.cols)
+    if shard.transposed:
+        shape, cut = shape[::-1], cut[::-1]
+
+    def one(expert: int) -> torch.Tensor:
+        own = (((expert, expert + 1),), *cut)
+        found = w.read(shard.name, (count, *shape), own)[0]
+        return order(found.t() if shard.transposed else found)
+
+    return made(w, shard.name, count, shard.shape, one)
+
+
+def made(
+    w: "Checkpoint",
+    name: str,
+    count: int,
+    shape: tuple[int, int],
+    one: Callable[[int], torch.Tensor],
+) -> Stack:
+    """Plain matrices of experts, each [out, in] as `one` reads it.
+
+    Raises Unsupported for a model that is quantized, and where layers are looked at one by one.
+    """
+    method = w.config.quant_method
+    if method is not None or w.reader is not None:
+        what = f"are stored as '{method}'" if method else "lie in one tensor"
+        raise Unsupported(
+            f"the experts {name} {what}, which kvrun cannot "
+            f"{'read' if method else 'quantize into a folder'}.",
+            hint="use the model's version in 16 or 32 bits"
+            if method
+            else "quantize it as it is read: --quantize of chat and serve",
+        )
+
+    def find(n: int) -> list[Any]:
+        matrix = one(n)
+        return [matrix if w.quantize is None else _round.coded(matrix.contiguous(), w.quantize)]
+
+    return _stack.collect(w, count, shape, find)
 
 
 @cache

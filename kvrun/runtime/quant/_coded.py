@@ -114,7 +114,7 @@ def join(parts: Sequence[Coded]) -> Coded:
     if any(part.zero is not None for part in parts):
         zero = torch.cat(
             [
-                torch.zeros_like(p.scale) if p.zero is None else p.zero.to(p.scale.dtype)
+                torch.zeros_like(p.scale, dtype=torch.float32) if p.zero is None else p.zero.float()
                 for p in parts
             ]
         )
@@ -126,7 +126,7 @@ def join(parts: Sequence[Coded]) -> Coded:
     )
 
 
-def _kind(part: Found) -> tuple[object, ...]:
+def kind(part: Found) -> tuple[object, ...]:
     """What two matrices must share to be joined."""
     if not isinstance(part, Coded):
         return (None,)
@@ -140,7 +140,7 @@ def read(w: "Checkpoint", shards: Sequence["Shard"], bias: bool, decode: Decode)
     added = w.vector(*shards) if bias else None
     before = w.parameter_bytes
     parts = [(shard, decode(w, shard)) for shard in shards]
-    runs = [list(run) for _, run in groupby(parts, key=lambda pair: _kind(pair[1]))]
+    runs = [list(run) for _, run in groupby(parts, key=lambda pair: kind(pair[1]))]
     weights: list[Weight] = []
     kept = at = 0
     for run in runs:
@@ -168,12 +168,9 @@ def lay_out(
     """A weight for inputs of `dtype` in the fastest form for its device, and its bytes."""
     found: Weight | None = None
     if matrix.codes.device.type == "cuda":
-        one = matrix.group >= matrix.columns
-        eight = matrix.codes.dtype is torch.float8_e4m3fn
-        # Kernels load a scale for so many columns at least.
-        least = w4a16.block(8) if eight else w4a16.WORDS
-        whole = not eight or matrix.columns % 4 == 0  # words
-        if dtype.itemsize == 2 and whole and (one or matrix.group % least == 0):
+        if fuses(matrix, dtype):
+            one = matrix.group >= matrix.columns
+            eight = matrix.codes.dtype is torch.float8_e4m3fn
             found = (Scaled if eight and one else Fused)(matrix, bias)
     elif Int4.takes(matrix) or Int8.takes(matrix):
         found = (Int4 if Int4.takes(matrix) else Int8)(matrix, bias)
@@ -183,6 +180,16 @@ def lay_out(
         return found, matrix.nbytes
     values = w4a16.dequantise(matrix, dtype)
     return dense.lay_out(values, bias), values.nbytes
+
+
+def fuses(matrix: Coded, dtype: torch.dtype) -> bool:
+    """Whether the kernels of a GPU multiply rows of `dtype` by these codes."""
+    eight = matrix.codes.dtype is torch.float8_e4m3fn
+    # Kernels load a scale for so many columns at least.
+    least = w4a16.block(8) if eight else w4a16.WORDS
+    whole = not eight or matrix.columns % 4 == 0  # words
+    even = matrix.group >= matrix.columns or matrix.group % least == 0
+    return dtype.itemsize == 2 and whole and even
 
 
 class Gathered:

@@ -61,20 +61,27 @@ def packed(
         covering[dim] = tuple((a // codes * words, -(-b // codes) * words) for a, b in ranges)
     found = w.read(name, (whole[0], whole[1]), covering, torch.int32)
     values = unpack(found if dim else found.t(), bits, order)
-    values = _trim(values, ranges, codes) if ranges is not None else values[:, : shape[dim]]
+    values = trim(values, ranges, codes) if ranges is not None else values[:, : shape[dim]]
     return values if dim else values.t()
 
 
-def halves(w: "Checkpoint", name: str, shape: tuple[int, int], cut: Pair) -> torch.Tensor:
+def halves(
+    w: "Checkpoint",
+    name: str,
+    shape: tuple[int, int],
+    cut: Pair,
+    dtype: torch.dtype = torch.uint8,
+) -> torch.Tensor:
     """The kept codes of a matrix `shape` with two of them in a byte, the lower half first."""
     rows, cols = cut
     covering = None if cols is None else tuple((a // 2, -(-b // 2)) for a, b in cols)
-    found = w.read(name, (shape[0], -(-shape[1] // 2)), (rows, covering), torch.uint8)
+    found = w.read(name, (shape[0], -(-shape[1] // 2)), (rows, covering), dtype)
+    found = found.view(torch.uint8)
     values = torch.stack([found & 15, found >> 4], 2).flatten(1)
-    return values[:, : shape[1]] if cols is None else _trim(values, cols, 2)
+    return values[:, : shape[1]] if cols is None else trim(values, cols, 2)
 
 
-def _trim(values: torch.Tensor, ranges: Ranges, unit: int) -> torch.Tensor:
+def trim(values: torch.Tensor, ranges: Ranges, unit: int) -> torch.Tensor:
     """What `ranges` keep of columns that were read in whole units."""
     parts, at = [], 0
     for first, last in ranges:

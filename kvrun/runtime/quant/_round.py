@@ -50,10 +50,10 @@ class Codes(NamedTuple):
 
 def read(w: "Checkpoint", shards: Sequence[Shard], bias: bool) -> "Weight":
     """Plain matrices, rounded to `w.quantize` as they are read; the head and routers stay plain."""
-    return _coded.read(w, shards, bias, _decode)
+    return _coded.read(w, shards, bias, decode)
 
 
-def _decode(w: "Checkpoint", shard: Shard) -> Coded | None:
+def decode(w: "Checkpoint", shard: Shard) -> Coded | None:
     if w.quantize is None or stays(shard):
         return None
     return coded(w.matrix(shard), w.quantize)
@@ -62,7 +62,8 @@ def _decode(w: "Checkpoint", shard: Shard) -> Coded | None:
 def stays(shard: Shard) -> bool:
     """Whether a matrix is left as it is: those outside of all layers, and routers of experts."""
     parts = shard.name.split(".")
-    return not any(part.isdigit() for part in parts) or parts[-1] in _ROUTERS
+    routes = any(part in _ROUTERS for part in parts[-2:])
+    return routes or not any(part.isdigit() for part in parts)
 
 
 def coded(weight: torch.Tensor, method: str) -> Coded:

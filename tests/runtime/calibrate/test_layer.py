@@ -51,7 +51,9 @@ def test_factors_move_into_what_comes_before() -> None:
         assert off(made.values[name], weight) < 0.2
     stored = {
         name: store.values_of(
-            {key[len(name) + 1 :]: t for key, t in made.tensors.items() if key.startswith(name)}, 4
+            {key[len(name) + 1 :]: t for key, t in made.tensors.items() if key.startswith(name)},
+            4,
+            "compressed-tensors",
         )
         for name in weights
     }

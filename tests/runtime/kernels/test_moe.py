@@ -10,6 +10,9 @@ import torch.nn.functional as F
 
 from kvrun.runtime.kernels import moe as twin
 from kvrun.runtime.kernels.triton import moe as triton
+from kvrun.runtime.kernels.w4a16 import Coded, dequantise
+from kvrun.runtime.quant import _coded, _round, _stack
+from kvrun.runtime.quant._tables import E2M1
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.04, torch.float16: 0.005}
@@ -111,3 +114,52 @@ def test_other_activations(kernel: ModuleType) -> None:
     for name, function in (("gelu", F.gelu), ("relu", F.relu)):
         found = kernel.experts(**given, act=name)
         torch.testing.assert_close(found, wanted(**given, act=function), rtol=1e-4, atol=1e-4)
+
+
+def coded(matrix: torch.Tensor, kind: str) -> Coded:
+    """A matrix [out, in] as codes of a kind; those of e4m3 have scales for groups too."""
+    n, k = matrix.shape
+    if kind == "mxfp4":
+        points = torch.tensor(E2M1)
+        scale = 2.0 ** (matrix.view(n, -1, 32).abs().amax(2) / 6).log2().ceil()
+        spread = matrix / scale.repeat_interleave(32, 1)
+        codes = spread.unsqueeze(-1).sub(points).abs().argmin(-1).to(torch.uint8)
+        return _coded.grouped(codes, scale.bfloat16(), torch.arange(k) // 32, table=points)
+    if kind == "fp8 blocks":
+        scale = torch.rand(n, k // 128) / 100 + 0.01
+        codes = (matrix / scale.repeat_interleave(128, 1)).to(torch.float8_e4m3fn)
+        return _coded.grouped(codes, scale, torch.arange(k) // 128, bits=8)
+    return _round.coded(matrix, kind)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["mxfp4", "fp8 blocks", "int4", "int8", "fp8"])
+def test_codes_are_multiplied_as_their_values(
+    kernel: ModuleType, kind: str, dtype: torch.dtype, tokens: int
+) -> None:
+    """Sizes that tiles do not divide; the clamped gate and biases, as gpt-oss has them."""
+    count, hidden, inner = 3, 384, 128
+    up = [coded(torch.randn(2 * inner, hidden) * 0.05, kind) for _ in range(count)]
+    down = [coded(torch.randn(hidden, inner) * 0.1, kind) for _ in range(count)]
+    weights, chosen = torch.rand(tokens, count).topk(2)
+    given = {
+        "x": torch.randn(tokens, hidden).to(dtype),
+        "chosen": chosen,
+        "weights": weights,
+        "gate_up_bias": torch.randn(count, 2 * inner).to(dtype),
+        "down_bias": torch.randn(count, hidden).to(dtype),
+    }
+    values = [torch.stack([dequantise(m, torch.float32) for m in part]) for part in (up, down)]
+    ref = wanted(gate_up=values[0], down=values[1], act=clamped, **given)
+    stacks: dict[str, Any] = {"gate_up": _stack.stacked(up), "down": _stack.stacked(down)}
+    found = kernel.experts(**given, **stacks, act="clamped", limit=0.7)
+    assert float((found.float() - ref).norm() / ref.norm()) < (
+        1e-4 if dtype.itemsize == 4 else 1e-2
+    )
+    mixed = kernel.experts(
+        **given, **stacks | {"down": values[1].to(dtype)}, act="clamped", limit=0.7
+    )
+    assert float((mixed.float() - ref).norm() / ref.norm()) < (
+        1e-4 if dtype.itemsize == 4 else 1e-2
+    )

@@ -121,3 +121,32 @@ def _int8(weight: torch.Tensor) -> tuple[writers.Tensors, torch.Tensor]:
 
 
 FORMATS["bitsandbytes-int8"] = ({"quant_method": "bitsandbytes", "load_in_8bit": True}, _int8)
+
+
+def _torchao(kind: str, config: str, group: int = -1) -> tuple[dict[str, Any], Writer]:
+    said = {"quant_method": "torchao", "modules_to_not_convert": ["lm_head"],
+            "quant_type": {"default": {"_type": config, "_version": 2, "_data": {}}}}  # fmt: skip
+    return said, lambda weight: writers.torchao(weight, kind, group)
+
+
+def _hqq(bits: int, group: int, **options: Any) -> tuple[dict[str, Any], Writer]:
+    params = {"nbits": bits, "group_size": group, "axis": options.get("axis", 1)}
+    said = {"quant_method": "hqq", "skip_modules": ["lm_head"],
+            "quant_config": {"weight_quant_params": params}}  # fmt: skip
+    return said, lambda weight: writers.hqq(weight, bits, group, **options)
+
+
+FORMATS |= {
+    "torchao-int8": _torchao("int8", "Int8WeightOnlyConfig"),
+    "torchao-intx8": _torchao("intx8", "IntxWeightOnlyConfig", 32),
+    "torchao-intx4": _torchao("intx4", "IntxWeightOnlyConfig", 32),
+    "torchao-int4": _torchao("int4", "Int4WeightOnlyConfig", 32),
+    **{
+        f"torchao-float8-{kind}": _torchao(f"float8-{kind}", "Float8WeightOnlyConfig")
+        for kind in ("tensor", "channel", "block")
+    },
+    **{f"hqq-{bits}bit": _hqq(bits, 32) for bits in (1, 2, 3, 4, 8)},
+    "hqq-axis0": _hqq(4, 64, axis=0),
+    "hqq-across-rows": _hqq(4, 256),
+    "hqq-floats": _hqq(4, 64, floats=True),
+}

@@ -17,6 +17,7 @@ from kvrun.runtime import quant
 from kvrun.runtime.checkpoint import Checkpoint, Shard
 from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.kernels import w4a16
+from kvrun.runtime.quant import _coded, hqq
 from kvrun.runtime.source import Ranges
 from tests.runtime.driver import Driver
 from tests.runtime.models import zoo
@@ -24,7 +25,8 @@ from tests.runtime.quant.formats import FORMATS
 from tests.runtime.test_parallel import Threads
 
 N, K = 96, 128
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2",
+          "w3")  # fmt: skip
 
 
 def write(path: Path, said: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
@@ -47,6 +49,8 @@ def decoded(w: Checkpoint, shard: Shard) -> torch.Tensor:
     """The matrix as its file of formats finds it."""
     method = w.config.quant_method.replace("-", "_")
     found = folder.load(quant.__name__, method).decode(w, shard)
+    if isinstance(found, torch.Tensor):  # of values, where columns share no scales
+        return found
     return w4a16.dequantise(found, torch.float32)
 
 
@@ -57,8 +61,8 @@ def test_the_values_are_those_written(tmp_path: Path, name: str) -> None:
     found = decoded(w, Shard("a", N, K))
     w.finish()  # every tensor of the file has its meaning
     w.close()
-    exact = not name.startswith(("nf4-double", "bitsandbytes"))
-    torch.testing.assert_close(found, ref, rtol=0 if exact else 1e-6, atol=0 if exact else 1e-7)
+    exact = not name.startswith(("nf4-double", "bitsandbytes", "torchao-int4"))
+    torch.testing.assert_close(found, ref, rtol=0 if exact else 1e-6, atol=0 if exact else 5e-7)
 
 
 CUTS: list[tuple[Ranges | None, Ranges | None]] = [
@@ -108,11 +112,19 @@ def off(got: torch.Tensor, ref: torch.Tensor) -> float:
     return float((got.double() - ref.double()).norm() / ref.double().norm())
 
 
-def quantized(path: Path, name: str, family: str = "llama", variant: str = "biases") -> Path:
+def quantized(
+    path: Path, name: str, family: str = "llama", variant: str = "biases", **more: Any
+) -> Path:
     """A model of a family, its matrices stored in the format `name` at `path`/quantized; the same
     values plainly at `path`/plain."""
     plain, coded = path / "plain", path / "quantized"
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "head_dim": 32,
+        "num_key_value_heads": 2,
+    }
+    sizes |= more
     zoo.make(plain, family, variant, num_attention_heads=4, **sizes)
     zoo.make(coded, family, variant, num_attention_heads=4, **sizes)
     said, writer = FORMATS[name]
@@ -139,7 +151,7 @@ def logits(driver: Driver) -> list[torch.Tensor]:
 
 
 MODELS = ["gptq-order", "awq-gemm", "packed-4bit-zero", "int-quantized", "fp8-block", "nf4-double",
-          "bitsandbytes-int8"]  # fmt: skip
+          "bitsandbytes-int8", "torchao-int4", "torchao-float8-channel", "hqq-4bit"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -176,7 +188,7 @@ def test_random_weights_of_every_format(tmp_path: Path, name: str) -> None:
     driver = Driver(coded, load_format="dummy")
     assert torch.cat(logits(driver)).isfinite().all()
     plain = Driver(tmp_path / "plain", load_format="dummy")
-    values = name in ("fp8-block", "nf4-double")  # on CPU
+    values = name in ("fp8-block", "nf4-double", "torchao-float8-channel")  # on CPU
     less = plain.model.parameter_bytes > driver.model.parameter_bytes
     assert less is not values
 
@@ -202,7 +214,7 @@ def refused(kind: type[KvrunError], action: Callable[[], object], *words: str) -
 def change(path: Path, **changes: torch.Tensor | None) -> None:
     values = load_file(path / "model.safetensors")
     for suffix, tensor in changes.items():
-        values.pop(f"a.{suffix}")
+        values.pop(f"a.{suffix}", None)
         if tensor is not None:
             values[f"a.{suffix}"] = tensor
     save_file(values, path / "model.safetensors")
@@ -221,7 +233,9 @@ def read_one(path: Path) -> None:
     ("name", "gone"),
     [("gptq-4bit", "scales"), ("gptq-4bit", "qzeros"), ("awq-gemm", "scales"),
      ("packed-4bit", "weight_scale"), ("fp8-block", "weight"), ("nf4", "weight"),
-     ("nf4-double", "weight.nested_absmax"), ("bitsandbytes-int8", "weight")],
+     ("nf4-double", "weight.nested_absmax"), ("bitsandbytes-int8", "weight"),
+     ("torchao-int8", "_weight_scale"), ("torchao-int4", "_weight_zero_point"),
+     ("torchao-float8-block", "_weight_scale"), ("hqq-4bit", "scale"), ("hqq-4bit", "zero")],
 )  # fmt: skip
 def test_a_tensor_that_is_missing_is_named(tmp_path: Path, name: str, gone: str) -> None:
     stored(tmp_path / "m", name)
@@ -242,6 +256,14 @@ def test_a_tensor_that_is_missing_is_named(tmp_path: Path, name: str, gone: str)
         ("fp8-block", {"weight": torch.zeros(N, K, dtype=torch.int8)}, "float8_e4m3fn"),
         ("nf4", {"weight": torch.zeros(9, 1, dtype=torch.uint8)}, "a.weight does not hold"),
         ("int-quantized", {"weight": torch.zeros(N, 3, dtype=torch.int8)}, "a.weight is [96, 3]"),
+        ("torchao-intx4", {"_weight_scale": torch.ones(N, 5)}, "_weight_scale is [96, 5]"),
+        ("torchao-int8", {"_weight_zero_point": torch.ones(3, 1)}, "_weight_zero_point is [3, 1]"),
+        ("torchao-int4", {"_weight_scale": torch.ones(5, N)}, "5 groups"),
+        ("torchao-float8-block", {"_weight_scale": torch.ones(7, 4)}, "_weight_scale is [7, 4]"),
+        ("hqq-4bit", {"scale": torch.ones(5, 1), "zero": torch.ones(5, 1)}, "[5, 1]"),
+        ("hqq-4bit", {"scale": torch.ones(16, 24)}, "[16, 24]"),
+        ("hqq-4bit", {"W_q": torch.zeros(100, 32, dtype=torch.uint8)}, "a.W_q is [100, 32]"),
+        ("hqq-3bit", {"W_q": torch.zeros(9, 32, dtype=torch.int32)}, "a.W_q is [9, 32]"),
     ],
 )  # fmt: skip
 def test_a_wrong_tensor_is_named(
@@ -267,6 +289,31 @@ def test_a_format_that_is_not_read_is_refused(
 ) -> None:
     write(tmp_path / "m", said, {"a.qweight": torch.zeros(K, N // 8, dtype=torch.int32)})
     refused(Unsupported, lambda: read_one(tmp_path / "m"), words)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("torchao-int4", {"_weight_qdata": torch.zeros(12, 1, 32, 4, dtype=torch.int32)}, "packed"),
+        ("torchao-int8", {"_weight_act_pre_scale": torch.ones(K)}, "factors for its inputs"),
+        ("hqq-4bit", {"zero": None, "zero_q": torch.zeros(4, 1)}, "quantized themselves"),
+    ],
+)
+def test_a_form_of_a_format_that_is_not_read_is_refused(
+    tmp_path: Path, name: str, changes: dict[str, torch.Tensor | None], words: str
+) -> None:
+    stored(tmp_path / "m", name)
+    change(tmp_path / "m", **changes)
+    refused(Unsupported, lambda: read_one(tmp_path / "m"), words)
+
+
+def test_float_zeros_stay_what_they_are_when_matrices_are_joined(tmp_path: Path) -> None:
+    ref = stored(tmp_path / "m", "hqq-4bit")
+    w = Checkpoint(tmp_path / "m")
+    parts = [hqq.decode(w, Shard("a", N, K, rows)) for rows in (((0, 32),), ((32, N),))]
+    w.close()
+    both = _coded.join([part for part in parts if isinstance(part, w4a16.Coded)])
+    assert torch.equal(w4a16.dequantise(both, torch.float32), ref)
 
 
 @pytest.mark.parametrize(

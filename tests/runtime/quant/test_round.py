@@ -7,7 +7,7 @@ import torch
 
 from kvrun import LLM, SamplingParams
 from kvrun.errors import InvalidRequest, Unsupported
-from kvrun.runtime.checkpoint import Checkpoint
+from kvrun.runtime.checkpoint import Checkpoint, Shard
 from kvrun.runtime.config import QUANTIZE, QUANTIZE_ALIASES, EngineConfig
 from kvrun.runtime.kernels import w4a16
 from kvrun.runtime.models import build
@@ -93,3 +93,12 @@ def test_a_quantized_model_is_not_quantized_again(tmp_path: Path) -> None:
     zoo.edit_config(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(Unsupported, match="quantized already, as 'gptq'"):
         LLM(str(tmp_path), quantize="int8")
+
+
+@pytest.mark.parametrize(
+    "name", ["gate", "mlp.router", "block_sparse_moe.router.layer", "mlp.shared_expert_gate"]
+)
+def test_routers_stay_as_they_are(name: str) -> None:
+    """One wrong choice of an expert costs more than a router's bytes."""
+    assert _round.stays(Shard(f"model.layers.3.{name}", 8, 64))
+    assert not _round.stays(Shard("model.layers.3.mlp.experts.0.gate_proj", 8, 64))

@@ -176,3 +176,63 @@ def four(
         name: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
     }
     return found, ref
+
+
+def torchao(weight: torch.Tensor, kind: str, group: int) -> tuple[Tensors, torch.Tensor]:
+    """Int8Tensor and IntxUnpackedToInt8Tensor of 8 or 4 bits, Int4Tensor, Float8Tensor."""
+    name = "_weight_{}".format
+    n, k = weight.shape
+    if kind.startswith("float8"):
+        tensors, ref = fp8(weight, kind.split("-")[1], name("scale"))
+        return {name("qdata"): tensors["weight"], name("scale"): tensors[name("scale")]}, ref
+    size = k if group == -1 else group
+    parts = weight.view(n, -1, size)
+    if kind == "int4":  # (code in -8 .. 7) times scale, plus an offset
+        low, high = parts.amin(2, True), parts.amax(2, True)
+        scale = ((high - low) / 15).bfloat16()
+        offset = (low + 8 * scale.float()).bfloat16()
+        code = ((parts - offset.float()) / scale.float()).round().clamp(-8, 7)
+        ref = (code * scale.float() + offset.float()).view(n, k)
+        pairs = code.view(n, -1, 2).long() & 15
+        return {
+            name("qdata"): (pairs[..., 0] + 16 * pairs[..., 1]).to(torch.uint8).view(torch.int8),
+            name("scale"): scale[..., 0].t(),
+            name("zero_point"): offset[..., 0].t(),
+        }, ref
+    top = 127 if kind.endswith("8") else 7
+    scale = parts.abs().amax(2, True) / top
+    zero = torch.zeros_like(scale) if kind == "int8" else torch.full_like(scale, -1)
+    code = ((parts / scale).round() + zero).clamp(-top - 1, top)
+    ref = ((code - zero) * scale).view(n, k)
+    return {
+        name("qdata"): code.view(n, k).to(torch.int8),
+        name("scale"): scale[..., 0],
+        name("zero_point"): zero[..., 0].to(torch.int8),
+    }, ref
+
+
+def hqq(
+    weight: torch.Tensor, bits: int, group: int, *, axis: int = 1, floats: bool = False
+) -> tuple[Tensors, torch.Tensor]:
+    """Groups are rows (axis 1) or columns (axis 0) of the matrix in another shape."""
+    flat = weight.reshape((-1, group) if axis else (group, -1))
+    low, high = flat.amin(axis, True), flat.amax(axis, True)
+    scale = ((high - low) / (2**bits - 1)).half()
+    zero = (-low / scale.float()).half()
+    code = (flat / scale.float() + zero.float()).round().clamp(0, 2**bits - 1)
+    ref = ((code - zero.float()) * scale.float()).view(weight.shape)
+    per = 10 if bits == 3 else 8 // bits
+    padded = torch.nn.functional.pad(code.long(), (0, 0, 0, -len(code) % per))
+    parts = padded.view(per, -1, padded.shape[1])
+    total = sum(part << bits * (per - 1 - i) for i, part in enumerate(parts))
+    assert isinstance(total, torch.Tensor)
+    stored = total.to(torch.int32 if bits == 3 else torch.uint8)
+    said = {"nbits": bits, "group_size": group, "axis": axis, "view_as_float": int(floats)}
+    return {
+        "W_q": stored.view(torch.float16) if floats else stored,
+        "scale": scale,
+        "zero": zero,
+        "shape": torch.tensor(weight.shape),
+        "packing": torch.tensor(list(f"{bits}bit_u8".encode()), dtype=torch.uint8),
+        **{name: torch.tensor(value, dtype=torch.int32) for name, value in said.items()},
+    }, ref

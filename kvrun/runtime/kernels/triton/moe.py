@@ -2,15 +2,21 @@
 
 Which tokens chose which expert is known to the device alone, and a captured step must not ask: the
 grid has room for the worst case, and each program finds its tile from the sorted choices. A few
-tokens are not sorted: each choice is a tile by itself.
+tokens are not sorted: each choice is a tile by itself. Codes become values in registers, as in
+`w4a16.py`.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from kvrun.runtime.kernels.triton._softmax import product
+from kvrun.runtime.kernels.triton import w4a16
+from kvrun.runtime.kernels.triton._softmax import INTERPRETED, product
+from kvrun.runtime.kernels.triton._w4a16 import _multiply
 from kvrun.runtime.kernels.triton.gated import _act
+from kvrun.runtime.kernels.w4a16 import Coded
 
 # Up to this many choices in a step, each has a tile of its own: hardly any two share an expert.
 _ALONE = 16
@@ -18,8 +24,8 @@ _ALONE = 16
 
 def experts(
     x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: torch.Tensor | Coded,
+    down: torch.Tensor | Coded,
     chosen: torch.Tensor,
     weights: torch.Tensor,
     act: str,
@@ -28,7 +34,9 @@ def experts(
     down_bias: torch.Tensor | None = None,
     limit: float = 0.0,
 ) -> torch.Tensor:
-    (tokens, count), (total, hidden, inner) = chosen.shape, down.shape
+    """As the twin, of stacks."""
+    tokens, count = chosen.shape
+    total, hidden, inner = _shape(down)
     pairs = tokens * count
     rows = 16 if pairs <= 16 * total else 64
     flat = chosen.reshape(-1)
@@ -47,14 +55,34 @@ def experts(
     }  # fmt: skip
     wide = 64 if x.itemsize < 4 else 32
     _up[(tiles, triton.cdiv(inner, wide))](
-        x, gate_up, gate_up_bias, between, order, ends, pairs, x.stride(0), limit,
-        HIDDEN=hidden, INNER=inner, COLUMNS=wide, DEPTH=wide, ACT=act, **shape,
+        x, *_stored(gate_up), gate_up_bias, between, order, ends, pairs, x.stride(0), limit,
+        HIDDEN=hidden, INNER=inner, COLUMNS=wide, DEPTH=wide, ACT=act, **shape, **_form(gate_up),
     )  # fmt: skip
     _down[(tiles, triton.cdiv(hidden, wide))](
-        between, down, down_bias, weights, each, order, ends, pairs,
-        HIDDEN=hidden, INNER=inner, COLUMNS=wide, DEPTH=wide, **shape,
+        between, *_stored(down), down_bias, weights, each, order, ends, pairs,
+        HIDDEN=hidden, INNER=inner, COLUMNS=wide, DEPTH=wide, **shape, **_form(down),
     )  # fmt: skip
     return each.view(tokens, count, hidden).sum(1)
+
+
+def _shape(stack: torch.Tensor | Coded) -> tuple[int, int, int]:
+    count, rows, columns = (stack.codes if isinstance(stack, Coded) else stack).shape
+    return count, rows, stack.columns if isinstance(stack, Coded) else columns
+
+
+def _stored(stack: torch.Tensor | Coded) -> tuple[torch.Tensor | None, ...]:
+    if isinstance(stack, Coded):
+        return w4a16._words(stack), stack.scale, stack.zero, stack.table
+    return stack, None, None, None
+
+
+def _form(stack: torch.Tensor | Coded) -> dict[str, Any]:
+    """How a stack lies in memory; K is 0 of plain values."""
+    if not isinstance(stack, Coded):
+        return {"K": 0, "G": 1, "WORDS": 0, "FIELDS": 1, "PARTS": 1, "KIND": "plain",
+                "ZERO": False, "GROUPS": 1, "ASM": False}  # fmt: skip
+    asm = stack.codes.device.type == "cuda"
+    return {**w4a16._options(stack), "GROUPS": stack.scale.shape[-1], "ASM": asm}
 
 
 @triton.jit
@@ -86,12 +114,35 @@ def _tile(
     return expert, found, real
 
 
+@triton.jit
+def _coded(
+    x_at, words_at, scale_at, zero_at, table, own,
+    K: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr,
+    PARTS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, GROUPS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """x [ROWS, K] at `x_at` times rows `own` [COLUMNS] of a stack of codes: [ROWS, COLUMNS]."""
+    j = tl.arange(0, 32)
+    dtype: tl.constexpr = tl.float32 if INTERPRETED else x_at.dtype.element_ty
+    rows = own[:, None]
+    y = _multiply(
+        x_at[None, :], words_at + rows * WORDS + j[None, :], scale_at + rows * GROUPS,
+        zero_at + rows * GROUPS if ZERO else zero_at, table, 0, WORDS, j,
+        K, G, WORDS, FIELDS, PARTS, KIND, ZERO, ROWS, COLUMNS, 3, dtype, ASM,
+    )  # fmt: skip
+    return tl.trans(y)
+
+
 @triton.jit(do_not_specialize=["pairs", "limit"])
 def _up(
-    x_at, weight_at, bias_at, out_at, order_at, ends_at, pairs, x_stride, limit,
+    x_at, weight_at, scale_at, zero_at, table_at, bias_at, out_at, order_at, ends_at,
+    pairs, x_stride, limit,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     ACT: tl.constexpr, COUNT: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
     ROWS: tl.constexpr, ALONE: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr,
+    PARTS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, GROUPS: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """act(gate) · up of a tile of choices, for COLUMNS of the inner width."""
     expert, pair, real = _tile(order_at, ends_at, pairs, EXPERTS, SLOTS, ROWS, ALONE)
@@ -99,18 +150,30 @@ def _up(
         return
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < INNER
-    depth = tl.arange(0, DEPTH)
-    x_at += (pair // COUNT).to(tl.int64)[:, None] * x_stride + depth[None, :]
-    weight_at += expert.to(tl.int64) * 2 * INNER * HIDDEN
-    gate_at = weight_at + columns.to(tl.int64)[None, :] * HIDDEN + depth[:, None]
-    gate = tl.zeros([ROWS, COLUMNS], tl.float32)
-    up = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, HIDDEN, DEPTH):
-        left = depth < HIDDEN - start
-        x = tl.load(x_at + start, mask=real[:, None] & left[None, :], other=0.0)
-        mask = left[:, None] & inside[None, :]
-        gate = product(x, tl.load(gate_at + start, mask=mask, other=0.0), gate)
-        up = product(x, tl.load(gate_at + INNER * HIDDEN + start, mask=mask, other=0.0), up)
+    rows_at = x_at + (pair // COUNT).to(tl.int64) * x_stride
+    if KIND == "plain":
+        depth = tl.arange(0, DEPTH)
+        rows_at = rows_at[:, None] + depth[None, :]
+        weight_at += expert.to(tl.int64) * 2 * INNER * HIDDEN
+        gate_at = weight_at + columns.to(tl.int64)[None, :] * HIDDEN + depth[:, None]
+        gate = tl.zeros([ROWS, COLUMNS], tl.float32)
+        up = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in range(0, HIDDEN, DEPTH):
+            left = depth < HIDDEN - start
+            x = tl.load(rows_at + start, mask=real[:, None] & left[None, :], other=0.0)
+            mask = left[:, None] & inside[None, :]
+            gate = product(x, tl.load(gate_at + start, mask=mask, other=0.0), gate)
+            up = product(x, tl.load(gate_at + INNER * HIDDEN + start, mask=mask, other=0.0), up)
+    else:
+        own = expert.to(tl.int64) * 2 * INNER + tl.minimum(columns, INNER - 1)
+        gate = _coded(
+            rows_at, weight_at, scale_at, zero_at, table_at, own,
+            K, G, WORDS, FIELDS, PARTS, KIND, ZERO, GROUPS, ROWS, COLUMNS, ASM,
+        )  # fmt: skip
+        up = _coded(
+            rows_at, weight_at, scale_at, zero_at, table_at, own + INNER,
+            K, G, WORDS, FIELDS, PARTS, KIND, ZERO, GROUPS, ROWS, COLUMNS, ASM,
+        )  # fmt: skip
     if bias_at is not None:
         bias_at += expert * 2 * INNER + columns
         gate += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -127,10 +190,14 @@ def _up(
 
 @triton.jit(do_not_specialize=["pairs"])
 def _down(
-    x_at, weight_at, bias_at, weights_at, out_at, order_at, ends_at, pairs,
+    x_at, weight_at, scale_at, zero_at, table_at, bias_at, weights_at, out_at,
+    order_at, ends_at, pairs,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     COUNT: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
     ALONE: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr,
+    PARTS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, GROUPS: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """A tile of choices back to COLUMNS of the hidden width, times the router's weights."""
     expert, pair, real = _tile(order_at, ends_at, pairs, EXPERTS, SLOTS, ROWS, ALONE)
@@ -138,16 +205,24 @@ def _down(
         return
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < HIDDEN
-    depth = tl.arange(0, DEPTH)
-    x_at += pair.to(tl.int64)[:, None] * INNER + depth[None, :]
-    weight_at += expert.to(tl.int64) * HIDDEN * INNER
-    weight_at += columns.to(tl.int64)[None, :] * INNER + depth[:, None]
-    y = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, INNER, DEPTH):
-        left = depth < INNER - start
-        x = tl.load(x_at + start, mask=real[:, None] & left[None, :], other=0.0)
-        mask = left[:, None] & inside[None, :]
-        y = product(x, tl.load(weight_at + start, mask=mask, other=0.0), y)
+    rows_at = x_at + pair.to(tl.int64) * INNER
+    if KIND == "plain":
+        depth = tl.arange(0, DEPTH)
+        rows_at = rows_at[:, None] + depth[None, :]
+        weight_at += expert.to(tl.int64) * HIDDEN * INNER
+        column_at = weight_at + columns.to(tl.int64)[None, :] * INNER + depth[:, None]
+        y = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in range(0, INNER, DEPTH):
+            left = depth < INNER - start
+            x = tl.load(rows_at + start, mask=real[:, None] & left[None, :], other=0.0)
+            mask = left[:, None] & inside[None, :]
+            y = product(x, tl.load(column_at + start, mask=mask, other=0.0), y)
+    else:
+        own = expert.to(tl.int64) * HIDDEN + tl.minimum(columns, HIDDEN - 1)
+        y = _coded(
+            rows_at, weight_at, scale_at, zero_at, table_at, own,
+            K, G, WORDS, FIELDS, PARTS, KIND, ZERO, GROUPS, ROWS, COLUMNS, ASM,
+        )  # fmt: skip
     if bias_at is not None:
         bias = tl.load(bias_at + expert * HIDDEN + columns, mask=inside, other=0.0)
         y += bias.to(tl.float32)[None, :]

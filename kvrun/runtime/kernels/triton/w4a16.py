@@ -151,7 +151,7 @@ def _options(matrix: Coded) -> dict[str, Any]:
     return {
         "K": matrix.columns,
         "G": group,
-        "WORDS": _words(matrix).shape[1],
+        "WORDS": _words(matrix).shape[-1],
         "FIELDS": 32 // matrix.bits,
         "PARTS": max(1, whole // group) if not eight and group < matrix.columns else 1,
         "KIND": kind,

@@ -13,10 +13,10 @@ from tests.runtime.models import zoo
 
 LAYOUTS = {
     "separate": ("llama", "v3"),
-    "packed": ("phi3", "PHI3"),
-    "grouped": ("falcon", "FALCON"),
-    "per head": ("gpt_neox", "NEOX"),
-    "one key and value head": ("gpt_bigcode", "BIGCODE"),
+    "packed": ("phi3", "4k"),
+    "grouped": ("falcon", "40b"),
+    "per head": ("gpt_neox", "pythia"),
+    "one key and value head": ("gpt_bigcode", "mqa"),
     "latent": ("deepseek_v3", "plain"),
 }
 

@@ -192,9 +192,10 @@ def _walk(
         seen = tokens < end
         slots = pages.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE
         pages = pages_of(table_at, tokens + KEYS, end, BLOCK_SIZE)
-        width: tl.constexpr = LATENT + ROTATED
-        keys = rows_of(cache_at, slots, width, seen, LATENT, WIDE).to(q.dtype)
-        turned = rows_of(cache_at + LATENT, slots, width, seen, ROTATED, NARROW).to(q.dtype)
+        keys = rows_of(cache_at, slots, LATENT + ROTATED, seen, LATENT, WIDE).to(q.dtype)
+        turned = rows_of(cache_at + LATENT, slots, LATENT + ROTATED, seen, ROTATED, NARROW).to(
+            q.dtype
+        )
         scores = product(q, tl.trans(keys), tl.zeros([q.shape[0], KEYS], tl.float32))
         scores = product(rotated, tl.trans(turned), scores)
         visible = (tokens[None, :] <= positions[:, None]) & seen[None, :]

@@ -89,8 +89,7 @@ def test_the_twin_is_attention_with_values_inside_the_keys() -> None:
     assert agree(step.prefill(twin), wanted)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("cached", [None, FP8])
+@pytest.mark.parametrize(("dtype", "cached"), [(F32, None), (BF16, None), (BF16, FP8)])
 @pytest.mark.parametrize(("heads", "latent", "rotated"), [(5, 32, 8), (17, 24, 16)])
 def test_decode_and_prefill(
     heads: int, latent: int, rotated: int, cached: torch.dtype | None, dtype: torch.dtype

@@ -46,9 +46,9 @@ of standard deviation 0.2 and random biases and norms, so that mistakes show.
 Of a model that sees images the text part is read (Gemma 3, Mistral Small 3, Llama 4, LLaVA); images
 are not. Scaled rotations: linear, dynamic, llama3, yarn, longrope; the two lists of longrope are
 chosen between once for an engine, by its longest context (`max_model_len`), so that no answer
-depends on its neighbours. Latent attention (DeepSeek) keeps the keys and values of every head in
-the cache, not the latent. Attention in chunks (Llama 4) runs without kvrun's own kernels. Experts
-are read plain, in every stored format where each has tensors of its own, and as mxfp4.
+depends on its neighbours. Of latent attention (DeepSeek) the cache keeps the latent, one key
+for all heads. Experts are read plain, in every stored format where each has tensors of its own,
+and as mxfp4.
 
 Of all these, Llama and Qwen 3 have run on a GPU so far; what a GPU runs for the others is tested by
 the twins of its kernels, on CPU.

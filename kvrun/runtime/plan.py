@@ -108,7 +108,7 @@ class Facts:
     quant_method: str | None
     context: int | None
     layers: int | None
-    kv_values: int | None  # keys and values of one token, all layers
+    kv_values: int | None  # what the cache keeps of one token, all layers
 
     def fit(self, *, free_bytes: int, on_cpu: bool, itemsize: int, block_size: int = 16) -> Plan:
         """The plan for one sequence when a plain value takes `itemsize` bytes.
@@ -159,6 +159,8 @@ def examine(folder: str | Path) -> Facts:
     if heads and layers and (config.get("head_dim") or config.get("hidden_size")):
         head_dim = config.integer("head_dim", config.get("hidden_size", 0) // heads)
         values = 2 * layers * config.integer("num_key_value_heads", heads) * head_dim
+    if layers and (rank := config.get("kv_lora_rank")):
+        values = layers * (rank + config.integer("qk_rope_head_dim"))
     return Facts(
         model_type=config.text("model_type"),
         parameters=None if method else sum(prod(tensor.shape) for tensor in found),

@@ -22,6 +22,7 @@ class AttentionSpec:
     where there is a window or a chunk. `softcap` c
     maps a scaled score s to c·tanh(s / c) before masking. `alibi` [heads] adds slope·(i - j) to the
     scaled score. `sinks` [heads] is one more logit per head in the softmax whose value is dropped.
+    `latent`: all heads share one key of `head_dim`, and its first `latent` columns are its value.
     """
 
     layer: int  # index into the cache
@@ -34,6 +35,17 @@ class AttentionSpec:
     softcap: float | None = None
     alibi: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    latent: int | None = None
+
+    @property
+    def row(self) -> int:
+        """Values that the cache keeps of a token."""
+        return self.head_dim * (2 * self.kv_heads if self.latent is None else 1)
+
+    @property
+    def out(self) -> int:
+        """Columns that `attend` gives for a token."""
+        return self.heads * (self.head_dim if self.latent is None else self.latent)
 
 
 class Backend(Protocol):
@@ -59,7 +71,7 @@ class Backend(Protocol):
         v: torch.Tensor,
         batch: "Batch",
     ) -> torch.Tensor:
-        """q [tokens, heads, head_dim] -> [tokens, heads * head_dim]
+        """q [tokens, heads, head_dim] -> [tokens, heads * head_dim], or heads * latent
 
         k, v [tokens, kv_heads, head_dim] are what this step has stored in the cache already.
         Inputs may be strided views of one buffer.

@@ -37,16 +37,20 @@ class Group:
         default_factory=dict
     )
 
-    def gather(self, cache: "KVCache", spec: "AttentionSpec") -> torch.Tensor:
-        """Keys and values [2, size, kv_heads, keys, head_dim]"""
+    def gather(self, cache: "KVCache", spec: "AttentionSpec") -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys, values [size, kv_heads, keys, head_dim]; values of a latent are `latent` wide."""
         if self.first_block is not None:
             start = self.first_block * cache.block_size
             found = cache.rows(spec.layer)[start : start + self.keys]
         else:
             found = cache.gather(spec.layer, self.tables)
         found = found.to(self.dtype)
+        if spec.latent is not None:
+            keys = found.view(self.size, 1, -1, spec.head_dim)[:, :, : self.keys]
+            return keys, keys[..., : spec.latent]
         found = found.view(self.size, -1, 2, spec.kv_heads, spec.head_dim).permute(2, 0, 3, 1, 4)
-        return found if found.shape[3] == self.keys else found[..., : self.keys, :]
+        k, v = found.unbind(0)
+        return (k, v) if k.shape[2] == self.keys else (k[:, :, : self.keys], v[:, :, : self.keys])
 
     def mask(self, spec: "AttentionSpec") -> torch.Tensor | None:
         """What to add to scaled scores: [size, 1 or heads, queries, keys].

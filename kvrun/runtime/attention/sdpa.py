@@ -45,7 +45,7 @@ class Attention:
         plan: Plan = batch.plan
         if plan.whole is not None:
             return self._group(spec, q, plan.whole)
-        out = q.new_empty((len(q), spec.heads * spec.head_dim))
+        out = q.new_empty((len(q), spec.out))
         for group in plan.groups:
             y = self._group(spec, q.index_select(0, group.rows), group)
             if group.kept is not None:
@@ -54,10 +54,10 @@ class Attention:
         return out
 
     def _group(self, spec: AttentionSpec, q: torch.Tensor, group: Group) -> torch.Tensor:
-        """q [sequences * queries, heads, head_dim] -> [sequences * queries, heads * head_dim]"""
-        k, v = group.gather(self.cache, spec).unbind(0)
+        """q [sequences * queries, heads, head_dim] -> [sequences * queries, out]"""
+        k, v = group.gather(self.cache, spec)
         mask = group.mask(spec)
-        if spec.softcap is not None or spec.sinks is not None:
+        if spec.softcap is not None or spec.sinks is not None or spec.latent is not None:
             return _scored(spec, q, k, v, mask, group)
         share = spec.heads // spec.kv_heads
         few = group.size == 1 or q.dtype is not torch.float32
@@ -95,7 +95,7 @@ def _scored(
     queries = q.view(group.size, group.queries, spec.kv_heads, share, spec.head_dim)
     if mask is None and group.queries > 1:
         mask = group.causal_mask()
-    out = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    out = q.new_empty((*queries.shape[:4], v.shape[3]))
     step = max(1, _SCORES // (group.size * spec.heads * k.shape[2]))
     for start in range(0, group.queries, step):
         part = queries[:, start : start + step]
@@ -113,6 +113,6 @@ def _scored(
             lse = scores.logsumexp(-1, keepdim=True)
             weights *= torch.sigmoid(lse - spec.sinks.view(-1, 1, 1))
         weights = weights.to(v.dtype).view(group.size, spec.kv_heads, share * rows, -1)
-        y = (weights @ v).view(group.size, spec.kv_heads, share, rows, spec.head_dim)
+        y = (weights @ v).view(group.size, spec.kv_heads, share, rows, -1)
         out[:, start : start + step] = y.permute(0, 3, 1, 2, 4)
     return out.view(group.size * group.queries, -1)

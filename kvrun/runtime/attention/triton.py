@@ -8,12 +8,14 @@ import torch
 from kvrun.runtime.attention import AttentionSpec
 from kvrun.runtime.cache.tensors import KVCache
 from kvrun.runtime.device import kernel
+from kvrun.runtime.kernels import latent_attention
 from kvrun.runtime.kernels.paged_attention import Options
 
 if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
 
 HEAD_DIMS = (16, 256)
+LATENT, ROTATED = 512, 128  # columns at most
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,24 @@ class Attention:
     def __init__(self, cache: KVCache, dtype: torch.dtype) -> None:
         self.cache = cache
         self._kernel = kernel("paged_attention", cache.device)
+        self._latent = kernel("latent_attention", cache.device)
         self._options: dict[AttentionSpec, Options] = {}
+        self._latents: dict[AttentionSpec, latent_attention.Options] = {}
 
     @staticmethod
     def reject(spec: AttentionSpec, device: torch.device) -> str | None:
         if device.type != "cuda":
             return "its kernels need a CUDA device"
+        if spec.latent is not None:
+            if spec.latent > LATENT or spec.head_dim - spec.latent > ROTATED:
+                return f"a latent of {spec.latent} and {spec.head_dim - spec.latent} is too wide"
+            options = (spec.window, spec.chunk, spec.softcap, spec.alibi, spec.sinks)
+            if any(option is not None for option in options):
+                return "its kernel of latents sees all keys, as they are"
+            return None
         if not HEAD_DIMS[0] <= spec.head_dim <= HEAD_DIMS[1]:
             low, high = HEAD_DIMS
             return f"a head of {spec.head_dim} dimensions is not between {low} and {high}"
-        if spec.chunk is not None:
-            return "its kernels know windows, not chunks"
         return None
 
     def plan(self, batch: "Batch") -> None:
@@ -70,6 +79,8 @@ class Attention:
         batch: "Batch",
     ) -> torch.Tensor:
         plan: Plan = batch.plan
+        if spec.latent is not None:
+            return self._attend_latent(spec, q, plan)
         ones, cache = plan.decodes, self.cache.rows(spec.layer)
         options = self._options_of(spec)
         tables, lengths = plan.block_tables, plan.context_lens
@@ -84,6 +95,23 @@ class Attention:
         )  # fmt: skip
         return out
 
+    def _attend_latent(self, spec: AttentionSpec, q: torch.Tensor, plan: Plan) -> torch.Tensor:
+        if spec not in self._latents:
+            assert spec.latent is not None
+            self._latents[spec] = latent_attention.Options(
+                self.cache.block_size, spec.latent, spec.scale
+            )
+        options, ones, cache = self._latents[spec], plan.decodes, self.cache.rows(spec.layer)
+        tables, lengths = plan.block_tables, plan.context_lens
+        out = q.new_empty((len(q), spec.out))
+        if ones:
+            self._latent.decode(q[:ones], cache, tables[:ones], lengths[:ones], options,
+                                out=out[:ones])  # fmt: skip
+        if ones < len(lengths):
+            self._latent.prefill(q[ones:], cache, tables[ones:], plan.cu_seqlens, lengths[ones:],
+                                 options, out=out[ones:])  # fmt: skip
+        return out
+
     def _decode(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         y: torch.Tensor = self._kernel.decode(*args, **kwargs)
         return y
@@ -96,6 +124,7 @@ class Attention:
                 head_dim=spec.head_dim,
                 scale=spec.scale,
                 window=spec.window,
+                chunk=spec.chunk,
                 softcap=spec.softcap,
                 alibi=spec.alibi,
                 sinks=spec.sinks,

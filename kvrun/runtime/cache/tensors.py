@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 
 
 class KVCache:
-    """Per layer one tensor [num_blocks * block_size, 2 * kv_heads * head_dim].
+    """Per layer one tensor [num_blocks * block_size, row].
 
-    A row is a token's keys of all heads, then its values: written by one copy, and a block is one
-    stretch of memory. Rows start as zeros. On CPU a large cache costs memory only as it fills.
+    A row is a token's keys of all heads, then its values, or the latent of both: written by one
+    copy, and a block is one stretch of memory. Rows start as zeros. On CPU a large cache costs
+    memory only as it fills.
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class KVCache:
         self.num_blocks = num_blocks
         self.device = device
         rows = num_blocks * block_size
-        widths = {spec.layer: 2 * spec.kv_heads * spec.head_dim for spec in specs}
+        widths = {spec.layer: spec.row for spec in specs}
         self._layers = {
             layer: _zeros(rows, width, dtype, device) for layer, width in widths.items()
         }
@@ -44,7 +45,7 @@ class KVCache:
             _bits(self.blocks(layer)).index_fill_(0, ids, 0)
 
     def store(self, layer: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
-        """Put kv [tokens, 2 * kv_heads, head_dim], all keys before all values, into `slots`."""
+        """Put kv [tokens, ...], all keys before all values, into `slots`."""
         rows, new = self._layers[layer], kv.flatten(1)
         if rows.dtype is not new.dtype:
             most = torch.finfo(rows.dtype).max
@@ -52,16 +53,16 @@ class KVCache:
         _bits(rows).index_copy_(0, slots, _bits(new))
 
     def gather(self, layer: int, blocks: torch.Tensor) -> torch.Tensor:
-        """Copies of `blocks` [n] as [n, block_size * 2 * kv_heads * head_dim]"""
+        """Copies of `blocks` [n] as [n, block_size * row]"""
         found = self.blocks(layer)
         return _bits(found).index_select(0, blocks).view(found.dtype)
 
     def rows(self, layer: int) -> torch.Tensor:
-        """[slots, 2 * kv_heads * head_dim]"""
+        """[slots, row]"""
         return self._layers[layer]
 
     def blocks(self, layer: int) -> torch.Tensor:
-        """[num_blocks, block_size * 2 * kv_heads * head_dim], the same memory"""
+        """[num_blocks, block_size * row], the same memory"""
         return self._layers[layer].view(self.num_blocks, -1)
 
 
@@ -80,5 +81,5 @@ def _zeros(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> t
 
 def bytes_per_block(specs: Sequence["AttentionSpec"], block_size: int, dtype: torch.dtype) -> int:
     """Bytes that one block takes in all layers together."""
-    widths = {spec.layer: 2 * spec.kv_heads * spec.head_dim for spec in specs}
+    widths = {spec.layer: spec.row for spec in specs}
     return block_size * sum(widths.values()) * dtype.itemsize

@@ -16,9 +16,10 @@ import torch
 class Options:
     """What the layer is; scores are those of `kvrun.runtime.attention.AttentionSpec`.
 
-    Key i is visible to query j when 0 <= j - i (and j - i < window). `softcap` c maps a scaled
-    score s to c·tanh(s / c), before masking. `alibi` [heads] float32 adds slope·(i - j) to the
-    score. `sinks` [heads] float32 is one more logit per head whose value is dropped.
+    Key i is visible to query j when 0 <= j - i (and j - i < window, and i // chunk == j // chunk).
+    `softcap` c maps a scaled score s to c·tanh(s / c), before masking. `alibi` [heads] float32 adds
+    slope·(i - j) to the score. `sinks` [heads] float32 is one more logit per head whose value is
+    dropped.
     """
 
     block_size: int
@@ -29,6 +30,7 @@ class Options:
     softcap: float | None = None
     alibi: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    chunk: int | None = None
 
 
 def decode(
@@ -120,6 +122,9 @@ def _attend(
     hidden = behind < 0
     if options.window is not None:
         hidden |= behind >= options.window
+    if options.chunk is not None:
+        own = positions // options.chunk
+        hidden |= own[len(keys) - len(q) :, None] != own
     scores = scores.masked_fill(hidden, float("-inf"))
     if options.sinks is not None:
         sinks = options.sinks.view(heads, 1, 1).expand(heads, len(q), 1)

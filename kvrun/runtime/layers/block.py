@@ -101,3 +101,29 @@ class Sandwich:
         x = self._after_attention.add_to(x, y)
         y = self._mlp(x, batch, norm=self._before_mlp)
         return self._after_mlp.add_to(x, y)
+
+
+class Scaled:
+    """A part whose result counts `factor` times in the residual stream."""
+
+    def __init__(self, part: Part, factor: float) -> None:
+        self._part = part
+        self._factor = factor
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        batch: "Batch",
+        add: torch.Tensor | None = None,
+        norm: "Norm | None" = None,
+    ) -> torch.Tensor:
+        y = self._part(x, batch, norm=norm)
+        return y * self._factor if add is None else add.add_(y, alpha=self._factor)
+
+
+class ScaledAttention(Scaled):
+    """The same of attention."""
+
+    def __init__(self, part: AttentionPart, factor: float) -> None:
+        super().__init__(part, factor)
+        self.spec = part.spec

@@ -117,6 +117,13 @@ class GatedMLP:
         return self._down(self._gate_up(x, batch, before=before), batch, add, before=self._gate)
 
 
+def gated_mlp(w: "Checkpoint", name: str, inner: int) -> GatedMLP:
+    """`name`'s gate_proj, up_proj and down_proj, with the width and activation of the model."""
+    hidden, act = w.config.integer("hidden_size"), w.config.text("hidden_act", "silu")
+    gate, up, down = (f"{name}.{part}_proj" for part in ("gate", "up", "down"))
+    return GatedMLP(w, (gate, up), down, hidden=hidden, inner=inner, act=act)
+
+
 def gate_and_up(w: "Checkpoint", names: Sequence[str], hidden: int, inner: int) -> list["Shard"]:
     """This rank's rows of a gate and an up matrix, in two tensors or in one."""
     if len(names) == 2:

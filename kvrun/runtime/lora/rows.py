@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from kvrun.runtime.device import kernel
+from kvrun.runtime.kernels.lora_heads import change_by_head
 from kvrun.runtime.lora.adapter import LARGEST_RANK
 
 if TYPE_CHECKING:
@@ -62,6 +63,12 @@ class Rows(Protocol):
     def expand(self, site: int, low: Any, y: torch.Tensor, prologue: dict[str, Any]) -> None:
         """Add B times what `shrink` has found to y [tokens, out]."""
 
+    def by_head(
+        self, site: int, x: torch.Tensor, y: torch.Tensor, *, first: int, back: bool
+    ) -> None:
+        """Add B · A · x to y, both [tokens, heads, ...], of a product multiplied head by head: y
+        are the outputs of each head from `first` on, or, going `back`, x is."""
+
 
 class Tiled:
     """Rows listed by adapter and cut into tiles of at most `height`, for the kernels.
@@ -80,6 +87,7 @@ class Tiled:
     ) -> None:
         self._resident, self._rows, self._tiles, self._height = resident, rows, tiles, height
         self._kernel = kernel("lora", rows.device)
+        self._heads = kernel("lora_heads", rows.device)
         self._ranks = None if slots is None else resident.ranks[list(slots)].max(0).tolist()
         self._outs = resident.sites.outs
 
@@ -121,6 +129,23 @@ class Tiled:
             features=self._resident.sites.inner[site],
             outs=self._outs[site],
             eps=prologue.get("eps"),
+        )
+
+    def by_head(
+        self, site: int, x: torch.Tensor, y: torch.Tensor, *, first: int, back: bool
+    ) -> None:
+        self._heads.by_head(
+            x,
+            y,
+            self._resident.arena,
+            self._resident.table[:, site],
+            self._rows,
+            self._tiles,
+            height=self._height,
+            features=self._resident.sites.inner[site],
+            size=self._outs[site][0] // x.shape[1],
+            first=first,
+            back=back,
         )
 
 
@@ -218,6 +243,17 @@ class Grouped:
                     target[product.rows].addmm_(part, b)
                 else:
                     target.index_add_(0, product.rows, torch.mm(part, b))
+
+    def by_head(
+        self, site: int, x: torch.Tensor, y: torch.Tensor, *, first: int, back: bool
+    ) -> None:
+        width = (x if back else y).shape[2]
+        for slot, rows in zip(self._slots, self._rows, strict=True):
+            a, bs = self._resident.matrices(slot, site)
+            if len(a):
+                b = bs[0].view(len(a), x.shape[1], -1)[:, :, first : first + width]
+                mine = slice(None) if rows is None else rows
+                y[mine] += change_by_head(x[mine], a, b, back)
 
     def _prepare(self, site: int) -> "list[_Product]":
         if self._joined:

@@ -9,6 +9,7 @@ from kvrun.runtime.layers.block import Block
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.layers.moe import Route, in_best_groups
 from kvrun.runtime.layers.position import Rope
+from kvrun.runtime.layers.shared_moe import shared_moe
 from kvrun.runtime.models import deepseek_v3, llama
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
         llama.rms(w, f"{p}.input_layernorm"),
         deepseek_v3.attention(w, n, rope),
         llama.rms(w, f"{p}.post_attention_layernorm"),
-        llama.mlp(w, n) if n < dense else deepseek_v3.moe(w, f"{p}.mlp", softmax_groups(w)),
+        llama.mlp(w, n) if n < dense else shared_moe(w, f"{p}.mlp", softmax_groups(w)),
     )
 
 

@@ -1,7 +1,7 @@
 """Falcon: 7b, 40b and 180b, RW with a bias that grows with the distance. Source: transformers,
 models/falcon/modeling_falcon.py."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvrun.runtime.layers.attention import Attention
 from kvrun.runtime.layers.block import Block, ParallelBlock
@@ -39,31 +39,18 @@ def heads(w: "Checkpoint") -> Heads:
     return cut_heads(w, count, kv, c.integer("hidden_size") // count)
 
 
-def block(w: "Checkpoint", n: int, rope: Rope) -> Block | ParallelBlock:
+def block(w: "Checkpoint", n: int, rope: Rope | None) -> Block | ParallelBlock:
     c, h, p = w.config, heads(w), f"transformer.h.{n}"
     hidden, bias = c.integer("hidden_size"), c.flag("bias", False)
-    biased = c.flag("alibi", False)
-    attention = Attention(
-        w,
-        n,
-        h,
-        grouped(h, hidden, f"{p}.self_attention.query_key_value"),
-        f"{p}.self_attention.dense",
-        qkv_bias=bias,
-        out_bias=bias,
-        rope=None if biased else rope,
-        # Falcon adds the bias before it scales the scores.
-        alibi=alibi_slopes(h.heads, w.device) * h.head_dim**-0.5 if biased else None,
-    )
-    mlp = MLP(
-        w,
-        f"{p}.mlp.dense_h_to_4h",
-        f"{p}.mlp.dense_4h_to_h",
-        hidden=hidden,
-        inner=c.integer("ffn_hidden_size", 4 * hidden),
-        act=c.text("activation", "gelu"),
-        bias=bias,
-    )
+    qkv, out = grouped(h, hidden, f"{p}.self_attention.query_key_value"), "self_attention.dense"
+    slopes = None
+    if c.flag("alibi", False):  # added before the scores are scaled
+        slopes, rope = alibi_slopes(h.heads, w.device) * h.head_dim**-0.5, None
+    options: dict[str, Any] = {"qkv_bias": bias, "out_bias": bias, "rope": rope}
+    attention = Attention(w, n, h, qkv, f"{p}.{out}", alibi=slopes, **options)
+    up, down = (f"{p}.mlp.dense_{x}" for x in ("h_to_4h", "4h_to_h"))
+    inner, act = c.integer("ffn_hidden_size", 4 * hidden), c.text("activation", "gelu")
+    mlp = MLP(w, up, down, hidden=hidden, inner=inner, act=act, bias=bias)
     if c.integer("num_ln_in_parallel_attn", 2 if is_new(w) else 1) == 2:
         first, second = gpt2.norm(w, f"{p}.ln_attn"), gpt2.norm(w, f"{p}.ln_mlp")
         return ParallelBlock(first, attention, mlp, second)

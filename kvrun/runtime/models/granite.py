@@ -3,12 +3,9 @@ models/granite/modeling_granite.py."""
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from kvrun.runtime.layers.attention import Attention
-from kvrun.runtime.layers.block import Block, Part
+from kvrun.runtime.layers.block import Block, Scaled, ScaledAttention
 from kvrun.runtime.layers.decoder import Decoder
-from kvrun.runtime.layers.norm import Norm
 from kvrun.runtime.layers.position import Rope
 from kvrun.runtime.models import llama
 
@@ -39,23 +36,3 @@ def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
 
 def attention(w: "Checkpoint", n: int, rope: Rope) -> Attention:
     return llama.attention(w, n, rope=rope, scale=w.config.number("attention_multiplier", 1.0))
-
-
-class Scaled:
-    """A part whose result counts `factor` times in the residual stream."""
-
-    def __init__(self, part: Part, factor: float) -> None:
-        self._part = part
-        self._factor = factor
-
-    def __call__(
-        self, x: torch.Tensor, batch: Any, add: torch.Tensor | None = None, norm: Norm | None = None
-    ) -> torch.Tensor:
-        y = self._part(x, batch, norm=norm)
-        return y * self._factor if add is None else add.add_(y, alpha=self._factor)
-
-
-class ScaledAttention(Scaled):
-    def __init__(self, part: Attention, factor: float) -> None:
-        super().__init__(part, factor)
-        self.spec = part.spec

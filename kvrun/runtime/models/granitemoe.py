@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from kvrun.runtime.layers.block import Block, Part
+from kvrun.runtime.layers.block import Block, Part, Scaled, ScaledAttention
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.layers.moe import MoE, stacked, top_softmax
 from kvrun.runtime.layers.position import Rope
@@ -20,9 +20,9 @@ def block(w: "Checkpoint", n: int, rope: Rope, shared: Part | None = None) -> Bl
     p, factor = f"model.layers.{n}", w.config.number("residual_multiplier", 1.0)
     return Block(
         llama.rms(w, f"{p}.input_layernorm"),
-        granite.ScaledAttention(granite.attention(w, n, rope), factor),
+        ScaledAttention(granite.attention(w, n, rope), factor),
         llama.rms(w, f"{p}.post_attention_layernorm"),
-        granite.Scaled(moe(w, n, shared), factor),
+        Scaled(moe(w, n, shared), factor),
     )
 
 

@@ -9,7 +9,7 @@ from kvrun.runtime.layers.attention import Attention
 from kvrun.runtime.layers.block import Block
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.layers.linear import Linear
-from kvrun.runtime.layers.mlp import GatedMLP
+from kvrun.runtime.layers.mlp import gated_mlp
 from kvrun.runtime.layers.position import Rope
 from kvrun.runtime.layers.qkv import Shard
 from kvrun.runtime.models import llama, qwen3_moe
@@ -48,16 +48,9 @@ class SharedExpert:
 
     def __init__(self, w: "Checkpoint", n: int) -> None:
         c, p = w.config, f"model.layers.{n}.mlp"
-        hidden = c.integer("hidden_size")
-        self._gate = Linear(w, Shard(f"{p}.shared_expert_gate", 1, hidden))
-        self._mlp = GatedMLP(
-            w,
-            (f"{p}.shared_expert.gate_proj", f"{p}.shared_expert.up_proj"),
-            f"{p}.shared_expert.down_proj",
-            hidden=hidden,
-            inner=c.integer("shared_expert_intermediate_size"),
-            act=c.text("hidden_act", "silu"),
-        )
+        self._gate = Linear(w, Shard(f"{p}.shared_expert_gate", 1, c.integer("hidden_size")))
+        inner = c.integer("shared_expert_intermediate_size")
+        self._mlp = gated_mlp(w, f"{p}.shared_expert", inner)
 
     def __call__(
         self, x: torch.Tensor, batch: Any, add: Any = None, norm: Any = None

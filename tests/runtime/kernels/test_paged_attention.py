@@ -30,6 +30,7 @@ class Step:
     dtype: torch.dtype = F32
     fp8: bool = False
     window: int | None = None
+    chunk: int | None = None
     softcap: float | None = None
     alibi: bool = False
     sinks: bool = False
@@ -45,6 +46,7 @@ class Step:
             dim,
             0.3,
             window=self.window,
+            chunk=self.chunk,
             softcap=self.softcap,
             alibi=torch.linspace(0.05, 0.3, heads) if self.alibi else None,
             sinks=torch.linspace(-1.0, 2.0, heads) if self.sinks else None,
@@ -121,6 +123,8 @@ def dense(step: Step, data: Data) -> torch.Tensor:
             for key in range(position + 1):
                 if step.window is not None and position - key >= step.window:
                     continue
+                if step.chunk is not None and position // step.chunk != key // step.chunk:
+                    continue
                 slot = int(data.tables[i, key // step.page]) * step.page + key % step.page
                 score = (data.q[row, head].double() @ cache[slot, 0, kv]) * options.scale
                 if step.softcap is not None:
@@ -146,8 +150,8 @@ def agree(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     return difference(found, wanted) <= TOLERANCE[found.dtype]
 
 
-EVERY = {"window": 21, "softcap": 0.8, "alibi": True, "sinks": True}
-OPTIONS = [{}, *({name: value} for name, value in EVERY.items()), EVERY]
+EVERY = {"window": 21, "chunk": 13, "softcap": 0.8, "alibi": True, "sinks": True}
+OPTIONS = [{}, *({name: value} for name, value in EVERY.items()), {**EVERY, "chunk": 26}]
 
 
 def named(options: dict[str, Any]) -> str:
@@ -340,6 +344,7 @@ def test_out_is_written_where_it_lies(module: ModuleType) -> None:
     sequences=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), min_size=1, max_size=4),
     heads=st.sampled_from([(4, 2, 16), (3, 1, 24), (2, 2, 16)]),
     window=st.none() | st.integers(1, 40),
+    chunk=st.none() | st.integers(1, 40),
     softcap=st.none() | st.just(1.1),
     alibi=st.booleans(),
     sinks=st.booleans(),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import Gemma3TextConfig
 
 from kvrun.errors import BadCheckpoint, Unsupported
-from kvrun.runtime.attention import triton
+from kvrun.runtime.attention import AttentionSpec, triton
 from kvrun.runtime.checkpoint import Checkpoint
 from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.models import build, gemma3_text
@@ -228,11 +229,14 @@ def test_options_of_mpt_that_would_be_answered_wrongly(
         build(Checkpoint(tmp_path))
 
 
-def test_kernels_that_know_no_chunks_say_so(tmp_path: Path) -> None:
-    zoo.make(tmp_path, "llama4_text", "scout")
-    specs = Driver(tmp_path).model.specs
-    reasons = [triton.Attention.reject(spec, torch.device("cuda")) for spec in specs]
-    assert reasons == ["its kernels know windows, not chunks", None]
+def test_kernels_say_which_latents_they_do_not_take() -> None:
+    cuda = torch.device("cuda")
+    spec = AttentionSpec(0, 16, 1, 576, 0.1, latent=512)
+    assert triton.Attention.reject(spec, cuda) is None
+    for change in ({"head_dim": 1088, "latent": 1024}, {"head_dim": 768}):
+        reason = triton.Attention.reject(replace(spec, **change), cuda)
+        assert "too wide" in str(reason)
+    assert "sees all keys" in str(triton.Attention.reject(replace(spec, window=8), cuda))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kvrun.runtime.layers import shared_moe
 from kvrun.runtime.layers.moe import MoE
 from kvrun.runtime.models import (
     bloom,
@@ -263,7 +264,7 @@ CODE_MUTATIONS = {
         "plain",
         replaced(deepseek_v3, "sigmoid_groups", corrected_weights),
     ),
-    "no shared expert": ("deepseek_v3", "plain", replaced(deepseek_v3, "MoE", unshared)),
+    "no shared expert": ("deepseek_v3", "plain", replaced(shared_moe, "MoE", unshared)),
     "no shared expert, qwen2": ("qwen2_moe", "plain", replaced(qwen3_moe, "MoE", unshared)),
     "no growth under yarn": (
         "deepseek_v3",

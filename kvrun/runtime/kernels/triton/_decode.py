@@ -100,6 +100,7 @@ def _shape(q: torch.Tensor, options: Options, tiling: Tiling) -> dict[str, Any]:
         "DIM": dim,
         "PADDED": padded,
         "WINDOW": options.window,
+        "CHUNK": options.chunk,
         "KEYS": tiling.keys,
         "BATCH": 1 if batch == 1 else max(_SCAN, triton.next_power_of_2(batch)),
         "AT_ONCE": min(16, max(1, 4096 // (group * padded))),
@@ -120,11 +121,22 @@ def _zeros(device: torch.device, count: int) -> torch.Tensor:
 
 
 @triton.jit
-def _share(lengths, batch, rows, target, WINDOW: tl.constexpr, KEYS: tl.constexpr):
-    """Keys of a part, and the number of parts of each row: at least one, and none for no row."""
-    visible = lengths
+def _unseen(lengths, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
+    """How many of the first keys the last one does not see."""
+    unseen = lengths * 0
     if WINDOW is not None:
-        visible = tl.minimum(lengths, WINDOW)
+        unseen = tl.maximum(lengths - WINDOW, 0)
+    if CHUNK is not None:
+        unseen = tl.maximum(unseen, tl.maximum(lengths - 1, 0) // CHUNK * CHUNK)
+    return unseen
+
+
+@triton.jit
+def _share(
+    lengths, batch, rows, target, WINDOW: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr
+):
+    """Keys of a part, and the number of parts of each row: at least one, and none for no row."""
+    visible = lengths - _unseen(lengths, WINDOW, CHUNK)
     share = tl.cdiv(tl.sum(visible, 0), target)
     share = tl.maximum(tl.cdiv(share, KEYS), 1) * KEYS
     return share, tl.where(rows < batch, tl.maximum(tl.cdiv(visible, share), 1), 0)
@@ -132,8 +144,8 @@ def _share(lengths, batch, rows, target, WINDOW: tl.constexpr, KEYS: tl.constexp
 
 @triton.jit
 def _part(
-    lengths_at, item, batch, target,
-    WINDOW: tl.constexpr, KEYS: tl.constexpr, BATCH: tl.constexpr,
+    lengths_at, item, batch, target, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    KEYS: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     """Which part of which row is item number `item`: row, part, parts, keys of a part, length.
 
@@ -141,7 +153,7 @@ def _part(
     """
     rows = tl.arange(0, BATCH)
     lengths = tl.load(lengths_at + rows, mask=rows < batch, other=0)
-    share, parts = _share(lengths, batch, rows, target, WINDOW, KEYS)
+    share, parts = _share(lengths, batch, rows, target, WINDOW, CHUNK, KEYS)
     if BATCH == 1:
         count, length = tl.sum(parts, 0), tl.sum(lengths, 0)
         row = tl.where(item < count, 0, 1)
@@ -165,13 +177,15 @@ def _decode(
     KV_HEADS: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, BATCH: tl.constexpr,
     KEYS: tl.constexpr, AHEAD: tl.constexpr, AT_ONCE: tl.constexpr,
-    PDL: tl.constexpr,
+    CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A part of a sequence for the `SHARE` heads of a kv head, which are the rows of a tile."""
     wait(PDL)
     release(PDL)
     kv, item, items = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    row, part, count, share, length = _part(lengths_at, item, batch, target, WINDOW, KEYS, BATCH)
+    row, part, count, share, length = _part(
+        lengths_at, item, batch, target, WINDOW, CHUNK, KEYS, BATCH
+    )
     if row >= batch:
         return
     group, columns = tl.arange(0, ROWS), tl.arange(0, PADDED)
@@ -184,9 +198,7 @@ def _decode(
     if alibi_at is not None:
         slopes = tl.load(alibi_at + heads, mask=real, other=0.0)
     top, total = begin(sinks_at, heads, real, part == 0)
-    first = part * share
-    if WINDOW is not None:
-        first += tl.maximum(length - WINDOW, 0)
+    first = part * share + _unseen(length, WINDOW, CHUNK)
     top, total, acc = _walk(
         q, top, total, cache_at + kv * DIM, tables_at + row.to(tl.int64) * table_stride,
         first, tl.minimum(first + share, length), group * 0 + (length - 1), slopes,
@@ -251,7 +263,7 @@ def _walk(
 def _join(
     parts_at, lengths_at, out_at, out_stride, items, batch, target,
     KV_HEADS: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
-    PADDED: tl.constexpr, WINDOW: tl.constexpr, KEYS: tl.constexpr,
+    PADDED: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr,
     BATCH: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The parts of a sequence, for the heads of a kv head; nothing to do for a single part."""
@@ -260,7 +272,7 @@ def _join(
     kv, row = tl.program_id(0), tl.program_id(1)
     rows = tl.arange(0, BATCH)
     lengths = tl.load(lengths_at + rows, mask=rows < batch, other=0)
-    _, parts = _share(lengths, batch, rows, target, WINDOW, KEYS)
+    _, parts = _share(lengths, batch, rows, target, WINDOW, CHUNK, KEYS)
     count = tl.sum(tl.where(rows == row, parts, 0), 0)
     first = tl.sum(tl.where(rows < row, parts, 0), 0)
     if count > 1:

@@ -75,6 +75,7 @@ def launch(
         UNIT=LOG2E.value * (1.0 if bent else options.scale),
         SOFTCAP=options.softcap,
         WINDOW=options.window,
+        CHUNK=options.chunk,
         KV_HEADS=options.kv_heads,
         SHARE=share,
         GROUP=group,
@@ -112,7 +113,7 @@ def _prefill(
     SCALE: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     KV_HEADS: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
     ROWS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    KEYS: tl.constexpr, FRESH: tl.constexpr, PDL: tl.constexpr,
+    KEYS: tl.constexpr, FRESH: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """QUERIES queries of one sequence, for GROUP heads: row r is query r // GROUP, head r % GROUP.
 
@@ -155,7 +156,7 @@ def _prefill(
     top, total, acc = _past_keys(
         q, top, total, acc, k_at, v_at, k_stride, v_stride, tables_at, length - (stop - start),
         query, tl.minimum(query + QUERIES, stop - start), queries, slopes,
-        SCALE, UNIT, SOFTCAP, WINDOW, DIM, PADDED, BLOCK_SIZE, KEYS, FRESH,
+        SCALE, UNIT, SOFTCAP, WINDOW, DIM, PADDED, BLOCK_SIZE, KEYS, FRESH, CHUNK,
     )  # fmt: skip
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     places = (start + queries).to(tl.int64)[:, None] * out_stride + heads[:, None] * DIM
@@ -167,33 +168,38 @@ def _past_keys(
     q, top, total, acc, k_at, v_at, k_stride, v_stride, table_at, before, query, stop, queries,
     slopes, SCALE: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
-    FRESH: tl.constexpr,
+    FRESH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Keys that all queries see need no mask: only the window's edge and the diagonal do."""
+    """Keys that all queries see need no mask: only edges and the diagonal do."""
     positions = before + queries
     end = before + stop
     first = 0
     clear = 0
     clear_end = tl.maximum(before + query + 1, 0) // KEYS * KEYS
-    if WINDOW is not None:
-        first = tl.maximum(before + query + 1 - WINDOW, 0) // KEYS * KEYS
+    if WINDOW is not None or CHUNK is not None:
+        if WINDOW is not None:
+            first = tl.maximum(before + query + 1 - WINDOW, 0)
+            clear = tl.maximum(end - WINDOW, 0)
+        if CHUNK is not None:
+            first = tl.maximum(first, tl.maximum(before + query, 0) // CHUNK * CHUNK)
+            clear = tl.maximum(clear, tl.maximum(end - 1, 0) // CHUNK * CHUNK)
+        first = first // KEYS * KEYS
         clear_end = tl.maximum(clear_end, first)
-        clear = tl.cdiv(tl.maximum(end - WINDOW, 0), KEYS) * KEYS
-        clear = tl.minimum(tl.maximum(clear, first), clear_end)
+        clear = tl.minimum(tl.maximum(tl.cdiv(clear, KEYS) * KEYS, first), clear_end)
         top, total, acc = _walk(
             q, top, total, acc, k_at, v_at, k_stride, v_stride, table_at, first, clear, end,
             positions, slopes, SCALE, UNIT, SOFTCAP, WINDOW, DIM, PADDED, BLOCK_SIZE, KEYS, FRESH,
-            True,
+            CHUNK, True,
         )  # fmt: skip
     top, total, acc = _walk(
         q, top, total, acc, k_at, v_at, k_stride, v_stride, table_at, clear, clear_end, end,
         positions, slopes, SCALE, UNIT, SOFTCAP, WINDOW, DIM, PADDED, BLOCK_SIZE, KEYS, FRESH,
-        False,
+        CHUNK, False,
     )  # fmt: skip
     return _walk(
         q, top, total, acc, k_at, v_at, k_stride, v_stride, table_at, clear_end, end, end,
         positions, slopes, SCALE, UNIT, SOFTCAP, WINDOW, DIM, PADDED, BLOCK_SIZE, KEYS, FRESH,
-        True,
+        CHUNK, True,
     )  # fmt: skip
 
 
@@ -202,7 +208,7 @@ def _walk(
     q, top, total, acc, k_at, v_at, k_stride, v_stride, table_at, first, stop, end, positions,
     slopes, SCALE: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
-    FRESH: tl.constexpr, MASKED: tl.constexpr,
+    FRESH: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Keys from `first` to `stop`, tile by tile; there are none from `end` on."""
     if not FRESH:
@@ -226,6 +232,8 @@ def _walk(
             visible = behind >= 0
             if WINDOW is not None:
                 visible &= behind < WINDOW
+            if CHUNK is not None:
+                visible &= (tokens // CHUNK)[None, :] == (positions // CHUNK)[:, None]
             scores = tl.where(visible, scores, float("-inf"))
         values = rows_of(v_at, places, v_stride, seen, DIM, PADDED).to(q.dtype)
         top, total, acc = absorb(scores, values, top, total, acc, UNIT)

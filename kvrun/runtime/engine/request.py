@@ -120,4 +120,5 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     dtype: str
     attention: str
+    attention_note: str = ""  # why not by a backend that would be faster
     load_seconds: float

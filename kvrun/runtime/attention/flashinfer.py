@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,6 +31,8 @@ from kvrun.runtime.cache.tensors import KVCache
 if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
 
+# What of a layer's specification its kernels do; any other option is left to others.
+KNOWN = frozenset({"layer", "heads", "kv_heads", "head_dim", "scale", "window", "softcap"})
 LONG = 1024  # queries of a sequence from which planning on the host pays
 MOST = 4  # sequences of a step that are planned; the others are left to our own kernels
 # Plans that may be on their way to the device: two steps' worth.
@@ -93,17 +95,17 @@ class Attention(Own):
 
     @staticmethod
     def reject(spec: AttentionSpec, device: torch.device) -> str | None:
-        if (reason := Own.reject(spec, device)) is not None:
-            return reason
+        if device.type != "cuda":
+            return "its kernels need a CUDA device"
         if torch.cuda.get_device_capability(device)[0] != 9:
             return NOT_HOPPER
         if spec.head_dim not in HEAD_DIMS:
             sizes = ", ".join(map(str, HEAD_DIMS))
             return f"a head of {spec.head_dim} dimensions is not one of {sizes}"
-        for what in ("alibi", "sinks"):
-            if getattr(spec, what) is not None:
-                return f"its kernels know no {what}"
-        return None
+        for option in fields(spec):
+            if option.name not in KNOWN and getattr(spec, option.name) is not option.default:
+                return f"its kernels know no {option.name}"
+        return Own.reject(spec, device)  # which has the other sequences
 
     def plan(self, batch: "Batch") -> None:
         super().plan(batch)

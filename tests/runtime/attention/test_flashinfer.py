@@ -105,7 +105,7 @@ def test_a_plan_is_written_over_only_when_it_has_been_copied(
     [
         ({"alibi": torch.ones(4)}, "no alibi"),
         ({"sinks": torch.ones(4)}, "no sinks"),
-        ({"chunk": 8}, "not chunks"),
+        ({"chunk": 8}, "no chunk"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

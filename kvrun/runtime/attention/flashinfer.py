@@ -8,7 +8,6 @@ kernels that plan on the host have no place.
 
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -276,13 +275,13 @@ def _build(module: Module) -> None:
         "fa3", dtype, dtype, dtype, torch.int32, size, size, 0, module.window, module.softcap, False
     )
     try:
-        spec.build(verbose=False)
+        spec.build(verbose=os.environ.get("FLASHINFER_JIT_VERBOSE") == "1")
     except RuntimeError as error:
         words = str(error).strip().splitlines() or ["no reason was given"]
         raise KvrunError(
             f"{module.name} could not be compiled.",
             cause=words[-1],
-            hint=f"the compiler's output: FLASHINFER_JIT_VERBOSE=1 {Path(sys.argv[0]).name} ...",
+            hint="FLASHINFER_JIT_VERBOSE=1 shows all that the compiler says",
         ) from error
 
 

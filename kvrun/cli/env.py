@@ -1,4 +1,4 @@
-"""kvrun env: what kvrun finds on this machine, to be put into a report."""
+"""kvrun env: what kvrun finds on this machine, and modules compiled for it."""
 
 import importlib.metadata
 import json
@@ -6,19 +6,29 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from kvrun import __version__
 from kvrun.cli import _options as options
-from kvrun.errors import EXTRAS
+from kvrun.errors import EXTRAS, InvalidRequest
+from kvrun.folder import load
 
 PANEL = "Tools"
-EXAMPLES = ("kvrun env", "kvrun env --json")
+EXAMPLES = (
+    "kvrun env", "kvrun env --json",
+    "kvrun env --compile                     FlashInfer's prefill for this GPU; once, for minutes",
+    "kvrun env --compile --only bf16-128     what most models need",
+)  # fmt: skip
 PACKAGES = (
     "torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "triton", "numpy",
     "fastapi", "uvicorn",
 )  # fmt: skip
-FOR_EXTRAS = {"opentelemetry": "opentelemetry-sdk"}  # by the names of their imports
+FOR_EXTRAS = {
+    "flashinfer": "flashinfer-python",
+    "opentelemetry": "opentelemetry-sdk",
+}  # by the names of their imports
 # What they are for, and how they are installed.
 FOR_TOKENIZERS = ("sentencepiece", "tiktoken", "protobuf")
 VARIABLES = (
@@ -28,8 +38,32 @@ VARIABLES = (
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "KVRUN_API_KEY")
 
 
-def command(as_json: options.AsJson = False) -> None:
-    """Show versions, devices, the cache, settings, missing packages."""
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile", help="Compile FlashInfer's modules for this GPU, where they are missing."
+    ),
+]
+Only = Annotated[
+    str | None,
+    typer.Option(
+        "--only", metavar="LIST", help="With --compile: these, as bf16-128,bf16-256-window."
+    ),
+]
+
+
+def command(
+    as_json: options.AsJson = False, compile_modules: Compile = False, only: Only = None
+) -> None:
+    """Show versions, devices, the cache, settings, missing packages; or compile for this GPU."""
+    if compile_modules:
+        names = [name.strip() for name in (only or "").split(",") if name.strip()]
+        # By its name, because only what opens it needs the package.
+        backend = load("kvrun.runtime.attention", "flashinfer")
+        backend.compile_modules(names, lambda line: print(line, flush=True))
+        return
+    if only is not None:
+        raise InvalidRequest("--only goes with --compile.")
     found = _found()
     if as_json:
         print(json.dumps(found))

@@ -170,6 +170,13 @@ QueueTimeout = Annotated[
 RequestTimeout = Annotated[
     float, _limit("--request-timeout", metavar="SECONDS", help="From the first token to the last.")
 ]
+Restarts = Annotated[
+    int,
+    _limit(
+        "--restart-engine",
+        help="How often in a row an engine that dies is started again; its answers go on.",
+    ),
+]
 Workers = Annotated[int, _limit("--validation-workers", help="Threads that tokenize.")]
 ServedRatio = Annotated[float, _ignored("--waiting-served-ratio", metavar="X")]
 WaitingTokens = Annotated[int, _ignored("--max-waiting-tokens")]
@@ -211,6 +218,7 @@ def command(
     payload_limit: Payload = 2 << 20,
     queue_timeout: QueueTimeout = 60.0,
     request_timeout: RequestTimeout = 600.0,
+    restart_engine: Restarts = 3,
     validation_workers: Workers = 2,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -274,6 +282,7 @@ def _serve(model: str, given: dict[str, Any]) -> None:
         "max_num_batched_tokens": given["max_batch_prefill_tokens"],
         "max_num_seqs": given["max_batch_size"],
         "kv_tokens": given["max_batch_total_tokens"],
+        "restarts": given["restart_engine"],
     }
     config = EngineConfig(
         model=str(find_model(model, yes=given["yes"])),

@@ -26,8 +26,10 @@ class EngineConfig:
     weights are read (a float in (0, 1]); None takes a default by device. `None` sizes are chosen
     from the model and the machine. `run_ahead` is how many steps are submitted beyond the one whose
     tokens are awaited; None: 0 on CPU, 4 on CUDA. A step longer than `step_timeout` seconds ends
-    the engine process. `adapters` are LoRA adapters, name -> PEFT folder; those that are in use lie
-    in `lora_memory` of the device, bytes or a fraction as `kv_memory`.
+    the engine process. One that has ended by itself is started again by its client, `restarts`
+    times in a row; an end is forgotten after ten minutes. `adapters` are LoRA adapters, name ->
+    PEFT folder; those that are in use lie in `lora_memory` of the device, bytes or a fraction as
+    `kv_memory`.
     """
 
     model: str  # a local folder with config.json
@@ -52,6 +54,7 @@ class EngineConfig:
     cuda_graphs: bool = True
     # A long prompt of a large model takes minutes on a CPU; nothing honest takes longer than this.
     step_timeout: float = 600.0
+    restarts: int = 3
 
     def __post_init__(self) -> None:
         _one_of("device", self.device.split(":")[0], DEVICES)
@@ -73,8 +76,10 @@ class EngineConfig:
             raise InvalidRequest(
                 "kv_memory and kv_tokens say the same in two ways.", hint="give one of them"
             )
-        if self.run_ahead is not None and self.run_ahead < 0:
-            raise InvalidRequest(f"run_ahead is {self.run_ahead}; it must be at least 0.")
+        for name in ("run_ahead", "restarts"):
+            count = getattr(self, name)
+            if count is not None and count < 0:
+                raise InvalidRequest(f"{name} is {count}; it must be at least 0.")
 
     @property
     def rounding(self) -> str | None:

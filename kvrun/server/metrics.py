@@ -35,6 +35,7 @@ class Metrics:
     def __init__(self) -> None:
         self.requests = 0
         self.succeeded = 0
+        self.restarts = 0
         self.failures: Counter[str] = Counter()  # by err, in TGI's words
         self.finished: Counter[str] = Counter()  # answers, by finish reason
         self.adapter_requests: Counter[str] = Counter()
@@ -79,6 +80,8 @@ class Metrics:
         yield from _metric("tgi_request_failure", "counter", "Failed", failures)
 
     def _ours(self, model: str) -> Iterator[str]:
+        help = "Engine processes that died and were started again"
+        yield from _metric("kvrun_engine_restarts_total", "counter", help, {"": self.restarts})
         finished = {
             _labels(model_name=model, finished_reason=reason): count
             for reason, count in self.finished.items()

@@ -192,8 +192,10 @@ class Running:
         ready = self._service.engine
         log.event(
             "ready", plan=ready.plan, device=ready.device, dtype=ready.dtype,
-            seconds=round(ready.load_seconds, 2),
+            seconds=round(ready.load_seconds, 2), attention=ready.attention,
         )  # fmt: skip
+        if ready.attention_note:
+            log.event("attention", by=ready.attention, note=ready.attention_note)
 
     async def _sweep(self) -> None:
         settings = self._service.settings

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import logging
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -79,6 +80,8 @@ class Service:
         self.tracing = _tracing(settings)
         check_names(settings.adapters, self._own_names)
         self.client = connect(config)
+        self.client.on_restart = self._restarted
+        self.restarting = False  # the engine has died, and the next one is not ready
         self.adapters = Adapters(settings, self.client, self._own_names)
         self.metrics = Metrics()
         self.phase: Phase = "loading"
@@ -125,6 +128,22 @@ class Service:
         if text is not None:
             _ = text.eos_token_ids, text.generation_defaults
         return text
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests would be computed at once; while the engine is started again they
+        are taken and wait."""
+        return self.phase == "ready" and not self.restarting
+
+    def _restarted(self, news: KvrunError | Ready) -> None:
+        self.restarting = isinstance(news, KvrunError)
+        if isinstance(news, KvrunError):
+            self.metrics.restarts += 1
+            log.event("the engine has ended and is started again", logging.WARNING,
+                      cause=news.cause or news.what, active=self.active)  # fmt: skip
+        else:
+            self._ready = news
+            log.event("ready again", plan=news.plan, seconds=round(news.load_seconds, 2))
 
     async def watch(self) -> KvrunError:
         """Wait until the engine has ended; nobody is served after that."""

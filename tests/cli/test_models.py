@@ -20,6 +20,7 @@ from kvrun.hub.transfer import File
 from tests.cli.conftest import SCRIPTED, Result, Terminal
 from tests.hub.conftest import MODEL, cache, hub
 from tests.hub.server import Fault, Hub
+from tests.runtime.attention import fake_flashinfer
 
 __all__ = ["cache", "hub"]  # fixtures
 Run = Callable[..., Result]
@@ -283,6 +284,19 @@ def test_env_says_how_to_get_what_is_missing(
     told = json.loads(kvrun_command("env", "--json").out)
     assert told["optional"]["opentelemetry"] == "missing: pip install 'kvrun[otel]'"
     assert told["versions"]["torch"] == "missing"
+
+
+def test_env_compile(kvrun_command: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    done = kvrun_command("env", "--compile")
+    assert done.code == 4
+    assert "pip install 'kvrun[cuda]'" in done.err
+    fake_flashinfer.install(monkeypatch, tmp_path)
+    done = kvrun_command("env", "--compile", "--only", "bf16-128")
+    fake_flashinfer.uninstall()
+    assert done.code == 4
+    assert "sees no CUDA device" in done.err
+    assert kvrun_command("env", "--only", "bf16-128").code == 2
 
 
 def served(hub: Hub, model: Path) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import json
 import struct
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -44,6 +44,7 @@ class FakeEngine:
         self.adapter_gate.set()
         if config.device != "cuda:7":  # a device that nobody has: a model that takes its time
             self.load_gate.set()
+        self.on_restart: Callable[[KvrunError | Ready], None] = lambda news: None
         self._death = asyncio.Event()
         self._step = asyncio.Event()
         self._changed = asyncio.Condition()

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from kvrun.errors import EngineDead
 from tests.server.conftest import Served, served
+from tests.server.engine import FakeEngine
 
 PROBES = ("/", "/health", "/ping", "/readyz")
 
@@ -84,3 +87,20 @@ async def test_request_ids_come_back(server: Served) -> None:
     assert kept.headers["x-request-id"] == "mine_1-A"
     made = await server.http.get("/health", headers={"x-request-id": "a b\x00"[:3]})
     assert len(made.headers["x-request-id"]) == 32
+
+
+async def test_an_engine_that_is_started_again_is_not_ready_meanwhile(server: Served) -> None:
+    async def restarts() -> str:
+        lines = (await server.http.get("/metrics")).text.splitlines()
+        return next(line for line in lines if line.startswith("kvrun_engine_restarts_total"))
+
+    assert await restarts() == "kvrun_engine_restarts_total 0"
+    server.engine.on_restart(EngineDead("the engine process has ended.", cause="signal 11"))
+    assert (await server.http.get("/health")).status_code == 503
+    assert (await server.http.get("/healthz")).status_code == 200
+    assert (await server.chat("say hi")).status_code == 200, "who comes now waits for it"
+    again = await FakeEngine(server.service.config).start()
+    server.engine.on_restart(msgspec.structs.replace(again, kv_tokens=2048))
+    assert (await server.http.get("/health")).status_code == 200
+    assert (await server.http.get("/info")).json()["max_batch_total_tokens"] == 2048
+    assert await restarts() == "kvrun_engine_restarts_total 1"

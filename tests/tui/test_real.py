@@ -16,7 +16,9 @@ from tests.tui.conftest import Screen
 
 @asynccontextmanager
 async def tiny(tmp_path: Path, **sampling: object) -> AsyncIterator[Screen]:
-    board = local_board("tiny", None, {"temperature": 0.0, **sampling}, {"threads": 1})
+    board = local_board(
+        "tiny", None, {"temperature": 0.0, **sampling}, {"threads": 1, "restarts": 0}
+    )
     board.store = Store(tmp_path / "chat.db")
     app = TuiApp(board, history=History(None), themes=Themes(None))
     async with app.run_test(size=(150, 40)) as pilot:
@@ -58,7 +60,7 @@ async def test_stopping_frees_the_pages_and_a_killed_engine_comes_back(tmp_path:
         await screen.answered()
         assert (await screen.board.host.pages()).requests == {}
         said = screen.board.talks[0].last_answer.content
-        os.kill(screen.board.host.session.client._process.pid, signal.SIGKILL)
+        os.kill(screen.board.host.session.client.pid, signal.SIGKILL)
         await screen.sees("killed by signal 9", "F9 starts it again")
         assert screen.board.talks[0].last_answer.content == said
         await screen.pilot.press("f9")

@@ -35,6 +35,11 @@ class KVCache:
             layer: _zeros(rows, width, dtype, device) for layer, width in widths.items()
         }
 
+    @property
+    def widest_row(self) -> int:
+        """Bytes of a token's keys and values in the layer that has the most."""
+        return max(tensor.stride(0) * tensor.itemsize for tensor in self._layers.values())
+
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero blocks that may hold NaN or infinity, before another sequence gets them.
 

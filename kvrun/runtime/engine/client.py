@@ -1,29 +1,28 @@
-"""EngineClient: the engine in a child process, behind async calls; owns the request queues."""
+"""EngineClient: the engine in a child process, behind async calls; starts it anew when it dies."""
 
 import asyncio
 import itertools
-import os
-import subprocess
-import sys
-import tempfile
-import threading
-from collections.abc import AsyncGenerator
+import random
+import time
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
 from kvrun.errors import EngineDead, InvalidRequest, KvrunError
 from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine import wire
+from kvrun.runtime.engine.child import Child, Garbled
 from kvrun.runtime.engine.request import AdapterInfo, Delta, Pages, Ready, Request, Stats
+from kvrun.runtime.engine.stream import Loaded, Stream
 
-# Threads of the engine sleep while they wait for each other: spinning, they would take the cores
-# from the very threads they wait for as soon as another program is busy.
-PATIENT = {"OMP_WAIT_POLICY": "passive"}
+# Seconds after which the end of an engine counts no more as one in a row.
+STEADY = 600.0
 
-_Item = Delta | KvrunError
+_Ask = wire.LoadAdapter | wire.UnloadAdapter | wire.AskAdapters
 
 
 class EngineClient:
@@ -31,41 +30,43 @@ class EngineClient:
 
     All methods belong to the event loop in which `start` was awaited. Every request gets exactly
     one end: a delta with a finish reason for each of its choices, or an exception.
+
+    When the process dies, up to `config.restarts` times in a row, another one is started: requests
+    go on behind the last token that has come out, drawn as they would have been, and adapters are
+    known again. Whoever calls meanwhile waits. `on_restart` hears why one has died, and what the
+    next one says of itself once it is ready.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in `close`
-        debug = bool(os.environ.get("KVRUN_DEBUG"))
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "kvrun.runtime.engine.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=None if debug else self._errors,
-            env={**PATIENT, **os.environ},
-            # Ctrl+C in the terminal must reach this process only.
-            start_new_session=True,
-        )
-        assert self._process.stdin
-        assert self._process.stdout
-        self._outlet = self._process.stdin
-        self._source = self._process.stdout
-        with suppress(BrokenPipeError):
-            wire.send(self._outlet, config)
+        self._config = config
+        self._child = Child(config)
         self._numbers = itertools.count()
         self._names: dict[str, str] = {}  # request id -> its name in the engine
-        self._queues: dict[str, asyncio.Queue[_Item]] = {}  # by name
+        self._streams: dict[str, Stream] = {}  # by name
         self._stats: list[asyncio.Future[Stats]] = []
         self._pages: list[asyncio.Future[Pages]] = []
-        self._asked: dict[int, asyncio.Future[list[AdapterInfo]]] = {}  # about adapters
+        self._asked: dict[int, tuple[_Ask, asyncio.Future[list[AdapterInfo]]]] = {}
+        self._adapters = {name: Loaded(path, -1) for name, path in config.adapters.items()}
+        # The engine would choose the same seeds; but another engine has to know them.
+        self._random = random.Random(config.seed)
+        self.on_restart: Callable[[KvrunError | Ready], None] = lambda news: None
+        self._restarts = 0
+        self._deaths: list[float] = []  # when, on the monotonic clock
+        self._up = False  # the process that there is now takes requests
         self._dead: KvrunError | None = None
         self._closing = False
+
+    @property
+    def pid(self) -> int:
+        """Of the engine process; another one after it has been started again."""
+        return self._child.process.pid
 
     async def start(self) -> Ready:
         """Wait until the engine can take requests. Raises the engine's own error if it cannot."""
         self._loop = asyncio.get_running_loop()
         self._started: asyncio.Future[Ready] = self._loop.create_future()
         self._ended = asyncio.Event()
-        threading.Thread(target=self._listen, daemon=True, name="engine-listen").start()
+        self._listen()
         return await self._started
 
     async def stream(self, request: Request) -> AsyncGenerator[Delta]:
@@ -80,14 +81,18 @@ class EngineClient:
         # In the engine every stream has a name of its own, so that an id can be used again while
         # the engine still ends the stream that had it before.
         name = str(next(self._numbers))
-        body = _encode(wire.Submit(msgspec.structs.replace(request, id=name)))
-        queue: asyncio.Queue[_Item] = asyncio.Queue()
-        self._names[request.id], self._queues[name] = name, queue
-        open_choices = request.params.n
+        params = request.params
+        if params.seed is None:
+            params = replace(params, seed=self._random.getrandbits(63))
+        named = msgspec.structs.replace(request, id=name, params=params)
+        body = _encode(wire.Submit(named))
+        stream = Stream(named, self._adapters)
+        self._names[request.id], self._streams[name] = name, stream
+        open_choices = params.n
         try:
             self._write(body)
             while open_choices:
-                item = await queue.get()
+                item = await stream.items.get()
                 if isinstance(item, KvrunError):
                     open_choices = 0
                     raise item
@@ -95,23 +100,26 @@ class EngineClient:
                 item.request_id = request.id
                 yield item
         finally:
-            del self._names[request.id], self._queues[name]
+            del self._names[request.id], self._streams[name]
             if open_choices:
                 self._write(wire.encode(wire.Abort(name)))
 
     async def abort(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one of its choices; each gets a last delta, with the reason "abort"."""
         if name := self._names.get(request_id):
+            self._streams[name].abort(index)
             self._write(wire.encode(wire.Abort(name, index)))
 
     async def stats(self) -> Stats:
-        """The engine's counters now."""
+        """The engine's counters now; a process that was started anew counts from 0."""
         if self._dead:
             raise self._dead
         future: asyncio.Future[Stats] = self._loop.create_future()
         self._stats.append(future)
         self._write(wire.encode(wire.AskStats()))
-        return await future
+        stats = await future
+        stats.restarts = self._restarts
+        return stats
 
     async def pages(self) -> Pages:
         """Which blocks of the KV cache belong to which of this client's requests, now."""
@@ -145,33 +153,27 @@ class EngineClient:
         number = next(self._numbers)
         return await self._ask(number, wire.AskAdapters(number))
 
-    async def _ask(
-        self, number: int, message: wire.LoadAdapter | wire.UnloadAdapter | wire.AskAdapters
-    ) -> list[AdapterInfo]:
+    async def _ask(self, number: int, message: _Ask) -> list[AdapterInfo]:
         if self._dead:
             raise self._dead
         body = _encode(message)
         future: asyncio.Future[list[AdapterInfo]] = self._loop.create_future()
-        self._asked[number] = future
+        self._asked[number] = message, future
         self._write(body)
         return await future
 
     async def ended(self) -> KvrunError:
-        """Wait until the engine process has ended, however it comes; returns why it has."""
+        """Wait until there is no engine any more, however it comes; returns why."""
         await self._ended.wait()
         return self._dead or EngineDead("the engine process has ended.")
 
     async def close(self) -> None:
         """End the engine process; what still streams gets EngineDead."""
         self._closing = True
-        with suppress(OSError):
-            self._outlet.close()
+        self._child.hang_up()
         if hasattr(self, "_ended"):
             await self._ended.wait()
-        else:
-            self._process.wait()
-        self._source.close()
-        self._errors.close()
+        self._child.release()
 
     async def __aenter__(self) -> "EngineClient":
         await self.start()
@@ -188,26 +190,15 @@ class EngineClient:
     # -- the pipe ---------------------------------------------------------------------------
 
     def _write(self, body: bytes) -> None:
-        # A pipe that is broken or closed says nothing here: the listener tells everybody.
-        with suppress(OSError, ValueError):
-            wire.write(self._outlet, body)
+        """Tell the engine; one that is being started is told everything once it is ready."""
+        if self._up:
+            self._child.write(body)
 
     def _listen(self) -> None:
-        """Runs in a thread: frames to the event loop, then the end of the process."""
-        fault: wire.Fault | None = None
-        try:
-            for frame in wire.frames(self._source):
-                message = wire.from_engine.decode(frame)
-                if isinstance(message, wire.Died):
-                    fault = message.fault
-                else:
-                    self._call(self._deliver, message)
-        except (msgspec.MsgspecError, OSError) as error:
-            # What follows cannot be understood either, and nobody may wait for it.
-            fault = wire.Fault("EngineDead", "the engine's words are garbled.", str(error))
-            self._process.kill()
-        code = self._process.wait()
-        self._call(self._end, self._obituary(code, fault))
+        self._child.listen(
+            lambda message: self._call(self._deliver, message),
+            lambda error: self._call(self._end, error),
+        )
 
     def _call(self, function: object, *arguments: object) -> None:
         # The loop may be gone already when a program ends without `close`.
@@ -217,37 +208,97 @@ class EngineClient:
     def _deliver(self, message: wire.FromEngine) -> None:
         if isinstance(message, wire.Deltas):
             for delta in message.deltas:
-                if queue := self._queues.get(delta.request_id):
-                    queue.put_nowait(delta)
+                if stream := self._streams.get(delta.request_id):
+                    stream.take(delta)
         elif isinstance(message, wire.Rejected):
-            if queue := self._queues.get(message.request_id):
-                queue.put_nowait(message.fault.error())
+            if stream := self._streams.get(message.request_id):
+                stream.fail(message.fault.error())
         elif isinstance(message, wire.Statistics):
-            future = self._stats.pop(0)
-            if not future.done():
-                future.set_result(message.stats)
+            _settle(self._stats.pop(0), message.stats)
         elif isinstance(message, wire.PageMap):
-            waiting = self._pages.pop(0)
-            if not waiting.done():
-                waiting.set_result(message.pages)
+            _settle(self._pages.pop(0), message.pages)
         elif isinstance(message, wire.Adapters | wire.Refused):
-            asked = self._asked.pop(message.number)
-            if not asked.done():
-                if isinstance(message, wire.Refused):
-                    asked.set_exception(message.fault.error())
-                else:
-                    asked.set_result(message.adapters)
-        elif isinstance(message, wire.Started) and not self._started.done():
-            self._started.set_result(message.ready)
+            self._answer(message)
+        elif isinstance(message, wire.Started):
+            self._begin(message.ready)
+
+    def _answer(self, message: wire.Adapters | wire.Refused) -> None:
+        if message.number not in self._asked:
+            return  # of an adapter that a new engine was told of
+        asked, future = self._asked.pop(message.number)
+        if isinstance(message, wire.Refused):
+            if not future.done():
+                future.set_exception(message.fault.error())
+            return
+        if isinstance(asked, wire.LoadAdapter):
+            self._adapters[asked.name] = Loaded(asked.path, asked.number)
+        elif isinstance(asked, wire.UnloadAdapter):
+            self._adapters.pop(asked.name, None)
+        _settle(future, message.adapters)
+
+    # -- the process ------------------------------------------------------------------------
+
+    def _begin(self, ready: Ready) -> None:
+        """The engine takes requests: tell it all that one before it had been told."""
+        self._up = True
+        if self._restarts:
+            for name, adapter in self._adapters.items():
+                number = next(self._numbers)
+                self._write(wire.encode(wire.LoadAdapter(number, name, adapter.path, lazy=True)))
+        for stream in self._streams.values():
+            for submit in stream.resume():
+                self._write(wire.encode(submit))
+        for message, _ in self._asked.values():
+            self._write(wire.encode(message))
+        for question in [wire.AskStats()] * len(self._stats) + [wire.AskPages()] * len(self._pages):
+            self._write(wire.encode(question))
+        if not self._started.done():
+            self._started.set_result(ready)
+        if self._restarts:
+            self.on_restart(ready)
 
     def _end(self, error: KvrunError) -> None:
+        now = time.monotonic()
+        self._deaths = [*(t for t in self._deaths if now - t < STEADY), now]
+        ready = self._started.done() and not self._started.cancelled()
+        if ready and not (self._closing or isinstance(error, Garbled)):
+            if len(self._deaths) <= self._config.restarts:
+                self._restart(error)
+                return
+            if self._config.restarts:
+                error = EngineDead(
+                    error.what,
+                    cause=f"{error.cause}; it had been started again {self._restarts} times",
+                    hint=error.hint,
+                )
+        self._give_up(error)
+
+    def _restart(self, error: KvrunError) -> None:
+        self._restarts += 1
+        for stream in self._streams.values():
+            stream.deaths += self._up
+            if lost := stream.lost(self._adapters, error):
+                stream.fail(lost)
+        self._up = False
+        self._child.release()
+        try:
+            # Its adapters are told one by one: one that is gone from the disk ends only those
+            # requests that want it.
+            self._child = Child(replace(self._config, adapters={}))
+        except OSError as failure:
+            self._give_up(EngineDead(error.what, cause=f"{error.cause}; {failure}"))
+            return
+        self._listen()
+        self.on_restart(error)
+
+    def _give_up(self, error: KvrunError) -> None:
         self._dead = error
-        for queue in self._queues.values():
-            queue.put_nowait(error)
+        for stream in self._streams.values():
+            stream.fail(error)
         futures: list[asyncio.Future[Any]] = [
             *self._stats,
             *self._pages,
-            *self._asked.values(),
+            *(future for _, future in self._asked.values()),
         ]
         for future in futures:
             if not future.done():
@@ -260,20 +311,10 @@ class EngineClient:
         self._asked.clear()
         self._ended.set()
 
-    def _obituary(self, code: int, fault: wire.Fault | None) -> KvrunError:
-        if fault:
-            return fault.error()
-        if self._closing:
-            return EngineDead("the engine was closed.")
-        how = f"it was killed by signal {-code}" if code < 0 else f"it ended with code {code}"
-        self._errors.seek(0)
-        words = self._errors.read().decode(errors="replace").strip().splitlines()
-        said = f"; its last words: {words[-1]}" if words else ""
-        return EngineDead(
-            "the engine process has ended.",
-            cause=how + said,
-            hint="start again; KVRUN_DEBUG=1 shows the engine's own messages",
-        )
+
+def _settle(future: asyncio.Future[Any], result: object) -> None:
+    if not future.done():  # whoever asked may have left
+        future.set_result(result)
 
 
 def _encode(message: wire.ToEngine) -> bytes:

@@ -2,11 +2,11 @@
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvrun.errors import EngineDead, InvalidRequest
 from kvrun.runtime.engine.request import AdapterInfo, Delta, Pages, Ready, Request, Stats
@@ -70,8 +70,11 @@ class Engine:
         self._choices: dict[str, int] = {}  # request id -> choices that have not ended
         self._bad_steps = 0
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises InvalidRequest for one that can never be served."""
+    def add(self, request: Request, known: Mapping[int, list[int]] | None = None) -> None:
+        """Queue a request; `known` as in wire.Submit.
+
+        Raises InvalidRequest for one that can never be served.
+        """
         if request.id in self._choices:
             raise InvalidRequest(f"a request with the id '{request.id}' is running already.")
         max_length = self._admissible_length(request)
@@ -81,16 +84,15 @@ class Engine:
         prefix = self.scheduler.prefix
         # Where the chain of an adapter starts is known once its content is.
         root = prefix.root(None) if prefix and adapter is None else b""
-        sequences = [
-            Sequence(request, index, seed=seed, max_length=max_length, root=root, adapter=adapter)
-            for index in range(params.n)
-        ]
+        known = {index: [] for index in range(params.n)} if known is None else known
+        options: Any = {"seed": seed, "max_length": max_length, "root": root, "adapter": adapter}
+        sequences = [Sequence(request, index, known=t, **options) for index, t in known.items()]
         for sequence in sequences:
             sequence.choices = sequences
             if self._bank and adapter:
                 self._bank.claim(adapter)
             self.scheduler.add(sequence)
-        self._choices[request.id] = params.n
+        self._choices[request.id] = len(sequences)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one of its choices; what has ended a moment ago is ignored."""
@@ -111,6 +113,10 @@ class Engine:
 
         self._lora.load(name, path).add_done_callback(pass_on)
         return answer
+
+    def register_adapter(self, name: str, path: str) -> None:
+        """Know an adapter by its headers, as those of the configuration. Raises KvrunError."""
+        self._lora.register(name, path)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter. Raises InvalidRequest if it is unknown or a request is using it."""
@@ -243,6 +249,8 @@ class Engine:
             else:
                 self._isolate(schedule, error)
             return False
+        except EngineDead:  # no step can go well in this process any more
+            raise
         except Exception as error:
             self.scheduler.stats.failed_steps += 1
             self._isolate(schedule, error)
@@ -320,5 +328,7 @@ def _bisect(
     for half in (schedule[:middle], schedule[middle:]):
         try:
             tickets.append(submit(half))
+        except EngineDead:
+            raise
         except Exception as half_error:
             _bisect(submit, half, half_error, tickets, guilty)

@@ -95,6 +95,7 @@ class Stats(msgspec.Struct, kw_only=True):
     prefix_hit_tokens: int = 0
     preemptions: int = 0
     failed_steps: int = 0
+    restarts: int = 0  # of the engine process, counted by its client
     prompt_steps: Seconds = msgspec.field(default_factory=Seconds)  # with tokens of prompts
     decode_steps: Seconds = msgspec.field(default_factory=Seconds)  # without
     step_sizes: dict[int, int] = {}  # sequences in a step -> such steps
@@ -119,4 +120,5 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     dtype: str
     attention: str
+    attention_note: str = ""  # why not by a backend that would be faster
     load_seconds: float

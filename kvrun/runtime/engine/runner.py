@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from kvrun.runtime.attention import Backend
 from kvrun.runtime.batch import Batch
 from kvrun.runtime.device import kernel
+from kvrun.runtime.engine.faults import of_device
 from kvrun.runtime.engine.graphs import Capture, Graphs
 from kvrun.runtime.engine.mixed import Columns, MixedGraphs
 from kvrun.runtime.engine.request import Request
@@ -110,15 +111,17 @@ class ModelRunner:
             self._slots.note(row.sequence)
         self._slots.upload()
         try:
-            turns = schedule[0].turns
-            if self._replayable(schedule):
-                found: list[Sampled | None] = [self._replay(schedule) for _ in range(turns)]
-            else:
-                found = [self._run(_turn(schedule, turn)) for turn in range(turns)]
-            return Ticket.of(schedule, _together(found))
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise MemoryError(str(error)) from error
+            with of_device():
+                turns = schedule[0].turns
+                if self._replayable(schedule):
+                    found: list[Sampled | None] = [self._replay(schedule) for _ in range(turns)]
+                else:
+                    found = [self._run(_turn(schedule, turn)) for turn in range(turns)]
+                return Ticket.of(schedule, _together(found))
+        except MemoryError:
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            raise
 
     def _replayable(self, schedule: Schedule) -> bool:
         """Whether all get one token, each behind the one that the device has drawn for it."""

@@ -1,5 +1,6 @@
 """Sequence: how far one choice of one request has come."""
 
+from collections.abc import Iterable
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ class Sequence:
         max_length: int,
         root: bytes,
         adapter: "Adapter | None" = None,
+        known: Iterable[int] = (),
     ) -> None:
         self.request = request
         self.index = index  # which of the request's choices
@@ -44,6 +46,9 @@ class Sequence:
         self.plain = request.params.plain and not request.pooling
         self.tokens = list(request.prompt_ids)
         self.prompt_len = len(self.tokens)
+        # It goes on from there as if it had been preempted.
+        self.tokens += known
+        self.resumed = len(self.tokens) > self.prompt_len
         self.state = State.WAITING
         self.scheduled = 0
         self.in_flight = 0
@@ -84,9 +89,9 @@ class Sequence:
     def scored(self, start: int, count: int) -> int:
         """How many of `count` tokens from `start` tell the log-probability of a prompt's token.
 
-        The first choice does so for all of its request.
+        The first choice does so for all of its request, and has done so before its first token.
         """
-        if self.index or self.request.params.prompt_logprobs is None:
+        if self.index or self.resumed or self.request.params.prompt_logprobs is None:
             return 0
         return max(0, min(count, self.prompt_len - 1 - start))
 

@@ -14,6 +14,7 @@ from kvrun.errors import Unsupported
 from kvrun.folder import load, names
 from kvrun.runtime import attention, models
 from kvrun.runtime.attention import AttentionSpec, Backend
+from kvrun.runtime.attention._compiled import missing
 from kvrun.runtime.cache.blocks import BlockPool
 from kvrun.runtime.cache.prefix import PrefixCache
 from kvrun.runtime.cache.tensors import KVCache, bytes_per_block
@@ -33,10 +34,11 @@ from kvrun.runtime.plan import Plan, make_plan, size
 from kvrun.runtime.sampling.sampler import Sampler
 from kvrun.runtime.text import Text
 
-# Backends that `attention="auto"` tries, best first.
+# Backends that `attention="auto"` tries, best first; before them FlashInfer, where it is compiled.
 AUTO = ("triton", "sdpa")
+FLASHINFER = "flashinfer"
 # Backends that read everything on the device, so that their steps can be captured.
-CAPTURED = ("triton",)
+CAPTURED = ("triton", FLASHINFER)
 # Parameters times tokens from which a step gains by more than one CPU thread. Below, waiting for
 # each other costs the threads what they save; beside another busy program it costs a hundred times
 # more, because each of some 150 products in a step waits for a thread that is not running.
@@ -61,7 +63,10 @@ def start(config: EngineConfig) -> Engine:
         text = pool.submit(Text.open, folder)
         model, dtype = _load(config, folder, device)
         eos_ids = opened.eos_token_ids if (opened := text.result()) else ()
-    name, backend_class = choose_backend(config.attention, model.specs, device)
+    kept = torch.float8_e4m3fn if config.kv_dtype == "fp8" else dtype
+    why_not = _without_flashinfer(config.attention, model.specs, dtype, kept, device)
+    wanted = FLASHINFER if config.attention == "auto" and why_not is None else config.attention
+    name, backend_class = choose_backend(wanted, model.specs, device)
     bank = _bank(config, model, dtype, device)
     backend, plan = _cache(config, model, backend_class, dtype, device, bank)
     runner = _runner(config, model, backend, plan, eos_ids, dtype, device, bank)
@@ -88,6 +93,7 @@ def start(config: EngineConfig) -> Engine:
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         attention=name,
+        attention_note=f"not by {FLASHINFER}: {why_not}" if why_not and name != "sdpa" else "",
         load_seconds=time.perf_counter() - begun,
     )
     return Engine(
@@ -226,6 +232,29 @@ def choose_backend(
         cause="; ".join(reasons),
         hint=f"known backends: {', '.join(names(attention.__name__))}",
     )
+
+
+def _without_flashinfer(
+    wanted: str,
+    specs: list[AttentionSpec],
+    dtype: torch.dtype,
+    kept: torch.dtype,
+    device: torch.device,
+) -> str | None:
+    """Why "auto" does without FlashInfer; None when it is to be taken.
+
+    Raises Unsupported where it was asked for by name and cannot be used now.
+    """
+    if wanted not in ("auto", FLASHINFER):
+        return ""
+    reason = missing(specs, dtype, kept, device)
+    if wanted == FLASHINFER and reason is not None:
+        raise Unsupported("attention='flashinfer' cannot be used here.", cause=reason,
+                          hint="attention='auto' takes what can")  # fmt: skip
+    if reason is None:
+        backend = load(attention.__name__, FLASHINFER).Attention
+        reason = next((r for r in (backend.reject(s, device) for s in specs) if r), None)
+    return reason
 
 
 def _thread_rule(asked: int | None, parameters: int) -> Callable[[int], int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kvrun.runtime.engine.faults import of_device
 from kvrun.runtime.engine.request import Logprob
 from kvrun.runtime.engine.scheduler import Drawn, Schedule
 from kvrun.runtime.sampling.sampler import Logprobs, Sampled
@@ -47,7 +48,8 @@ class Ticket:
         if self.sampled is None:
             return drawn
         if self.landed is not None:
-            self.landed.synchronize()
+            with of_device():
+                self.landed.synchronize()
         wanted = [i for i, row in enumerate(self.schedule) if row.sample]
         shape = self.schedule[0].turns, len(wanted)
         columns = self.sampled.ids.view(shape).t().tolist()

@@ -44,7 +44,11 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 class Submit(msgspec.Struct, tag=True):
+    """`known`, by choice: tokens that another engine made of the request before it died. Choices
+    that are not in it have ended. None: nothing is known of a new request."""
+
     request: Request
+    known: dict[int, list[int]] | None = None
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -64,6 +68,7 @@ class LoadAdapter(msgspec.Struct, tag=True):
     number: int
     name: str
     path: str
+    lazy: bool = False  # it is known from its headers, and read when it is wanted
 
 
 class UnloadAdapter(msgspec.Struct, tag=True):

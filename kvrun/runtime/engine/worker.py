@@ -115,7 +115,7 @@ class Worker:
             raise message
         if isinstance(message, wire.Submit):
             try:
-                self._engine.add(message.request)
+                self._engine.add(message.request, message.known)
             except InvalidRequest as error:
                 rejected = wire.Rejected(message.request.id, wire.Fault.of(error))
                 wire.send(self._outlet, rejected)
@@ -124,8 +124,11 @@ class Worker:
         elif isinstance(message, wire.AskPages):
             wire.send(self._outlet, wire.PageMap(self._engine.pages()))
         elif isinstance(message, wire.LoadAdapter):
-            loading = self._engine.load_adapter(message.name, message.path)
-            self._loading[message.number] = loading
+            name, path = message.name, message.path
+            if message.lazy:
+                self._answer(message.number, lambda: self._engine.register_adapter(name, path))
+            else:
+                self._loading[message.number] = self._engine.load_adapter(name, path)
         elif isinstance(message, wire.UnloadAdapter):
             name = message.name
             self._answer(message.number, lambda: self._engine.unload_adapter(name))

@@ -22,8 +22,9 @@ UNHEALTHY = native_errors(400, 403, 503)
 @open_router.get("/ping", responses=UNHEALTHY, response_class=Response)
 @open_router.get("/readyz", responses=UNHEALTHY, response_class=Response)
 async def health(service: AnyService) -> Response:
-    """Whether requests can be served now; not while the model loads or the server drains."""
-    if service.phase != "ready":
+    """Whether requests can be served now; not while the model loads, the server drains or
+    the engine is started again."""
+    if not service.healthy:
         raise ApiError("unhealthy", "unhealthy")
     return Response()
 

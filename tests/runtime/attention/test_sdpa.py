@@ -1,6 +1,7 @@
 """The sdpa backend against attention written out densely, one sequence and head at a time."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
@@ -8,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from kvrun.runtime.attention import AttentionSpec
+from kvrun.runtime.attention import AttentionSpec, Backend
 from kvrun.runtime.attention._groups import split
 from kvrun.runtime.attention.sdpa import Attention
 from kvrun.runtime.batch import Batch
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def attend(
-    backend: Attention,
+    backend: Backend,
     spec: AttentionSpec,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -72,6 +73,7 @@ def run(
     shared: int = 0,
     seed: int = 0,
     runs: bool = False,
+    make: Callable[[KVCache, torch.dtype], Backend] = Attention,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend (cached, new) tokens of several sequences in one step: what came out and what should.
 
@@ -82,7 +84,7 @@ def run(
     blocks = list(range(1, 400))
     if not runs:
         random.Random(seed).shuffle(blocks)
-    backend = Attention(KVCache([spec], 400, block_size, dtype, CPU), dtype)
+    backend = make(KVCache([spec], 400, block_size, dtype, CPU), dtype)
     head = [blocks.pop(0) for _ in range(shared // block_size)]
     sequences, tables = [], []
     for cached, new in lengths:

@@ -1,6 +1,8 @@
 """Adapters through the pipe and through LLM: load, use, unload, and what is told when not."""
 
 import asyncio
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +30,7 @@ async def tokens(client: EngineClient, request: Request) -> list[int]:
 
 
 async def test_through_the_pipe(config: Make, adapters: dict[str, str], tmp_path: Path) -> None:
-    async with EngineClient(config(adapters={"one": adapters["one"]})) as client:
+    async with EngineClient(config(adapters={"one": adapters["one"]}, restarts=0)) as client:
         assert [info.name for info in await client.adapters()] == ["one"]
         streaming = asyncio.create_task(tokens(client, ask("long", "one", max_tokens=100)))
         info = await client.load_adapter("eight", adapters["eight"])
@@ -49,7 +51,7 @@ async def test_through_the_pipe(config: Make, adapters: dict[str, str], tmp_path
             await client.unload_adapter("eight")
         assert len(await streaming) == 100
         assert [info.running for info in await client.adapters()] == [0]
-        client._process.kill()
+        os.kill(client.pid, signal.SIGKILL)
         with pytest.raises(EngineDead):
             await client.load_adapter("eight", adapters["eight"])
         with pytest.raises(EngineDead):

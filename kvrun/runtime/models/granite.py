@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvrun.runtime.layers.attention import Attention
-from kvrun.runtime.layers.block import Block, Part
+from kvrun.runtime.layers.block import AttentionPart, Block, Part
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.layers.norm import Norm
 from kvrun.runtime.layers.position import Rope
@@ -37,7 +37,7 @@ def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
     )
 
 
-def attention(w: "Checkpoint", n: int, rope: Rope) -> Attention:
+def attention(w: "Checkpoint", n: int, rope: Rope | None) -> Attention:
     return llama.attention(w, n, rope=rope, scale=w.config.number("attention_multiplier", 1.0))
 
 
@@ -56,6 +56,6 @@ class Scaled:
 
 
 class ScaledAttention(Scaled):
-    def __init__(self, part: Attention, factor: float) -> None:
+    def __init__(self, part: AttentionPart, factor: float) -> None:
         super().__init__(part, factor)
         self.spec = part.spec

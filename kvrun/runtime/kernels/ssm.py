@@ -107,7 +107,9 @@ def _chunk(
     n, length, heads, _ = x.shape
     groups, size = b.shape[2:]
     share = heads // groups
-    total = (dt * a).cumsum(1).transpose(1, 2).contiguous()  # [n, H, L]: log of the decay since the start
+    total = (
+        (dt * a).cumsum(1).transpose(1, 2).contiguous()
+    )  # [n, H, L]: log of the decay since the start
     b, c = b.transpose(1, 2), c.transpose(1, 2)  # [n, G, L, N]
     xs = (x * dt[..., None]).transpose(1, 2)  # [n, H, L, P]
     later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu_(1)

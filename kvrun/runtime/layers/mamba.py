@@ -83,9 +83,7 @@ class Mamba:
         inner, n = size.inner, size.state
         mine = (w.group.cut(inner, f"{p} channels"),)
         self._rank, self._state = size.rank, n
-        self._in = Linear(
-            w, *gate_and_up(w, (f"{p}.in_proj",), size.hidden, inner), bias=size.bias
-        )
+        self._in = Linear(w, *gate_and_up(w, (f"{p}.in_proj",), size.hidden, inner), bias=size.bias)
         self._conv = Convolution(w, f"{p}.conv1d", size, inner, mine)
         self._x = Linear(w, split_cols(w, f"{p}.x_proj", size.rank + 2 * n, inner))
         self._dt = Linear(w, split_rows(w, f"{p}.dt_proj", inner, size.rank), bias=True)
@@ -252,4 +250,3 @@ def scanned(
 
 def _rows(batch: "Batch") -> "Rows":
     return cast("Rows", batch.recurrent)
-

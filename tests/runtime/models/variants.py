@@ -403,7 +403,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "mamba": {
         "plain": {"state_size": 8, "time_step_rank": 6},
         "biases": {
-            "state_size": 4, "conv_kernel": 3, "use_bias": True, "residual_in_fp32": False,
+            "state_size": 4,
+            "conv_kernel": 3,
+            "use_bias": True,
+            "residual_in_fp32": False,
             "tie_word_embeddings": False,
         },
         "no conv bias": {"state_size": 4, "use_conv_bias": False, "expand": 3},
@@ -411,15 +414,30 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "mamba2": {
         "plain": {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 2, **_CHUNKS},
         "biases": {
-            "state_size": 8, "num_heads": 4, "head_dim": 32, "n_groups": 1, "conv_kernel": 3,
-            "use_bias": True, "residual_in_fp32": False, "tie_word_embeddings": True, **_CHUNKS,
+            "state_size": 8,
+            "num_heads": 4,
+            "head_dim": 32,
+            "n_groups": 1,
+            "conv_kernel": 3,
+            "use_bias": True,
+            "residual_in_fp32": False,
+            "tie_word_embeddings": True,
+            **_CHUNKS,
         },
     },
     "granitemoehybrid": {
-        "experts": {**_HYBRID, "num_local_experts": 5, "num_experts_per_tok": 2,
-                    "mamba_n_groups": 2},
-        "dense": {**_HYBRID, "num_local_experts": 0, "position_embedding_type": "rope",
-                  "mamba_proj_bias": True},
+        "experts": {
+            **_HYBRID,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "mamba_n_groups": 2,
+        },
+        "dense": {
+            **_HYBRID,
+            "num_local_experts": 0,
+            "position_embedding_type": "rope",
+            "mamba_proj_bias": True,
+        },
     },
     "llama4_text": {
         "scout": {

@@ -166,12 +166,17 @@ class HFConfig:
             raise self._wrong(name, "an object")
         return HFConfig({**value, "model_type": name}, f"{self._source}: {name}")
 
-    def layer_types(self, default: list[str]) -> list[str]:
-        """What kind of attention each layer has, in the words of `layer_types`."""
+    def layer_types(self, default: list[str], known: tuple[str, ...] = ()) -> list[str]:
+        """What kind of attention each layer has, in the words of `layer_types`.
+
+        Raises Unsupported for another kind than the `known` ones, where these are given.
+        """
         value = self.get("layer_types", default)
-        known = isinstance(value, list) and all(isinstance(v, str) for v in value)
-        if not known or len(value) < self.integer("num_hidden_layers"):
+        named = isinstance(value, list) and all(isinstance(v, str) for v in value)
+        if not named or len(value) < self.integer("num_hidden_layers"):
             raise self._wrong("layer_types", "a list with a name for every layer")
+        if other := [kind for kind in value if known and kind not in known]:
+            raise Unsupported(f"{self._source}: a layer of the kind '{other[0]}' is not supported.")
         return list(value)
 
     def window(self, layer: int, *, every: int = 0, size: int = 4096) -> int | None:

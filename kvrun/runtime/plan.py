@@ -98,19 +98,13 @@ def make_plan(
             f"the KV cache was given {size(room)}, but {size(free_bytes)} are free.",
             hint="ask for less kv_memory",
         )
+    most = most_blocks or sys.maxsize
+    enough = min(-(-wanted // block_size) * max_num_seqs + 1, most)
     if state_bytes:
-        pages = min(-(-wanted // block_size) * max_num_seqs + 1, most_blocks or sys.maxsize)
-        share = room - min(room // 2, pages * kv_bytes_per_block)
-        # One row more, for padding.
-        max_num_seqs = min(max_num_seqs, share // state_bytes - 1)
-        if max_num_seqs < 1:
-            raise Unsupported(
-                f"the state of a sequence needs {size(2 * state_bytes)}; there is room for "
-                f"{size(share)}.",
-                hint="free some memory",
-            )
+        share = room - min(room // 2, enough * kv_bytes_per_block)
+        max_num_seqs = _with_states(share, state_bytes, max_num_seqs)
         room -= (max_num_seqs + 1) * state_bytes
-    enough = min(-(-wanted // block_size) * max_num_seqs + 1, most_blocks or sys.maxsize)
+        enough = min(-(-wanted // block_size) * max_num_seqs + 1, most)
     num_blocks = min(room // kv_bytes_per_block, enough) if kv_bytes_per_block else enough
     fits = (num_blocks - 1) * block_size
     if fits < 1 or (max_model_len and fits < max_model_len):
@@ -124,6 +118,18 @@ def make_plan(
     return Plan(
         weight_bytes, kv_bytes_per_block, num_blocks, block_size, context, max_num_seqs, state_bytes
     )
+
+
+def _with_states(room: int, state_bytes: int, most: int) -> int:
+    """For how many sequences there is room, and a row more for padding."""
+    count = min(most, room // state_bytes - 1)
+    if count < 1:
+        raise Unsupported(
+            f"the state of a sequence needs {size(2 * state_bytes)}; there is room for "
+            f"{size(max(room, 0))}.",
+            hint="free some memory",
+        )
+    return count
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,8 @@ class Facts:
 def architecture(values: dict[str, Any]) -> str | None:
     """The architecture that a config.json's `values` name, of the text part where there are
     several, as a family of `models/` would be called; None when they name none."""
-    if not isinstance(values.get("model_type"), str):
+    named = isinstance(values.get("model_type"), str)
+    if not named and ("model_type" in values or not isinstance(values.get("ssm_cfg"), dict)):
         return None
     return HFConfig(values).text("model_type")
 

@@ -3,7 +3,6 @@ models/granitemoehybrid/modeling_granitemoehybrid.py."""
 
 from typing import TYPE_CHECKING
 
-from kvrun.errors import Unsupported
 from kvrun.runtime.layers.block import AttentionPart, Block, Part
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.layers.mamba import Mamba2, Sizes
@@ -12,6 +11,10 @@ from kvrun.runtime.models import granite, granitemoe, granitemoeshared, llama
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint
+
+# Kinds of layers, as IBM's and as transformers' configurations call them.
+ATTENTION = ("attention", "full_attention")
+MAMBA = ("mamba", "linear_attention")
 
 
 def build(w: "Checkpoint") -> Decoder:
@@ -34,12 +37,10 @@ def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
 
 def mixer(w: "Checkpoint", n: int, rope: Rope) -> AttentionPart:
     c = w.config
-    kind = c.layer_types(["mamba"] * c.integer("num_hidden_layers"))[n]
-    if kind in ("attention", "full_attention"):
+    kinds = c.layer_types(["mamba"] * c.integer("num_hidden_layers"), known=ATTENTION + MAMBA)
+    if kinds[n] in ATTENTION:
         rotated = c.get("position_embedding_type") == "rope"
         return granite.attention(w, n, rope if rotated else None)
-    if kind not in ("mamba", "linear_attention"):
-        raise Unsupported(f"a layer of the kind '{kind}' in Granite is not supported.")
     size = Sizes(
         c.integer("hidden_size"),
         int(c.number("mamba_expand", 2) * c.integer("hidden_size")),

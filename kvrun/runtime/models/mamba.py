@@ -3,7 +3,6 @@ transformers, models/mamba/modeling_mamba.py."""
 
 from typing import TYPE_CHECKING, Any
 
-from kvrun.errors import Unsupported
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.layers.embedding import Embedding, Head
 from kvrun.runtime.layers.mamba import Mamba, MambaBlock, NarrowNorm, Sizes
@@ -34,8 +33,9 @@ def adopt(w: "Checkpoint") -> None:
     if not isinstance(said, dict):
         return
     c.refuse("rms_norm", False)
-    if c.get("attn_layer_idx") or c.get("d_intermediate"):
-        raise Unsupported("Mamba with attention or MLPs in the authors' format is not supported.")
+    for beside in ("attn_layer_idx", "d_intermediate"):  # attention, MLPs
+        if c.get(beside):
+            c.refuse(beside, c.get(beside))
     multiple = c.integer("pad_vocab_size_multiple", 8)
     padded = -(-c.integer("vocab_size") // multiple) * multiple
     c.replace(vocab_size=padded, **{_NAMES[key]: said[key] for key in said if key in _NAMES})

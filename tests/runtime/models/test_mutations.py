@@ -226,7 +226,7 @@ TENSOR_MUTATIONS = {
     "biases lost, gpt-oss": ("gpt_oss", "plain", no_biases),
     "norms of all heads swapped, olmoe": ("olmoe", "plain", swap_names("q_norm", "k_norm")),
     "norms of latents": ("deepseek_v3", "plain", minus_one),
-    "input and gate swapped": ("mamba", "plain", swap_rows("in_proj", 128)),
+    "input and gate swapped": ("mamba", "plain", swap_rows("in_proj", 96)),
     "input and gate swapped, mamba2": ("mamba2", "plain", swap_rows("in_proj", 128)),
     "groups swapped": ("mamba2", "plain", swap_after("in_proj", 256, 16)),
     "biases lost, mamba": ("mamba", "biases", no_biases),

@@ -108,9 +108,9 @@ class Driver:
             parts.append(Part(ids, start, blocks))
             self.lengths[sequence] = start + len(ids)
         batch = make_batch(parts, self.block_size, self.backend, shift=shift)
-        # A sequence's number is its slot.
-        self.slots = torch.tensor([sequence for sequence, _ in work])
-        batch.recurrent = self.states.rows(self.slots, batch.cu_seqlens, batch.context_lens)
+        if self.model.states:  # a sequence's number is its slot
+            self.slots = torch.tensor([sequence for sequence, _ in work])
+            batch.recurrent = self.states.rows(self.slots, batch.cu_seqlens, batch.context_lens)
         return batch
 
     @torch.inference_mode()

@@ -143,6 +143,9 @@ def test_what_has_no_known_limit() -> None:
         Cost.of(HFConfig({"model_type": "deepseek_v3", "kv_lora_rank": 512}))
     with pytest.raises(Unsupported, match="chunks of attention"):
         Cost.of(HFConfig({"model_type": "llama4_text", "attention_chunk_size": 8192}))
+    for said in ({"model_type": "mamba2", "state_size": 128}, {"ssm_cfg": {}}):
+        with pytest.raises(Unsupported, match="recurrent layers"):
+            Cost.of(HFConfig(said))
 
 
 def test_a_shape_that_is_none() -> None:

@@ -18,8 +18,9 @@ from kvrun.runtime.layers.block import Block
 from kvrun.runtime.layers.mamba import MambaBlock
 from kvrun.runtime.sampling.params import SamplingParams
 from kvrun.runtime.sampling.sampler import Prepared, Sampler, SampleRow
+from tests.runtime.engine import test_same_answers
 from tests.runtime.engine.scripted import drain
-from tests.runtime.engine.test_same_answers import GREEDY, Answers, alone, answers, prompts
+from tests.runtime.engine.test_same_answers import GREEDY, Answers, answers, prompts
 
 SHAPES: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 4, "time_step_rank": 4},
@@ -33,6 +34,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 FAMILIES = list(SHAPES)
+_alone: dict[tuple[str, SamplingParams], Answers] = {}
+
+
+def alone(config: EngineConfig, params: SamplingParams = GREEDY) -> Answers:
+    """What each request is answered when nobody else is there; computed once for a model."""
+    if (key := (config.model, params)) not in _alone:
+        _alone[key] = test_same_answers.alone(config, params)
+    return _alone[key]
 
 
 @pytest.fixture(scope="session")

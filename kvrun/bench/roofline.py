@@ -46,7 +46,11 @@ class Work:
 
 
 # What a configuration says of models that are not counted here.
-_UNCOUNTED = {"kv_lora_rank": "latent attention", "attention_chunk_size": "chunks of attention"}
+_UNCOUNTED = {
+    "kv_lora_rank": "latent attention", "attention_chunk_size": "chunks of attention",
+    "state_size": "recurrent layers", "mamba_d_state": "recurrent layers",
+    "ssm_cfg": "recurrent layers",
+}  # fmt: skip
 # Families whose MLP has two matrices and no gate, and where they say its width if it is not four
 # times theirs.
 _UNGATED = {

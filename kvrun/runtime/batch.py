@@ -7,6 +7,7 @@ import torch
 
 if TYPE_CHECKING:
     from kvrun.runtime.attention import Backend
+    from kvrun.runtime.cache.states import Rows as StateRows
     from kvrun.runtime.lora.rows import Rows
 
 
@@ -33,6 +34,7 @@ class Batch:
     backend: "Backend"
     plan: Any = field(default=None)  # the backend's own
     lora: "Rows | None" = None  # which rows use adapters; None: none does
+    recurrent: "StateRows | None" = None  # where recurrent layers have their states
     state_rows: torch.Tensor | None = None  # [P] int64: rows whose last states are wanted
     states: torch.Tensor | None = None  # [P, hidden]: these, once the model has run
     # What a layer computed once for all layers that share it (rotary tables), by that layer.

@@ -7,6 +7,7 @@ from typing import Any
 from kvrun.errors import BadCheckpoint, NotFound, Unsupported
 
 _MISSING: Any = object()
+_INFINITY = {"__float__": "Infinity"}
 _ROPE_SCALED = ("llama3", "yarn", "longrope", "su")
 # What a value is called in the configurations of some families, by its usual name.
 _ALIASES = {
@@ -15,6 +16,7 @@ _ALIASES = {
     "num_attention_heads": ("n_head", "n_heads", "num_heads"),
     "max_position_embeddings": ("n_positions", "max_seq_len", "model_max_length", "seq_length"),
     "num_kv_heads": ("n_head_kv",),
+    "layer_types": ("layers_block_type",),
     "num_experts": ("num_local_experts",),
     "num_local_experts": ("num_experts",),
     "n_routed_experts": ("num_local_experts", "num_experts"),
@@ -37,6 +39,10 @@ class HFConfig:
         self._values = {**values, **text} if isinstance(text, dict) else dict(values)
         self._source = source
         self.context: int | None = None
+        if "model_type" not in self._values and isinstance(values.get("ssm_cfg"), dict):
+            # The authors of Mamba name no type.
+            second = values["ssm_cfg"].get("layer") == "Mamba2"
+            self._values["model_type"] = "mamba2" if second else "mamba"
         if not isinstance(self._values.get("model_type"), str):
             raise self._wrong("model_type", "a string that names the architecture")
         kind = self._values["model_type"]
@@ -74,6 +80,10 @@ class HFConfig:
     def defaults(self, **values: Any) -> None:
         """What counts where nothing is said: files leave out what a family calls usual."""
         self._values |= {name: v for name, v in values.items() if self.get(name) is None}
+
+    def replace(self, **values: Any) -> None:
+        """What counts whatever is said: files of another format, read as the usual one."""
+        self._values |= values
 
     def integer(self, name: str, default: int = _MISSING) -> int:
         """A whole number of at least 1."""
@@ -116,6 +126,16 @@ class HFConfig:
             raise self._wrong(name, f"a list of {count} numbers")
         return [float(v) for v in value]
 
+    def limits(self, name: str) -> tuple[float, float]:
+        """A least and a greatest number, which may be infinite; nothing said: 0 and infinity."""
+        value = self.get(name, [0.0, float("inf")])
+        # transformers writes {"__float__": "Infinity"} for what JSON has no number for.
+        listed = value if isinstance(value, list) else []
+        found = [float("inf") if v == _INFINITY else v for v in listed]
+        if len(found) != 2 or not all(isinstance(v, int | float) for v in found):
+            raise self._wrong(name, "a list of two numbers")
+        return float(found[0]), float(found[1])
+
     def optional(self, name: str, default: float) -> float | None:
         """A finite number; unlike elsewhere a JSON null says that there is none."""
         if name in self._values and self._values[name] is None:
@@ -146,12 +166,17 @@ class HFConfig:
             raise self._wrong(name, "an object")
         return HFConfig({**value, "model_type": name}, f"{self._source}: {name}")
 
-    def layer_types(self, default: list[str]) -> list[str]:
-        """What kind of attention each layer has, in the words of `layer_types`."""
+    def layer_types(self, default: list[str], known: tuple[str, ...] = ()) -> list[str]:
+        """What kind of attention each layer has, in the words of `layer_types`.
+
+        Raises Unsupported for another kind than the `known` ones, where these are given.
+        """
         value = self.get("layer_types", default)
-        known = isinstance(value, list) and all(isinstance(v, str) for v in value)
-        if not known or len(value) < self.integer("num_hidden_layers"):
+        named = isinstance(value, list) and all(isinstance(v, str) for v in value)
+        if not named or len(value) < self.integer("num_hidden_layers"):
             raise self._wrong("layer_types", "a list with a name for every layer")
+        if other := [kind for kind in value if known and kind not in known]:
+            raise Unsupported(f"{self._source}: a layer of the kind '{other[0]}' is not supported.")
         return list(value)
 
     def window(self, layer: int, *, every: int = 0, size: int = 4096) -> int | None:

@@ -103,7 +103,7 @@ def test_layers_with_a_window_read_no_more_than_it() -> None:
     assert Cost.of(HFConfig(values | {"sliding_window": 100})).windows == (0,) * 4
 
 
-UNCOUNTED = ("deepseek_v2", "deepseek_v3", "llama4_text")
+UNCOUNTED = ("deepseek_v2", "deepseek_v3", "llama4_text", "mamba", "mamba2", "granitemoehybrid")
 COUNTED = [v for v in zoo.variants() if v[0] not in UNCOUNTED and v[1] != "350m"]
 
 
@@ -143,6 +143,9 @@ def test_what_has_no_known_limit() -> None:
         Cost.of(HFConfig({"model_type": "deepseek_v3", "kv_lora_rank": 512}))
     with pytest.raises(Unsupported, match="chunks of attention"):
         Cost.of(HFConfig({"model_type": "llama4_text", "attention_chunk_size": 8192}))
+    for said in ({"model_type": "mamba2", "state_size": 128}, {"ssm_cfg": {}}):
+        with pytest.raises(Unsupported, match="recurrent layers"):
+            Cost.of(HFConfig(said))
 
 
 def test_a_shape_that_is_none() -> None:

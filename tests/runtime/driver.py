@@ -10,6 +10,7 @@ import torch
 from kvrun.runtime.attention import Backend
 from kvrun.runtime.attention.sdpa import Attention
 from kvrun.runtime.batch import Batch
+from kvrun.runtime.cache.states import StateCache
 from kvrun.runtime.cache.tensors import KVCache
 from kvrun.runtime.checkpoint import Checkpoint
 from kvrun.runtime.layers.decoder import Decoder
@@ -83,6 +84,8 @@ class Driver:
             KVCache(self.model.specs, self.num_blocks, self.block_size, self.dtype, cpu),
             self.dtype,
         )
+        self.states = StateCache(self.model.states, 8, self.dtype, cpu)
+        self.slots = torch.empty(0, dtype=torch.int64)  # of the last batch
         self.free = list(range(1, self.num_blocks))
         if self.scattered:
             random.Random(0).shuffle(self.free)
@@ -104,10 +107,15 @@ class Driver:
                 blocks.append(self.free.pop(0))
             parts.append(Part(ids, start, blocks))
             self.lengths[sequence] = start + len(ids)
-        return make_batch(parts, self.block_size, self.backend, shift=shift)
+        batch = make_batch(parts, self.block_size, self.backend, shift=shift)
+        if self.model.states:  # a sequence's number is its slot
+            self.slots = torch.tensor([sequence for sequence, _ in work])
+            batch.recurrent = self.states.rows(self.slots, batch.cu_seqlens, batch.context_lens)
+        return batch
 
     @torch.inference_mode()
     def step(self, work: Sequence[tuple[int, Sequence[int]]], shift: int = 0) -> list[torch.Tensor]:
         """Run one step; the logits [tokens, vocab] of each sequence's new tokens."""
         logits = self.model(self.batch(work, shift))
+        self.states.commit(self.slots)
         return list(logits.split([len(ids) for _, ids in work]))

@@ -10,6 +10,7 @@ import torch
 
 from kvrun.runtime import models, quant
 from kvrun.runtime.batch import Batch
+from kvrun.runtime.cache.states import StateCache
 from kvrun.runtime.cache.tensors import KVCache
 from kvrun.runtime.checkpoint import Checkpoint, Shard
 from kvrun.runtime.engine.start import choose_backend
@@ -128,6 +129,8 @@ class Layers:
         _, backend = choose_backend("auto", self.model.specs, self._device)
         cache = KVCache(self.model.specs, pages + 1, _BLOCK, self._dtype, self._device)
         place = backend(cache, self._dtype)
+        states = StateCache(self.model.states, 1, self._dtype, self._device)
+        slot = torch.zeros(1, dtype=torch.int64, device=self._device)
         made = []
         for prompt in prompts:
             count = len(prompt)
@@ -145,6 +148,7 @@ class Layers:
                 block_size=_BLOCK,
                 backend=place,
             )
+            batch.recurrent = states.rows(slot, batch.cu_seqlens, batch.context_lens)
             place.plan(batch)
             made.append(batch)
         return made

@@ -9,6 +9,7 @@ import torch
 
 from kvrun.runtime.attention import Backend
 from kvrun.runtime.batch import Batch
+from kvrun.runtime.cache.states import StateCache
 from kvrun.runtime.device import kernel
 from kvrun.runtime.engine.slots import Slots
 from kvrun.runtime.kernels.step import Step
@@ -45,10 +46,12 @@ class Graphs:
         device: torch.device,
         capture: Capture,
         resident: Resident,
+        states: StateCache | None = None,
     ) -> None:
         self._model = model
         self._backend = backend
         self._slots = slots
+        self._states = states
         self._block_size = block_size
         self._step_kernel, self._draw_kernel = kernel("step", device), kernel("draw", device)
         self._sizes = [size for size in SIZES if size < most] + [most]
@@ -130,6 +133,8 @@ class Graphs:
             backend=self._backend,
             lora=self._lora.rows(size) if adapted else None,
         )
+        if self._states is not None:
+            batch.recurrent = self._states.rows(slots, batch.cu_seqlens, batch.context_lens)
         self._backend.plan(batch)
         logits = self._model(batch, out=self.logits[:size])
         out = self.ids[:size], self.finite[:size]

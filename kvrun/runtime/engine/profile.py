@@ -4,6 +4,7 @@ import torch
 
 from kvrun.runtime.attention import Backend
 from kvrun.runtime.batch import Batch
+from kvrun.runtime.cache.states import StateCache
 from kvrun.runtime.layers.decoder import Decoder
 
 # Of the device's memory, for what its allocator cannot give back in one piece.
@@ -21,10 +22,15 @@ def memory_of_a_step(
     Measured on prompts of `tokens` tokens together; the logits of `sequences` rows, in fp32 and
     changed by options, and a margin are added to it.
     """
+    batch = _prompts(tokens, model.max_position or tokens, backend, device)
+    if model.states:
+        slots = torch.arange(len(batch.query_lens_host), device=device)
+        states = StateCache(model.states, len(slots), torch.float32, device)
+        batch.recurrent = states.rows(slots, batch.cu_seqlens, batch.context_lens)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    backend.plan(batch := _prompts(tokens, model.max_position or tokens, backend, device))
+    backend.plan(batch)
     model(batch)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before

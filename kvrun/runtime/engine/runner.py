@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from kvrun.runtime.attention import Backend
 from kvrun.runtime.batch import Batch
+from kvrun.runtime.cache.states import StateCache
 from kvrun.runtime.device import kernel
 from kvrun.runtime.engine.faults import of_device
 from kvrun.runtime.engine.graphs import Capture, Graphs
@@ -48,7 +49,7 @@ class ModelRunner:
 
     Sampled ids stay on the device in the state of `slots`, where the next step finds the input of
     a sequence whose last token the host does not know yet. Once `graphs` are there, a step that
-    gives one token to each of its sequences is replayed.
+    gives one token to each of its sequences is replayed. `states` are those of recurrent layers.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class ModelRunner:
         eos_ids: tuple[int, ...],
         threads: Callable[[int], int] | None = None,
         bank: LoraBank | None = None,
+        states: StateCache | None = None,
     ) -> None:
         self.graphs: Graphs | None = None
         self.mixed: MixedGraphs | None = None
@@ -76,6 +78,7 @@ class ModelRunner:
         self._threads = threads  # tokens of a step -> CPU threads it is worth; None: leave them
         self._draw = kernel("draw", device) if device.type == "cuda" else None
         self._bank = bank
+        self._states = states
         self._rows: Rows | None = None
         self._rows_for: list[int] = []
         self._prepared: Prepared | None = None
@@ -88,11 +91,14 @@ class ModelRunner:
             "block_size": self._size, "dtype": dtype, "device": self._device, "capture": capture,
             "resident": cast(LoraBank, self._bank).resident,
         }  # fmt: skip
-        self.graphs = Graphs(self._model, self._backend, self._slots, most=most, **options)
-        self.mixed = MixedGraphs(self._model, self._backend, self._slots, **options)
+        parts = self._model, self._backend, self._slots
+        self.graphs = Graphs(*parts, most=most, states=self._states, **options)
+        if self._states is None:  # else the host must know how long each sequence's part is
+            self.mixed = MixedGraphs(*parts, **options)
 
     def submit(self, schedule: Schedule) -> Ticket:
-        """Queue one step. Submitting the same rows again writes the same cache slots again.
+        """Queue one step. When it has raised, the same rows may be submitted again: they write the
+        same cache slots, and states are moved on only by a step that has gone well.
 
         Raises MemoryError where the device has no room for it.
         """
@@ -117,7 +123,11 @@ class ModelRunner:
                     found: list[Sampled | None] = [self._replay(schedule) for _ in range(turns)]
                 else:
                     found = [self._run(_turn(schedule, turn)) for turn in range(turns)]
-                return Ticket.of(schedule, _together(found))
+                ticket = Ticket.of(schedule, _together(found))
+                if self._states is not None:
+                    slots = [row.sequence.slot for row in schedule]
+                    self._states.commit(self._slots.send(slots)[0])
+                return ticket
         except MemoryError:
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -282,6 +292,8 @@ class ModelRunner:
             block_size=self._size,
             backend=self._backend,
         )
+        if self._states is not None:
+            batch.recurrent = self._states.rows(sent.slots, sent.ends, sent.lengths)
         drawing = _Drawing(sequences, sent.drawn_at, sent.drawing) if sequences else None
         scoring = _Scoring(sent.scoring, sent.targets, sent.drawn_rows) if columns.targets else None
         return batch, drawing, scoring

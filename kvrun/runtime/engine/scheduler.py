@@ -73,6 +73,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         turns: int = 1,
         many: int = MANY,
+        shares: bool = True,
         eos_ids: frozenset[int] = frozenset(),
         bank: LoraBank | None = None,
     ) -> None:
@@ -85,7 +86,7 @@ class Scheduler:
         self._size = block_size
         self._budget = max_num_batched_tokens
         self._max_seqs = max_num_seqs
-        self._turns, self._many = turns, many
+        self._turns, self._many, self._shares = turns, many, shares
         self._slots = list(range(max_num_seqs - 1, -1, -1))
         self._stuck: tuple[Sequence, int] | None = None  # who could not start with so few free
         self._eos = eos_ids
@@ -357,8 +358,9 @@ class Scheduler:
             self._bank.release(sequence.adapter, sequence.pinned)
 
     def _known_prefix(self, sequence: Sequence) -> tuple[list[int], list[bytes]]:
-        if sequence.unscored:
-            return [], []  # only computing a token tells what the next one's chances were
+        # Only computing a token tells what the next one's chances were, or moves a state on.
+        if sequence.unscored or not self._shares:
+            return [], []
         if self.prefix:
             return self.prefix.lookup(sequence.keys[0], sequence.tokens)
         leader = sequence.leader

@@ -17,6 +17,7 @@ from kvrun.runtime.attention import AttentionSpec, Backend
 from kvrun.runtime.attention._compiled import missing
 from kvrun.runtime.cache.blocks import BlockPool
 from kvrun.runtime.cache.prefix import PrefixCache
+from kvrun.runtime.cache.states import StateCache, bytes_per_sequence
 from kvrun.runtime.cache.tensors import KVCache, bytes_per_block
 from kvrun.runtime.checkpoint import Checkpoint
 from kvrun.runtime.config import EngineConfig
@@ -72,15 +73,19 @@ def start(config: EngineConfig) -> Engine:
     runner = _runner(config, model, backend, plan, eos_ids, dtype, device, bank)
     captured = config.cuda_graphs and device.type == "cuda" and name in CAPTURED
     if captured:
-        runner.capture(config.max_num_seqs, dtype, cuda_capture(device))
+        runner.capture(plan.max_num_seqs, dtype, cuda_capture(device))
     blocks = BlockPool(plan.num_blocks)
     scheduler = Scheduler(
         blocks,
-        PrefixCache(blocks, plan.block_size) if config.prefix_caching else None,
+        PrefixCache(blocks, plan.block_size)
+        if config.prefix_caching and not model.states
+        else None,
         block_size=plan.block_size,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=cast(int, config.max_num_batched_tokens),
-        turns=TURNS if captured else 1,
+        # A turn that fails behind another one could not go back to the state before both.
+        turns=TURNS if captured and not model.states else 1,
+        shares=not model.states,
         eos_ids=frozenset(eos_ids),
         bank=bank,
     )
@@ -161,7 +166,11 @@ def _cache(
         reserve = memory_of_a_step(model, trial, tokens, config.max_num_seqs, device)
     if device.type == "cpu":
         reserve = bank.resident.arena.nbytes  # promised, but not taken from the system yet
-    plan = _plan(config, model, device, bytes_per_block(model.specs, size, kept), reserve)
+    blocks, states = (
+        bytes_per_block(model.specs, size, kept),
+        bytes_per_sequence(model.states, dtype),
+    )
+    plan = _plan(config, model, device, blocks, states, reserve)
     return backend(KVCache(model.specs, plan.num_blocks, size, kept, device), dtype), plan
 
 
@@ -181,12 +190,13 @@ def _runner(
         backend,
         Sampler(model.vocab_size, device),
         # Turns beyond a sequence's end write to the padding block, which is where pages end.
-        Slots(config.max_num_seqs, -(-(plan.max_model_len + TURNS) // plan.block_size), device),
+        Slots(plan.max_num_seqs, -(-(plan.max_model_len + TURNS) // plan.block_size), device),
         device=device,
         block_size=plan.block_size,
         eos_ids=eos_ids,
         threads=_thread_rule(config.threads, parameters) if device.type == "cpu" else None,
         bank=bank,
+        states=StateCache(model.states, plan.max_num_seqs, dtype, device) if model.states else None,
     )
 
 
@@ -221,6 +231,8 @@ def choose_backend(
 ) -> tuple[str, type[Backend]]:
     """The backend asked for, or the first of AUTO that can serve every layer."""
     reasons = []
+    # Without attention a backend still plans steps, on the devices that it knows.
+    specs = specs or [AttentionSpec(0, 1, 1, 64, 1.0)]
     for name in AUTO if wanted == "auto" else (wanted,):
         backend: type[Backend] = load(attention.__name__, name).Attention
         reason = next((r for r in (backend.reject(s, device) for s in specs) if r), None)
@@ -286,15 +298,27 @@ def _load(config: EngineConfig, folder: Path, device: torch.device) -> tuple[Dec
 
 
 def _plan(
-    config: EngineConfig, model: Decoder, device: torch.device, block_bytes: int, reserve: int
+    config: EngineConfig,
+    model: Decoder,
+    device: torch.device,
+    block_bytes: int,
+    state_bytes: int,
+    reserve: int,
 ) -> Plan:
+    free = max(_free_bytes(device) - reserve, 0)
     tokens, block_size = config.kv_tokens, cast(int, config.block_size)
     # One block more: the padding.
-    room = None if tokens is None else (-(-tokens // block_size) + 1) * block_bytes
+    blocks = None if tokens is None else -(-tokens // block_size) + 1
+    room = None
+    if blocks is not None:
+        states = min((config.max_num_seqs + 1) * state_bytes, free // 2)
+        room = blocks * block_bytes + states
     return make_plan(
         weight_bytes=model.parameter_bytes,
         kv_bytes_per_block=block_bytes,
-        free_bytes=max(_free_bytes(device) - reserve, 0),
+        state_bytes=state_bytes,
+        most_blocks=blocks,
+        free_bytes=free,
         on_cpu=device.type == "cpu",
         kv_memory=config.kv_memory if room is None else room,
         block_size=block_size,

@@ -8,6 +8,7 @@ import torch
 if TYPE_CHECKING:
     from kvrun.runtime.attention import AttentionSpec
     from kvrun.runtime.batch import Batch
+    from kvrun.runtime.cache.states import StateSpec
     from kvrun.runtime.layers.norm import Norm
 
 
@@ -26,10 +27,10 @@ class Part(Protocol):
 
 
 class AttentionPart(Part, Protocol):
-    """Attention, which also says what it asks of the cache."""
+    """Attention or what stands in its place, which also says what it asks of the cache."""
 
     @property
-    def spec(self) -> "AttentionSpec": ...
+    def spec(self) -> "AttentionSpec | StateSpec": ...
 
 
 class Block:
@@ -44,7 +45,7 @@ class Block:
         self._mlp = mlp
 
     @property
-    def spec(self) -> "AttentionSpec":
+    def spec(self) -> "AttentionSpec | StateSpec":
         return self._attention.spec
 
     def __call__(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
@@ -64,7 +65,7 @@ class ParallelBlock:
         self._mlp = mlp
 
     @property
-    def spec(self) -> "AttentionSpec":
+    def spec(self) -> "AttentionSpec | StateSpec":
         return self._attention.spec
 
     def __call__(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
@@ -93,7 +94,7 @@ class Sandwich:
         self._after_mlp = after_mlp
 
     @property
-    def spec(self) -> "AttentionSpec":
+    def spec(self) -> "AttentionSpec | StateSpec":
         return self._attention.spec
 
     def __call__(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:

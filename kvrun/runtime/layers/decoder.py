@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from kvrun.runtime.attention import AttentionSpec
+from kvrun.runtime.cache.states import StateSpec
 from kvrun.runtime.layers.norm import Norm, before_product
 
 if TYPE_CHECKING:
-    from kvrun.runtime.attention import AttentionSpec
     from kvrun.runtime.batch import Batch
     from kvrun.runtime.checkpoint import Checkpoint
     from kvrun.runtime.layers.embedding import Head
@@ -18,7 +19,7 @@ class Layer(Protocol):
     """A block of any kind."""
 
     @property
-    def spec(self) -> "AttentionSpec": ...
+    def spec(self) -> AttentionSpec | StateSpec: ...
 
     def __call__(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
         """x [tokens, hidden] -> the same; x may be overwritten."""
@@ -27,7 +28,8 @@ class Layer(Protocol):
 class Decoder:
     """A causal language model.
 
-    `specs`: what each layer asks of the attention backend. `parameter_bytes`: its weights on this
+    `specs`: what each layer asks of the attention backend; `states`: what recurrent layers remember
+    of a sequence. `parameter_bytes`: its weights on this
     rank. `products`: what adapters can change, by its shards. `max_position`: the context it was
     made for, in tokens, or None. `norm` None: the head has its input as it is.
     """
@@ -44,7 +46,9 @@ class Decoder:
         self.blocks = blocks
         self._norm = norm
         self._head = head
-        self.specs: list[AttentionSpec] = [block.spec for block in blocks]
+        specs = [block.spec for block in blocks]
+        self.specs = [spec for spec in specs if isinstance(spec, AttentionSpec)]
+        self.states = [spec for spec in specs if isinstance(spec, StateSpec)]
         self.vocab_size = head.vocab_size
         self.softcapped = head.softcapped  # logits are fp32 then
         self.parameter_bytes = w.parameter_bytes + head.copy_bytes

@@ -34,5 +34,5 @@ def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
     )
 
 
-def attention(w: "Checkpoint", n: int, rope: Rope) -> Attention:
+def attention(w: "Checkpoint", n: int, rope: Rope | None) -> Attention:
     return llama.attention(w, n, rope=rope, scale=w.config.number("attention_multiplier", 1.0))

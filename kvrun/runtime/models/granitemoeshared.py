@@ -18,15 +18,14 @@ def build(w: "Checkpoint") -> Decoder:
 
 
 def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
-    c, p = w.config, f"model.layers.{n}.shared_mlp"
-    if not c.get("shared_intermediate_size"):
+    if not w.config.get("shared_intermediate_size"):
         return granitemoe.block(w, n, rope)
-    shared = GatedMLP(
-        w,
-        [f"{p}.input_linear"],
-        f"{p}.output_linear",
-        hidden=c.integer("hidden_size"),
-        inner=c.integer("shared_intermediate_size"),
-        act=c.text("hidden_act", "silu"),
-    )
-    return granitemoe.block(w, n, rope, shared)
+    inner = w.config.integer("shared_intermediate_size")
+    return granitemoe.block(w, n, rope, shared(w, n, inner))
+
+
+def shared(w: "Checkpoint", n: int, inner: int) -> GatedMLP:
+    c, p = w.config, f"model.layers.{n}.shared_mlp"
+    hidden, act = c.integer("hidden_size"), c.text("hidden_act", "silu")
+    gate_up, down = [f"{p}.input_linear"], f"{p}.output_linear"
+    return GatedMLP(w, gate_up, down, hidden=hidden, inner=inner, act=act)

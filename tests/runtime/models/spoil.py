@@ -1,5 +1,6 @@
 """Ways to spoil what kvrun reads, or a part that a family's file names."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,23 @@ def swap_rows(name: str, size: int) -> Callable[[Tensors], Tensors]:
         return tensors
 
     return change
+
+
+def swap_after(name: str, first: int, size: int) -> Callable[[Tensors], Tensors]:
+    """Two blocks of rows behind the first ones."""
+
+    def change(tensors: Tensors) -> Tensors:
+        for key in [k for k in tensors if name in k]:
+            head, rest = tensors[key][:first], tensors[key][first:]
+            swapped = [rest[size : 2 * size], rest[:size], rest[2 * size :]]
+            tensors[key] = torch.cat([head, *swapped])
+        return tensors
+
+    return change
+
+
+def zeroed(name: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {k: t * 0 if k.endswith(name) else t for k, t in tensors.items()}
 
 
 def swap_kv_heads(size: int) -> Callable[[Tensors], Tensors]:
@@ -159,3 +177,11 @@ def halved(part: Any) -> Any:
         return part(both, down, act, bias, *rest)
 
     return experts
+
+
+def dropped(part: Any) -> Any:
+    return lambda *args: None
+
+
+def in_one_group(part: Any) -> Any:
+    return lambda w, name, size, heads: part(w, name, dataclasses.replace(size, groups=1), heads)

@@ -13,9 +13,12 @@ from transformers import Gemma3TextConfig
 
 from kvrun.errors import BadCheckpoint, Unsupported
 from kvrun.runtime.attention import AttentionSpec, triton
+from kvrun.runtime.cache.states import bytes_per_sequence
+from kvrun.runtime.cache.tensors import bytes_per_block
 from kvrun.runtime.checkpoint import Checkpoint
 from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.models import build, gemma3_text
+from kvrun.runtime.plan import architecture, examine
 from tests.runtime.driver import Driver
 from tests.runtime.models import zoo
 from tests.runtime.models.compare import TOLERANCE, prompt, reference, stepwise, worst
@@ -288,3 +291,62 @@ def test_dummy_weights_of_every_family(tmp_path: Path) -> None:
         (folder / "model.safetensors").unlink()
         model = build(Checkpoint(folder, load_format="dummy"))
         assert model.parameter_bytes >= sum(tensor.numel() * 4 for tensor in stored)
+
+
+AUTHORS = {
+    "mamba": {"d_state": 8, "dt_rank": 6},
+    "mamba2": {"layer": "Mamba2", "d_state": 16, "headdim": 16, "ngroups": 2},
+}
+
+
+@pytest.mark.parametrize("family", AUTHORS)
+def test_mamba_in_the_format_of_its_authors(tmp_path: Path, family: str) -> None:
+    oracle = zoo.make(tmp_path, family, "plain", tie_word_embeddings=True, intermediate_size=128)
+    config = {
+        "d_model": 64, "n_layer": 2, "vocab_size": 123, "pad_vocab_size_multiple": 8,
+        "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True,
+        "ssm_cfg": AUTHORS[family],
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def as_theirs(tensors: Tensors) -> Tensors:
+        tensors = renamed("embeddings", "embedding")(tensors)
+        return {**tensors, "lm_head.weight": tensors["backbone.embedding.weight"].clone()}
+
+    zoo.edit_tensors(tmp_path, as_theirs)
+    assert architecture(config) == family
+    assert stepwise(Driver(tmp_path), oracle) <= TOLERANCE
+    for beside in ({"rms_norm": False}, {"attn_layer_idx": [1]}, {"d_intermediate": 96}):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **beside}))
+        with pytest.raises(Unsupported, match=next(iter(beside))):
+            build(Checkpoint(tmp_path))
+
+
+def test_a_kind_of_layer_that_granite_does_not_have(tmp_path: Path) -> None:
+    oracle = zoo.make(tmp_path, "granitemoehybrid", "dense")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["layer_types"] = ["mamba", "attention", "mamba"]  # in the words of its first files
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert stepwise(Driver(tmp_path), oracle) <= TOLERANCE
+    config["layer_types"] = ["mamba", "conv", "mamba"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Unsupported, match="a layer of the kind 'conv'"):
+        build(Checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "granitemoehybrid"])
+def test_states_are_counted_from_headers_as_an_engine_keeps_them(
+    tmp_path: Path, family: str
+) -> None:
+    for variant in zoo.VARIANTS[family]:
+        folder = tmp_path / variant
+        zoo.make(folder, family, variant)
+        facts, model = examine(folder), Driver(folder).model
+        assert facts.state_bytes(2) == bytes_per_sequence(model.states, torch.bfloat16) > 0
+        block = bytes_per_block(model.specs, 16, torch.bfloat16)
+        assert (facts.kv_values or 0) * 2 * 16 == block
+        tight = 2 * facts.stored_bytes + 2 * facts.state_bytes(4) + 4 * 2 * block
+        plan = facts.fit(free_bytes=tight, on_cpu=False, itemsize=4)
+        assert plan.state_bytes == facts.state_bytes(4)
+        with pytest.raises(Unsupported, match="state of a sequence"):
+            facts.fit(free_bytes=facts.stored_bytes + 99, on_cpu=False, itemsize=4)

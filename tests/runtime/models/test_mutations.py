@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from kvrun.runtime.cache.states import StateCache
+from kvrun.runtime.layers import mamba as mamba_layers
 from kvrun.runtime.layers import shared_moe
 from kvrun.runtime.layers.moe import MoE
 from kvrun.runtime.models import (
@@ -34,10 +36,12 @@ from tests.runtime.models.spoil import (
     by_softmax_top,
     by_top_softmax,
     corrected_weights,
+    dropped,
     eight,
     halved,
     halves,
     headless,
+    in_one_group,
     minus_one,
     no_biases,
     no_head_norm,
@@ -46,11 +50,13 @@ from tests.runtime.models.spoil import (
     replaced,
     scale_one,
     sixteenfold,
+    swap_after,
     swap_kv_heads,
     swap_names,
     swap_rows,
     unshared,
     without,
+    zeroed,
 )
 
 BIGGER = {"rope_type": "default", "rope_theta": 10100.0}
@@ -183,6 +189,15 @@ CONFIG_MUTATIONS = {
     "halves for pairs, v3": ("deepseek_v3", "plain", {"rope_interleave": False}),
     "pairs for halves, v3": ("deepseek_v3", "halves", {"rope_interleave": True}),
     "rotation of whole heads, glm 4.5": ("glm4_moe", "plain", {"rope_parameters": FULL}),
+    "gelu for silu behind the filter": ("mamba", "plain", {"hidden_act": "gelu"}),
+    "eps × 10, mamba": ("mamba", "plain", {"layer_norm_epsilon": 1e-3}),
+    "bounded time steps": ("mamba2", "plain", {"time_step_limit": [0.0, 0.5]}),
+    "residual × 1, hybrid": ("granitemoehybrid", "experts", {"residual_multiplier": 1.0}),
+    "rope on the layer without, hybrid": (
+        "granitemoehybrid", "experts", {"position_embedding_type": "rope"}
+    ),
+    "no rope, hybrid": ("granitemoehybrid", "dense", {"position_embedding_type": "nope"}),
+    "one expert less, hybrid": ("granitemoehybrid", "experts", {"num_experts_per_tok": 1}),
     "factor of experts, glm 4.5": ("glm4_moe", "plain", {"routed_scaling_factor": 1.0}),
 }  # fmt: skip
 TENSOR_MUTATIONS = {
@@ -212,6 +227,15 @@ TENSOR_MUTATIONS = {
     "biases lost, gpt-oss": ("gpt_oss", "plain", no_biases),
     "norms of all heads swapped, olmoe": ("olmoe", "plain", swap_names("q_norm", "k_norm")),
     "norms of latents": ("deepseek_v3", "plain", minus_one),
+    "input and gate swapped": ("mamba", "plain", swap_rows("in_proj", 96)),
+    "input and gate swapped, mamba2": ("mamba2", "plain", swap_rows("in_proj", 128)),
+    "groups swapped": ("mamba2", "plain", swap_after("in_proj", 256, 16)),
+    "biases lost, mamba": ("mamba", "biases", no_biases),
+    "biases lost, hybrid": ("granitemoehybrid", "dense", no_biases),
+    "decays all one": ("mamba", "plain", zeroed("A_log")),
+    "decays all one, mamba2": ("mamba2", "plain", zeroed("A_log")),
+    "no way past the state": ("mamba", "plain", zeroed(".D")),
+    "no way past the state, mamba2": ("mamba2", "plain", zeroed(".D")),
     "q and k swapped": ("phi3", "mini", swap_rows("qkv_proj", 64)),
 }
 CODE_MUTATIONS = {
@@ -266,6 +290,31 @@ CODE_MUTATIONS = {
     ),
     "no shared expert": ("deepseek_v3", "plain", replaced(shared_moe, "MoE", unshared)),
     "no shared expert, qwen2": ("qwen2_moe", "plain", replaced(qwen3_moe, "MoE", unshared)),
+    "window not carried over a border": (
+        "mamba",
+        "plain",
+        replaced(StateCache, "keep_window", dropped),
+    ),
+    "state not carried over a border": (
+        "mamba2",
+        "plain",
+        replaced(StateCache, "keep_state", dropped),
+    ),
+    "state not carried over a border, hybrid": (
+        "granitemoehybrid",
+        "dense",
+        replaced(StateCache, "keep_state", dropped),
+    ),
+    "norm over all groups": (
+        "mamba2",
+        "plain",
+        replaced(mamba_layers, "GatedNorm", in_one_group),
+    ),
+    "no shared expert, hybrid": (
+        "granitemoehybrid",
+        "experts",
+        replaced(granitemoe, "MoE", unshared),
+    ),
     "no growth under yarn": (
         "deepseek_v3",
         "plain",

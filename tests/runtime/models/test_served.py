@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvrun import LLM, SamplingParams
+from kvrun.runtime.cache.states import bytes_per_sequence
 from kvrun.runtime.cache.tensors import bytes_per_block
 from tests.runtime.driver import Driver
 from tests.runtime.models.compare import prompt
@@ -21,6 +22,9 @@ KINDS = [
     ("llama4_text", "scout"),  # chunks
     ("mixtral", "plain"),  # experts
     ("deepseek_v3", "plain"),  # latent attention
+    ("mamba", "plain"),  # states
+    ("mamba2", "plain"),
+    ("granitemoehybrid", "experts"),  # states and attention
 ]
 
 
@@ -33,7 +37,10 @@ def test_greedy_answers_are_those_of_transformers(
     prompts = [first, first[:8] + prompt(2, 9), prompt(3, 5), prompt(4, 20)]
     params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
     # Nineteen blocks of four tokens beside the padding: the four do not fit at once.
-    memory = 20 * bytes_per_block(Driver(folder).model.specs, 4, torch.float32)
+    model = Driver(folder).model
+    # With as many states as four sequences have in all, and the padding's.
+    memory = 20 * bytes_per_block(model.specs, 4, torch.float32)
+    memory += 5 * bytes_per_sequence(model.states, torch.float32)
     sizes: Any = {"block_size": 4, "max_num_batched_tokens": 8, "max_model_len": 48}
     with LLM(str(folder), kv_memory=memory, max_num_seqs=4, **sizes) as llm:
         found = [list(out.token_ids) for out in llm.generate(prompts, params)]

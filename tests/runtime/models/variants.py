@@ -23,6 +23,13 @@ _MLA = {
     "v_head_dim": 20,
     "kv_lora_rank": 32,
 }
+_CHUNKS = {"chunk_size": 8}  # what transformers computes at once
+_HYBRID = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_hidden_layers": 3, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16,
+    "mamba_chunk_size": 8, "shared_intermediate_size": 48, "embedding_multiplier": 3.0,
+    "logits_scaling": 0.8, "residual_multiplier": 0.7, "attention_multiplier": 0.4,
+}  # fmt: skip
 # family -> variant -> what its config says differently
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {
@@ -391,6 +398,45 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "num_experts_per_tok": 2,
             "head_dim": 32,
             "rotary_dim": 16,
+        },
+    },
+    "mamba": {
+        "plain": {"state_size": 8, "time_step_rank": 6},
+        "biases": {
+            "state_size": 4,
+            "conv_kernel": 3,
+            "use_bias": True,
+            "residual_in_fp32": False,
+            "tie_word_embeddings": False,
+        },
+        "no conv bias": {"state_size": 4, "use_conv_bias": False, "expand": 3},
+    },
+    "mamba2": {
+        "plain": {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 2, **_CHUNKS},
+        "biases": {
+            "state_size": 8,
+            "num_heads": 4,
+            "head_dim": 32,
+            "n_groups": 1,
+            "conv_kernel": 3,
+            "use_bias": True,
+            "residual_in_fp32": False,
+            "tie_word_embeddings": True,
+            **_CHUNKS,
+        },
+    },
+    "granitemoehybrid": {
+        "experts": {
+            **_HYBRID,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "mamba_n_groups": 2,
+        },
+        "dense": {
+            **_HYBRID,
+            "num_local_experts": 0,
+            "position_embedding_type": "rope",
+            "mamba_proj_bias": True,
         },
     },
     "llama4_text": {

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Protocol
 from kvrun.errors import EngineDead, InvalidRequest
 from kvrun.runtime.engine.request import AdapterInfo, Delta, Pages, Ready, Request, Stats
 from kvrun.runtime.engine.scheduler import Row, Schedule, Scheduler
+from kvrun.runtime.engine.seen import look
 from kvrun.runtime.engine.sequence import Sequence
 from kvrun.runtime.engine.times import StepTimes
 from kvrun.runtime.lora.bank import LoraBank
 from kvrun.runtime.lora.resident import Adapter
+from kvrun.runtime.text.places import Places
 
 if TYPE_CHECKING:
     from kvrun.runtime.engine.ticket import Ticket
@@ -41,6 +43,7 @@ class Limits:
 
     vocab_size: int
     max_model_len: int
+    places: Places | None = None  # those of images, of a model that sees them
 
 
 class Engine:
@@ -75,14 +78,22 @@ class Engine:
         if request.id in self._choices:
             raise InvalidRequest(f"a request with the id '{request.id}' is running already.")
         max_length = self._admissible_length(request)
-        adapter = self._adapter(request)
+        adapter, seen = self._adapter(request), look(request, self._limits.places)
         params = request.params
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
         prefix = self.scheduler.prefix
         # Where the chain of an adapter starts is known once its content is.
         root = prefix.root(None) if prefix and adapter is None else b""
         sequences = [
-            Sequence(request, index, seed=seed, max_length=max_length, root=root, adapter=adapter)
+            Sequence(
+                request,
+                index,
+                seed=seed,
+                max_length=max_length,
+                root=root,
+                adapter=adapter,
+                seen=seen,
+            )
             for index in range(params.n)
         ]
         for sequence in sequences:

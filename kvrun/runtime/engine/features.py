@@ -25,11 +25,12 @@ class Features:
         self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
 
     @classmethod
-    def of(cls, model: Decoder, dtype: torch.dtype, free: int, hidden: int) -> "Features | None":
+    def of(cls, model: Decoder, dtype: torch.dtype, free: int) -> "Features | None":
         """With a share of `free` bytes; None for a model that sees nothing."""
         if model.vision is None:
             return None
-        largest = model.vision.places.count(model.vision.largest()) * hidden * dtype.itemsize
+        values = model.vision.places.count(model.vision.largest()) * model.vision.hidden
+        largest = values * dtype.itemsize
         return cls(model.vision, max(largest, min(int(free * FRACTION), BYTES)))
 
     def put(

@@ -24,6 +24,8 @@ def memory_of_a_step(
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
+    if model.vision is not None:
+        model.vision(model.vision.largest())
     backend.plan(batch := _prompts(tokens, model.max_position or tokens, backend, device))
     model(batch)
     torch.cuda.synchronize(device)

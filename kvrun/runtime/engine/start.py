@@ -20,6 +20,7 @@ from kvrun.runtime.cache.tensors import KVCache, bytes_per_block
 from kvrun.runtime.checkpoint import Checkpoint
 from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine.engine import Engine, Limits
+from kvrun.runtime.engine.features import Features
 from kvrun.runtime.engine.graphs import cuda_capture
 from kvrun.runtime.engine.profile import memory_of_a_step
 from kvrun.runtime.engine.request import Ready
@@ -63,8 +64,9 @@ def start(config: EngineConfig) -> Engine:
         eos_ids = opened.eos_token_ids if (opened := text.result()) else ()
     name, backend_class = choose_backend(config.attention, model.specs, device)
     bank = _bank(config, model, dtype, device)
-    backend, plan = _cache(config, model, backend_class, dtype, device, bank)
-    runner = _runner(config, model, backend, plan, eos_ids, dtype, device, bank)
+    features = Features.of(model, dtype, _free_bytes(device))
+    backend, plan = _cache(config, model, backend_class, dtype, device, bank, features)
+    runner = _runner(config, model, backend, plan, eos_ids, dtype, device, bank, features)
     captured = config.cuda_graphs and device.type == "cuda" and name in CAPTURED
     if captured:
         runner.capture(config.max_num_seqs, dtype, cuda_capture(device))
@@ -93,7 +95,7 @@ def start(config: EngineConfig) -> Engine:
     return Engine(
         scheduler,
         runner,
-        Limits(model.vocab_size, plan.max_model_len),
+        Limits(model.vocab_size, plan.max_model_len, model.vision.places if model.vision else None),
         ready=ready,
         seed=config.seed,
         run_ahead=cast(int, config.run_ahead),
@@ -144,6 +146,7 @@ def _cache(
     dtype: torch.dtype,
     device: torch.device,
     bank: LoraBank,
+    features: Features | None,
 ) -> tuple[Backend, Plan]:
     """The attention backend with a cache as large as the plan allows."""
     size = cast(int, config.block_size)
@@ -155,6 +158,7 @@ def _cache(
         reserve = memory_of_a_step(model, trial, tokens, config.max_num_seqs, device)
     if device.type == "cpu":
         reserve = bank.resident.arena.nbytes  # promised, but not taken from the system yet
+    reserve += features.limit if features else 0
     plan = _plan(config, model, device, bytes_per_block(model.specs, size, kept), reserve)
     return backend(KVCache(model.specs, plan.num_blocks, size, kept, device), dtype), plan
 
@@ -168,6 +172,7 @@ def _runner(
     dtype: torch.dtype,
     device: torch.device,
     bank: LoraBank,
+    features: Features | None,
 ) -> ModelRunner:
     parameters = model.parameter_bytes // dtype.itemsize
     return ModelRunner(
@@ -181,6 +186,7 @@ def _runner(
         eos_ids=eos_ids,
         threads=_thread_rule(config.threads, parameters) if device.type == "cpu" else None,
         bank=bank,
+        features=features,
     )
 
 

@@ -117,7 +117,7 @@ class LlavaNext(Llava):
     """The image in one square, and again in tiles: rows of patches without padding, each row with
     a newline behind it."""
 
-    arrays = (PIXELS, SIZES)
+    arrays: tuple[str, ...] = (PIXELS, SIZES)
 
     def __init__(self, config: HFConfig) -> None:
         super().__init__(config)
@@ -150,7 +150,7 @@ class LlavaNext(Llava):
 class Idefics2:
     """A fixed number of latents for each part, between two tokens of their own."""
 
-    arrays = (PIXELS, MASK)
+    arrays: tuple[str, ...] = (PIXELS, MASK)
     edge = "<fake_token_around_image>"
     _behind = re.compile(re.escape(edge) + r"(?=[^\s<])")
 

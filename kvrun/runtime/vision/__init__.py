@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class Vision(Protocol):
-    """The part of a model that sees; `places` says where its features go."""
+    """The part of a model that sees. `places` says where its features go, which have `hidden`
+    values each."""
+
+    hidden: int
 
     @property
     def places(self) -> "Places": ...

@@ -33,7 +33,7 @@ class Patches:
 
 
 class FullAttention:
-    """x [count * patches, hidden] -> the same, plus `add` if given; `norm` is applied to x first."""
+    """x [images * patches, hidden] -> the same, plus `add` if given; `norm` goes before x."""
 
     def __init__(
         self, w: "Checkpoint", heads: int, hidden: int, names: Sequence[str], *, bias: bool = True

@@ -55,7 +55,8 @@ class Idefics2:
         wide = self._tower.hidden
         self._norm = layer_norm(w, f"{p}post_layernorm", wide, eps)
         p = prefix_of(w, "perceiver_resampler.latents", "model.connector.", "connector.")
-        hidden, inner = c.integer("hidden_size", 4096), c.integer("intermediate_size", 14336)
+        self.hidden = hidden = c.integer("hidden_size", 4096)
+        inner = c.integer("intermediate_size", 14336)
         own = f"{p}modality_projection."
         gate_up = gate_and_up(w, [f"{own}gate_proj", f"{own}up_proj"], wide, inner)
         self._gate_up = Linear(w, *gate_up)

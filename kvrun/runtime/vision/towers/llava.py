@@ -63,7 +63,8 @@ class Llava(Generic[_Places]):
             w, "linear_1.weight", "multi_modal_projector.", "model.multi_modal_projector."
         )
         act = c.text("projector_hidden_act", "gelu")
-        self._project = Projector(w, own, wide, c.integer("hidden_size", 4096), act, bias=bias)
+        self.hidden = c.integer("hidden_size", 4096)
+        self._project = Projector(w, own, wide, self.hidden, act, bias=bias)
 
     def __call__(self, image: Image) -> torch.Tensor:
         self.places.count(image)

@@ -26,7 +26,7 @@ class LlavaNext(Llava[places.LlavaNext]):
     def __init__(self, w: "Checkpoint", where: places.LlavaNext) -> None:
         super().__init__(w, where)
         name = prefix_of(w, "image_newline", "", "model.") + "image_newline"
-        self._newline = w.read(name, (w.config.integer("hidden_size", 4096),))
+        self._newline = w.read(name, (self.hidden,))
 
     def __call__(self, image: Image) -> torch.Tensor:
         (rows, columns), (above, beside) = self.places.grid(image)

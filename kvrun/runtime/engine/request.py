@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import msgspec
 
-from kvrun.runtime.image import Image
+from kvrun.runtime.image import Image as Image  # rooms above the runtime take it from here
 from kvrun.runtime.sampling.params import SamplingParams
 
 # A LoRA adapter by name, several with a weight each (their sum is applied), or the base model.

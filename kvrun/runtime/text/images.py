@@ -121,8 +121,8 @@ def taken_out(
     files: list[bytes] = []
 
     def plain(part: Any) -> Any:
-        if isinstance(part, Mapping) and part.get("type") == "image":
-            data = part.get("image")
+        if isinstance(part, Mapping) and part.get("type") == "image" and "image" in part:
+            data = part["image"]
             if not isinstance(data, bytes):
                 raise InvalidRequest("an image is given by its file, as bytes.")
             files.append(data)

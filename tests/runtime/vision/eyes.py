@@ -53,10 +53,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make(folder: Path, family: str) -> Any:
+def make(folder: Path, family: str, *, vocab: int = 128, token: int = TOKEN) -> Any:
     """Write a random checkpoint to `folder`; the same model in transformers, in fp32."""
     torch.manual_seed(len(family))
-    config = AutoConfig.for_model(family.split("-")[0], **FAMILIES[family])
+    values = {**FAMILIES[family], "image_token_id": token}
+    values.pop("image_token_index", None)
+    values["text_config"] = {**values["text_config"], "vocab_size": vocab}
+    config = AutoConfig.for_model(family.split("-")[0], **values)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -24,7 +24,7 @@ from kvrun.runtime.engine.start import start
 from kvrun.runtime.image import Image
 from kvrun.runtime.sampling.params import SamplingParams
 from kvrun.runtime.text import Answer, Prompt, Text
-from kvrun.runtime.text.images import Picture, Pictures, of_each, with_files
+from kvrun.runtime.text.images import Picture, Pictures, of_each
 
 Words = str | Sequence[int]
 Message = Mapping[str, object]
@@ -177,7 +177,7 @@ class LLM:
         conversations = messages if several else [messages]
         if self._text is None:
             raise InvalidRequest("this model has no tokenizer.", hint="pass prompts as token ids")
-        prompts = [self._text.converse(with_files(c)) for c in conversations]  # type: ignore[arg-type]
+        prompts = [self._text.converse(c, local=True) for c in conversations]  # type: ignore[arg-type]
         count = len(prompts)
         return self._answer(prompts, _one_each(params, count), _adapter_each(adapter, count))
 

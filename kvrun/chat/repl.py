@@ -7,6 +7,7 @@ from typing import Protocol
 from kvrun.chat.commands import Chat, Effect, run, stats_line
 from kvrun.chat.interrupt import Interrupts
 from kvrun.chat.lines import is_command, unquoted
+from kvrun.chat.pictures import named
 from kvrun.chat.plain import note
 from kvrun.chat.session import Reply, describe
 from kvrun.errors import EngineDead, KvrunError
@@ -88,7 +89,12 @@ async def _respond(chat: Chat, text: str, screen: Screen, stats: bool) -> bool:
     if is_command(text.strip()):
         effect = await run(chat, text)
     else:
-        chat.conversation.add("user", unquoted(text))
+        words, images = unquoted(text), list[str]()
+        if chat.session.text.images is not None:
+            words, images = named(words)
+        chat.conversation.add("user", words, **({"images": images} if images else {}))
+        for path in images:
+            screen.note(f"with the image {path}")
         effect = Effect(ask=True)
     _show(chat, screen, effect)
     if effect.leave:

@@ -10,7 +10,6 @@ from kvrun.server.errors import ApiError
 from kvrun.server.schemas.openai import Message, Part
 from kvrun.server.service import Service
 
-
 IMAGES = ("image_url", "input_image")  # parts of chats, and of responses
 
 

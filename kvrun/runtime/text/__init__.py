@@ -13,7 +13,15 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from kvrun.errors import BadCheckpoint, InvalidRequest, NotFound
 from kvrun.runtime.sampling.params import SamplingParams
 from kvrun.runtime.text.answer import Answer
-from kvrun.runtime.text.images import NO_EYES, Images, Picture, Prompt, images_of, taken_out
+from kvrun.runtime.text.images import (
+    NO_EYES,
+    Images,
+    Picture,
+    Prompt,
+    images_of,
+    taken_out,
+    with_files,
+)
 from kvrun.runtime.text.inert import Inert
 from kvrun.runtime.text.stream import TextStream
 from kvrun.runtime.text.template import ChatTemplate, check_messages
@@ -90,13 +98,19 @@ class Text:
         return found.ids
 
     def converse(
-        self, messages: Sequence[Mapping[str, Any]], *, continue_final: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        continue_final: bool = False,
+        local: bool = False,
     ) -> Prompt:
         """`chat` whose messages may hold parts {"type": "image", "image": a file's bytes}.
 
-        Raises InvalidRequest for images that the model does not take, too.
+        With `local` what shows an image may also be a path on this machine, or as OpenAI has it.
+        Raises InvalidRequest for images that the model does not take, too, and NotFound.
         """
-        plain, files = taken_out(check_messages(messages))
+        checked = check_messages(messages)
+        plain, files = taken_out(with_files(checked) if local else checked)
         images = self._seeing.look(files) if files else []
         template = self._template
         if self.images is not None and self._wants_parts:

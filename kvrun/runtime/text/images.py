@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from tokenizers import Tokenizer
 
-from kvrun.errors import BadCheckpoint, InvalidRequest, MissingExtra, NotFound
+from kvrun.errors import BadCheckpoint, InvalidRequest, KvrunError, MissingExtra, NotFound
 from kvrun.folder import load
 from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.image import Image
@@ -105,6 +105,14 @@ def images_of(folder: Path, tokenizer: Tokenizer) -> Images | None:
         return None
     where = places.of(HFConfig.read(folder))
     return None if where is None else Images(folder, where, tokenizer)
+
+
+def sees(folder: str | Path) -> bool:
+    """Whether the model in a folder takes images, by its config.json; False for a damaged one."""
+    try:
+        return places.of(HFConfig.read(folder)) is not None
+    except KvrunError:
+        return False
 
 
 def _size(image: Image) -> int:

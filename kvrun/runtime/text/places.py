@@ -130,7 +130,7 @@ class LlavaNext(Llava):
     def grid(self, image: Image) -> tuple[tuple[int, int], tuple[int, int]]:
         """Rows and columns of tiles, and how many rows and columns of patches on each side are
         padding."""
-        shape, size = image.shape(PIXELS, 4), image.values(SIZES, 1).tolist()
+        shape, size = image.shape(PIXELS, 4), image.numbers(SIZES)
         self._check(shape)
         if len(size) != 2 or min(size) < 1:
             raise InvalidRequest("an image has no height and width.")

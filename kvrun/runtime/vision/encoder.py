@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from kvrun.errors import Unsupported
+from kvrun.runtime.image import Image
 from kvrun.runtime.layers.block import Block
 from kvrun.runtime.layers.linear import Linear, split_cols
 from kvrun.runtime.layers.mlp import MLP, activation
@@ -167,6 +169,14 @@ class Projector:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         batch: Any = Patches(1)
         return self._second(self._act(self._first(x, batch)), batch)
+
+
+def values(image: Image, name: str, dims: int) -> np.ndarray:
+    """An array of an image. Raises InvalidRequest as `Image.shape` does."""
+    shape = image.shape(name, dims)
+    array = image.arrays[name]
+    # A copy: torch does not take what is read-only.
+    return np.frombuffer(array.data, array.dtype).reshape(shape).copy()
 
 
 def prefix_of(w: "Checkpoint", tensor: str, *prefixes: str) -> str:

@@ -14,7 +14,7 @@ from kvrun.runtime.layers.norm import RMSNorm, layer_norm, rms_norm
 from kvrun.runtime.layers.qkv import Shard, cut_heads
 from kvrun.runtime.text import places
 from kvrun.runtime.text.places import MASK, PIXELS
-from kvrun.runtime.vision.encoder import Encoder, Patches, prefix_of
+from kvrun.runtime.vision.encoder import Encoder, Patches, prefix_of, values
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint
@@ -66,9 +66,8 @@ class Idefics2:
 
     def __call__(self, image: Image) -> torch.Tensor:
         self.places.count(image)
-        # Copies: torch does not take what is read-only.
-        pixels = torch.from_numpy(image.values(PIXELS, 4).copy()).to(self._device, self._dtype)
-        at, there = self._patches(image.values(MASK, 3))
+        pixels = torch.from_numpy(values(image, PIXELS, 4)).to(self._device, self._dtype)
+        at, there = self._patches(values(image, MASK, 3))
         at, mask = at.to(self._device), there.to(self._device)
         x = self._norm(self._tower(pixels, at, mask)[0])
         batch: Any = Patches(1)

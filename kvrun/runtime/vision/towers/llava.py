@@ -9,7 +9,7 @@ from kvrun.errors import Unsupported
 from kvrun.runtime.image import Image
 from kvrun.runtime.text import places
 from kvrun.runtime.text.places import PIXELS, said_type
-from kvrun.runtime.vision.encoder import Encoder, Projector, prefix_of
+from kvrun.runtime.vision.encoder import Encoder, Projector, prefix_of, values
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint
@@ -68,12 +68,11 @@ class Llava(Generic[_Places]):
 
     def __call__(self, image: Image) -> torch.Tensor:
         self.places.count(image)
-        return self.squares(image.values(PIXELS, 3)[None]).flatten(0, 1)
+        return self.squares(values(image, PIXELS, 3)[None]).flatten(0, 1)
 
     def squares(self, pixels: np.ndarray) -> torch.Tensor:
         """Features [squares, places.base, hidden] of pixels [squares, 3, size, size]."""
-        # A copy: torch does not take what is read-only.
-        sent = torch.from_numpy(pixels.copy()).to(self._device, self._dtype)
+        sent = torch.from_numpy(pixels).to(self._device, self._dtype)
         states = [x[:, 1:] if self.places.cut else x for x in self._tower(sent)]
         x = torch.cat(states, dim=-1)
         return self._project(x.flatten(0, 1)).view(len(x), x.shape[1], -1)

@@ -9,7 +9,7 @@ import torch
 from kvrun.runtime.image import Image
 from kvrun.runtime.text import places
 from kvrun.runtime.text.places import PIXELS, SIZES
-from kvrun.runtime.vision.encoder import prefix_of
+from kvrun.runtime.vision.encoder import prefix_of, values
 from kvrun.runtime.vision.towers.llava import Llava
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class LlavaNext(Llava[places.LlavaNext]):
 
     def __call__(self, image: Image) -> torch.Tensor:
         (rows, columns), (above, beside) = self.places.grid(image)
-        features = self.squares(image.values(PIXELS, 4))
+        features = self.squares(values(image, PIXELS, 4))
         side, hidden = self.places.side, features.shape[-1]
         x = features[1:].view(rows, columns, side, side, hidden).transpose(1, 2)
         x = x.reshape(rows * side, columns * side, hidden)

@@ -8,7 +8,7 @@ from typing import Any
 # A path that says so by its beginning and its end; spaces in it stand behind a \ or in quotes.
 _PATH = re.compile(
     r"""(?<!\S)(?:(?P<quote>['"])(?P<quoted>(?:~|\.{1,2})?/[^'"\n]+?)(?P=quote)"""
-    r"""|(?P<bare>(?:~|\.{1,2})?/(?:\\.|[^\s\\'"])+))(?=[\s,;:?!]|$)""",
+    r"""|(?P<bare>(?:~|\.{1,2})?/(?:\\.|[^\s\\'"])+?))(?=[\s,;:?!]|$)""",
 )
 _ENDS = (".png", ".jpg", ".jpeg")
 

@@ -71,6 +71,8 @@ def opened(data: bytes) -> Pillow.Image:
             return ImageOps.exif_transpose(picture).convert("RGB")
     except InvalidRequest:
         raise
+    except Pillow.DecompressionBombError as error:  # its own limit is far above
+        raise InvalidRequest(f"an image has more than {PIXELS:,} pixels.") from error
     except UnidentifiedImageError as error:
         raise InvalidRequest("a file is no image.", hint="PNG and JPEG are taken") from error
     except Exception as error:  # a decoder may raise anything on a damaged file

@@ -8,9 +8,11 @@ import pytest
 
 from tests.runtime.vision import eyes
 
+Made = Callable[[str], tuple[Path, Any]]
+
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     done: dict[str, tuple[Path, Any]] = {}
 
     def get(family: str) -> tuple[Path, Any]:

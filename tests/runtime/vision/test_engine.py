@@ -1,7 +1,6 @@
 """Images through the whole engine: chunks, text beside them, preemption, prefixes, 64 tokens."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +11,10 @@ from kvrun.runtime.cache.tensors import bytes_per_block
 from tests.runtime.driver import Driver
 from tests.runtime.models.compare import TOLERANCE, prompt
 from tests.runtime.vision import eyes
+from tests.runtime.vision.conftest import Made
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True, logprobs=0)
 SERVED = ("llava", "llava_next", "idefics2")
-Made = Callable[[str], tuple[Path, Any]]
 
 
 def ids_with(folder_model: Any, family: str, seeds: list[int], tail: int = 5) -> list[int]:

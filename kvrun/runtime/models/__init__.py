@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 from kvrun import folder
 from kvrun.errors import Unsupported
 from kvrun.runtime.layers.decoder import Decoder
+from kvrun.runtime.text import places
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint
@@ -53,12 +54,12 @@ def _vision(w: "Checkpoint") -> "Vision | None":
     """The part that sees, in plain matrices, where the model has one that is known."""
     towers = "kvrun.runtime.vision.towers"
     # Who looks on has the text part read.
-    if w.config.whole not in folder.names(towers) or w.reader is not None:
+    if w.reader is not None or places.of(w.config) is None:
         return None
     rounding, products = w.quantize, len(w.products)
     w.quantize = None
     try:
-        return cast("Vision", folder.load(towers, w.config.whole).build(w))
+        return cast("Vision", folder.load(towers, str(w.config.whole)).build(w))
     finally:
         w.quantize = rounding
         del w.products[products:]  # adapters change the text part only

@@ -15,6 +15,7 @@ from kvrun.runtime.image import Image
 PIXELS, SIZES, MASK = "pixel_values", "image_sizes", "pixel_attention_mask"
 # LLaVA-NeXT's, where a config.json does not say which sizes its tiles may make together.
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 CLIP_USUAL = {"image_size": 336, "patch_size": 14}
 
 
@@ -37,7 +38,10 @@ class Places(Protocol):
 def of(config: HFConfig) -> Places | None:
     """Where images go in prompts of this model; None for one whose images are not taken in."""
     kind = _KINDS.get(config.whole or "")
-    return None if kind is None else kind(config)
+    try:
+        return None if kind is None else kind(config)
+    except Unsupported:
+        return None  # a tower that is not known; the text part still is
 
 
 def _token(config: HFConfig, usual: int) -> int:
@@ -84,10 +88,11 @@ class Llava:
         vision.defaults(**CLIP_USUAL)
         self.size, self.patch = vision.integer("image_size"), vision.integer("patch_size")
         self.side = self.size // self.patch
+        tower = said_type(config, "vision_config", CLIP)
+        if tower not in (CLIP, SIGLIP):
+            raise Unsupported(f"the tower '{tower}' of this model is not known.")
         # Towers without a class token lose their first patch to the usual choice of features.
-        self.classed = (
-            said_type(config, "vision_config", "clip_vision_model") != "siglip_vision_model"
-        )
+        self.classed = tower == CLIP
         self.cut = config.text("vision_feature_select_strategy", "default") != "full"
 
     def count(self, image: Image) -> int:

@@ -1,5 +1,6 @@
 """What an engine refuses of images before it computes anything, and what it survives."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import pytest
 import torch
 
 from kvrun import LLM, SamplingParams
+from kvrun import folder as registry
 from kvrun.errors import BadCheckpoint, InvalidRequest
 from kvrun.runtime.checkpoint import Checkpoint
 from kvrun.runtime.engine import features
 from kvrun.runtime.engine.features import Features
 from kvrun.runtime.image import Array, Image
 from kvrun.runtime.models import build
+from kvrun.runtime.text import places
 from tests.runtime.driver import Driver
 from tests.runtime.models import zoo
 from tests.runtime.vision import eyes
@@ -74,6 +77,20 @@ def test_images_of_wrong_shapes(made: Made) -> None:
     with LLM(str(made("idefics2")[0])) as llm:
         mask = changed(image, "pixel_attention_mask", np.ones((1, 30, 36), np.uint8))
         refused(llm, [TOKEN] * 5, mask, "not of one size")
+
+
+def test_of_an_unknown_tower_the_text_part_runs(tmp_path: Path) -> None:
+    eyes.make(tmp_path, "llava")
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["vision_config"]["model_type"] = "pixtral"
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with LLM(str(tmp_path)) as llm:
+        assert len(llm.generate([1, 2, 3], ONE)[0].token_ids) == 1
+        refused(llm, [TOKEN] * 16, eyes.image("llava", 0), "reads only text")
+
+
+def test_the_families_that_are_known_have_towers() -> None:
+    assert sorted(places._KINDS) == registry.names("kvrun.runtime.vision.towers")
 
 
 def test_adapters_do_not_change_what_is_seen(made: Made) -> None:

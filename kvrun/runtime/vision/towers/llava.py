@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import numpy as np
 import torch
 
-from kvrun.errors import Unsupported
 from kvrun.runtime.image import Image
 from kvrun.runtime.text import places
-from kvrun.runtime.text.places import PIXELS, said_type
+from kvrun.runtime.text.places import PIXELS
 from kvrun.runtime.vision.encoder import Encoder, Projector, prefix_of, values
 
 if TYPE_CHECKING:
@@ -36,9 +35,6 @@ class Llava(Generic[_Places]):
     def __init__(self, w: "Checkpoint", where: _Places) -> None:
         c = w.config
         self.places = where
-        kind = said_type(c, "vision_config", "clip_vision_model")
-        if kind not in ("clip_vision_model", "siglip_vision_model"):
-            raise Unsupported(f"the tower '{kind}' of this model is not supported.")
         self._device, self._dtype = w.device, w.dtype
         said = c.get("vision_feature_layer", -2)
         layers = said if isinstance(said, list) else [said]

@@ -43,8 +43,8 @@ of standard deviation 0.2 and random biases and norms, so that mistakes show.
 * **mistakes caught**: deliberate faults in what is read or computed (a window off, biases lost,
   heads in another order, ...) that the comparison must notice, and does.
 
-Images are taken in by LLaVA, LLaVA-NeXT and Idefics2 (see images.md); of others that see them
-(Gemma 3, Mistral Small 3, Llama 4) the text part is read. Scaled rotations: linear, dynamic, llama3, yarn, longrope; the two lists of longrope are
+Images are taken in by LLaVA, LLaVA-NeXT, Idefics2 and Mistral 3 (see images.md); of others that see
+them (Gemma 3, Llama 4) the text part is read. Scaled rotations: linear, dynamic, llama3, yarn, longrope; the two lists of longrope are
 chosen between once for an engine, by its longest context (`max_model_len`), so that no answer
 depends on its neighbours. Latent attention (DeepSeek) keeps the keys and values of every head in
 the cache, not the latent. Attention in chunks (Llama 4) runs without kvrun's own kernels. Experts

@@ -78,7 +78,7 @@ class Images:
                 made = load("kvrun.runtime.vision", "processor")
             except MissingExtra as error:
                 raise MissingExtra("images need Pillow, which is not installed.", "PIL") from error
-            self._made = made.Processor(self._folder, self._places.arrays)
+            self._made = made.Processor(self._folder, self._places.arrays, self._places.options)
         return self._made
 
     def expand(self, text: str, images: Sequence[Image]) -> str:

@@ -6,7 +6,7 @@ the engine puts the image's features in their places.
 
 import re
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from kvrun.errors import BadCheckpoint, InvalidRequest, Unsupported
 from kvrun.runtime.hf_config import HFConfig
@@ -20,10 +20,12 @@ CLIP_USUAL = {"image_size": 336, "patch_size": 14}
 
 
 class Places(Protocol):
-    """`token` is the id that stands for one feature, `arrays` what its processor gives."""
+    """`token` is the id that stands for one feature, `arrays` what its processor gives when it is
+    asked with `options`."""
 
     token: int
     arrays: tuple[str, ...]
+    options: dict[str, Any]
 
     def count(self, image: Image) -> int:
         """How many features an image has. Raises InvalidRequest for arrays of wrong shapes."""
@@ -84,6 +86,7 @@ class Llava:
 
     def __init__(self, config: HFConfig) -> None:
         self.token = _token(config, 32000)
+        self.options: dict[str, Any] = {}
         vision = config.part("vision_config")
         vision.defaults(**CLIP_USUAL)
         self.size, self.patch = vision.integer("image_size"), vision.integer("patch_size")
@@ -161,6 +164,7 @@ class Idefics2:
 
     def __init__(self, config: HFConfig) -> None:
         self.token = _token(config, 32001)
+        self.options: dict[str, Any] = {}
         self.latents = config.part("perceiver_config").integer("resampler_n_latents", 64)
         vision = config.part("vision_config")
         self.patch, self.size = vision.integer("patch_size", 32), vision.integer("image_size", 224)
@@ -182,6 +186,43 @@ class Idefics2:
         return self._behind.sub(self.edge + " ", text)
 
 
+class Mistral3:
+    """One for each square of patches, with a token of its own behind each row and the last."""
+
+    arrays: tuple[str, ...] = (PIXELS, SIZES)
+    row_end, end = "[IMG_BREAK]", "[IMG_END]"
+
+    def __init__(self, config: HFConfig) -> None:
+        self.token = _token(config, 10)
+        tower = said_type(config, "vision_config", "pixtral")
+        if tower != "pixtral" or config.get("vision_feature_layer", -1) != -1:
+            raise Unsupported(f"the tower '{tower}' of this model is not known.")
+        self.patch = config.part("vision_config").integer("patch_size", 14)
+        self.merge = config.integer("spatial_merge_size", 2)
+        square = self.patch * self.merge
+        self.options: dict[str, Any] = {"patch_size": {"height": square, "width": square}}
+
+    def grid(self, image: Image) -> tuple[int, int]:
+        """Rows and columns of features."""
+        shape, size = image.shape(PIXELS, 3), image.numbers(SIZES)
+        square = self.patch * self.merge
+        whole = len(size) == 2 and min(size) > 0 and not any(n % square for n in size)
+        if not whole or shape[0] != 3 or size[0] > shape[1] or size[1] > shape[2]:
+            raise InvalidRequest(f"an image is not made of squares of {square} pixels.")
+        return size[0] // square, size[1] // square
+
+    def count(self, image: Image) -> int:
+        rows, columns = self.grid(image)
+        return rows * columns
+
+    def text(self, image: Image, word: str) -> str:
+        rows, columns = self.grid(image)
+        return self.row_end.join([word * columns] * rows) + self.end
+
+    def tidy(self, text: str) -> str:
+        return text
+
+
 def _is_pair(pair: object) -> bool:
     ints = isinstance(pair, list) and all(isinstance(n, int) and n > 0 for n in pair)
     return ints and len(pair) == 2  # type: ignore[arg-type]
@@ -191,4 +232,5 @@ _KINDS: dict[str, Callable[[HFConfig], Places]] = {
     "llava": Llava,
     "llava_next": LlavaNext,
     "idefics2": Idefics2,
+    "mistral3": Mistral3,
 }

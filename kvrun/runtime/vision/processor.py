@@ -25,8 +25,8 @@ BYTES = 64 << 20  # of a file
 class Processor:
     """Raises BadCheckpoint for a folder whose image processor cannot be read."""
 
-    def __init__(self, folder: Path, arrays: tuple[str, ...]) -> None:
-        self._arrays = arrays
+    def __init__(self, folder: Path, arrays: tuple[str, ...], options: dict[str, Any]) -> None:
+        self._arrays, self._options = arrays, options
         try:
             # Not torchvision's: the same numbers on every machine.
             auto: Any = AutoImageProcessor
@@ -42,7 +42,7 @@ class Processor:
         """The image in a file. Raises InvalidRequest for one that is not taken, and says why."""
         picture = opened(data)
         try:
-            made = self._process(picture, return_tensors="np")
+            made = self._process(picture, return_tensors="np", **self._options)
             # Each has one entry for the only image.
             arrays = {name: np.asarray(made[name])[0] for name in self._arrays}
         except Exception as error:

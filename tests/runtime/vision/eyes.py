@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.image_processing_utils import select_best_resolution
 
@@ -48,6 +49,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "vision_config": {
             "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
             "num_attention_heads": 4, "image_size": 28, "patch_size": 7,
+        },
+    },
+    "mistral3": {
+        "text_config": MISTRAL, "image_token_index": TOKEN, "spatial_merge_size": 2,
+        "tie_word_embeddings": False,
+        "vision_config": {
+            "model_type": "pixtral", "hidden_size": 64, "intermediate_size": 80,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56, "patch_size": 7,
         },
     },
 }  # fmt: skip
@@ -94,10 +103,17 @@ def _idefics2(seed: int) -> dict[str, np.ndarray]:
     return {"pixel_values": pixels * mask[:, None], "pixel_attention_mask": mask}
 
 
+def _mistral3(seed: int) -> dict[str, np.ndarray]:
+    height, width = [(28, 42), (14, 56), (42, 14), (28, 28)][seed % 4]
+    shown = _noise(seed, 3, height, width)
+    return {"pixel_values": shown, "image_sizes": np.array((height, width))}
+
+
 _PIXELS: dict[str, Callable[[int], dict[str, np.ndarray]]] = {
     "llava": _llava,
     "llava_next": _llava_next,
     "idefics2": _idefics2,
+    "mistral3": _mistral3,
 }
 
 
@@ -116,6 +132,9 @@ def inputs(family: str, seeds: list[int]) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for name in each[0]:
         parts = [torch.from_numpy(np.asarray(one[name])) for one in each]
+        if name == "pixel_values" and family == "mistral3":
+            sides = [max(part.shape[dim] for part in parts) for dim in (1, 2)]
+            parts = [F.pad(p, (0, sides[1] - p.shape[2], 0, sides[0] - p.shape[1])) for p in parts]
         if name == "pixel_values" and family == "llava_next":
             most = max(len(part) for part in parts)
             parts = [torch.cat((p, p.new_zeros(most - len(p), *p.shape[1:]))) for p in parts]

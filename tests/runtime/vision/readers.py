@@ -21,7 +21,8 @@ from transformers import (
 from tests.runtime.vision import eyes
 
 VOCAB, WORD = 264, 256  # bytes first
-ADDED = ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "</s>")
+ADDED = ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "</s>", "[IMG_BREAK]",
+         "[IMG_END]")  # fmt: skip
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {% for c in m.content %}"
     "{% if c.type == 'image' %}<image>{% elif c.type == 'text' %}{{ c.text }}{% endif %}"
@@ -29,13 +30,13 @@ TEMPLATE = (
 )
 
 
-def _tokenizer() -> Tokenizer:
+def tokenizer() -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in ADDED])
-    return tokenizer
+    made = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(word, special=True) for word in ADDED])
+    return made
 
 
 def make(folder: Path, family: str, *, weights: bool = False) -> tuple[Any, Any]:
@@ -45,20 +46,20 @@ def make(folder: Path, family: str, *, weights: bool = False) -> tuple[Any, Any]
     if not weights:
         values = {**eyes.FAMILIES[family], "model_type": family, "image_token_id": WORD}
         (folder / "config.json").write_text(json.dumps(values))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_tokenizer(), eos_token="</s>")
+    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer(), eos_token="</s>")
     square = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
     sides: dict[str, Any] = {"patch_size": 7, "vision_feature_select_strategy": "default"}
     if family == "llava":
         taken = CLIPImageProcessorPil(**square)
-        processor: Any = LlavaProcessor(taken, tokenizer, num_additional_image_tokens=1, **sides)
+        processor: Any = LlavaProcessor(taken, words, num_additional_image_tokens=1, **sides)
     elif family == "llava_next":
         taken = LlavaNextImageProcessorPil(**square, image_grid_pinpoints=eyes.PINPOINTS)
-        processor = LlavaNextProcessor(taken, tokenizer, num_additional_image_tokens=1, **sides)
+        processor = LlavaNextProcessor(taken, words, num_additional_image_tokens=1, **sides)
     else:
         taken = Idefics2ImageProcessorPil(
             size={"shortest_edge": 14, "longest_edge": 40}, do_image_splitting=True
         )
-        processor = Idefics2Processor(taken, tokenizer, image_seq_len=5)
+        processor = Idefics2Processor(taken, words, image_seq_len=5)
     processor.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return processor, model

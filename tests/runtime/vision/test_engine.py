@@ -1,6 +1,7 @@
 """Images through the whole engine: chunks, text beside them, preemption, prefixes, 64 tokens."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -8,13 +9,17 @@ import torch
 
 from kvrun import LLM, SamplingParams
 from kvrun.runtime.cache.tensors import bytes_per_block
+from kvrun.runtime.checkpoint import Checkpoint
+from kvrun.runtime.models import build
+from kvrun.runtime.parallel import Group
 from tests.runtime.driver import Driver
 from tests.runtime.models.compare import TOLERANCE, prompt
+from tests.runtime.models.test_ranks import Sum, Threads
 from tests.runtime.vision import eyes
 from tests.runtime.vision.conftest import Made
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True, logprobs=0)
-SERVED = ("llava", "llava_next", "idefics2")
+SERVED = ("llava", "llava_next", "idefics2", "mistral3")
 
 
 def ids_with(folder_model: Any, family: str, seeds: list[int], tail: int = 5) -> list[int]:
@@ -22,7 +27,7 @@ def ids_with(folder_model: Any, family: str, seeds: list[int], tail: int = 5) ->
     ids = prompt(len(seeds), 4)
     for seed in seeds:
         count = folder_model.places.count(eyes.image(family, seed))
-        half = count // 2 if family == "idefics2" else count
+        half = count // 2 if family in ("idefics2", "mistral3") else count
         ids += [eyes.TOKEN] * half + [7] * (half < count) + [eyes.TOKEN] * (count - half) + [9]
     return ids + prompt(sum(seeds) + 3, tail)
 
@@ -59,6 +64,34 @@ def test_features_are_those_of_transformers(made: Made, family: str) -> None:
             )
         assert len(found) == vision.places.count(image)
         assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_two_ranks_see_what_one_sees(made: Made, family: str) -> None:
+    folder, image, total = made(family)[0], eyes.image(family, 1), Sum()
+
+    @torch.inference_mode()
+    def look(group: Group) -> torch.Tensor:
+        model = build(Checkpoint(folder, group=group))
+        assert model.vision is not None
+        return model.vision(image)
+
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(look, (Threads(0, sum=total), Threads(1, sum=total))))
+    whole = look(Group())
+    for found in both:
+        assert (found - whole).abs().max() <= TOLERANCE * whole.abs().max()
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_in_16_bits_and_without_weights(made: Made, family: str) -> None:
+    image = eyes.image(family, 1)
+    for options in ({"dtype": "bfloat16"}, {"load_format": "dummy"}):
+        with LLM(str(made(family)[0]), **options) as llm:  # type: ignore[arg-type]
+            ids = [1, *[eyes.TOKEN] * llm._engine._limits.places.count(image), 2]  # type: ignore
+            few = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
+            out = llm.generate([[3, 4], ids], few, images=[None, image])
+        assert [one.finish_reason for one in out] == ["length", "length"]
 
 
 @pytest.mark.parametrize("family", SERVED)
@@ -105,7 +138,7 @@ def test_64_greedy_tokens_beside_text_in_chunks_and_preempted(made: Made, family
 def test_a_prefix_is_hit_with_the_same_image_only(made: Made, family: str) -> None:
     folder, oracle = made(family)
     vision: Any = Driver(folder).model.vision
-    same, other = 0, 4 if family == "llava_next" else 2
+    same, other = 0, 4 if family in ("llava_next", "mistral3") else 2
     ids = ids_with(vision, family, [same], tail=9)
     few = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     with LLM(str(folder), block_size=4) as llm:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image as Pillow
+from transformers import PixtralImageProcessorPil
 
 from kvrun import errors
 from kvrun.errors import BadCheckpoint, InvalidRequest, MissingExtra, NotFound
 from kvrun.runtime.text import Text, images
-from tests.runtime.vision import readers
+from tests.runtime.vision import eyes, readers
 from tests.runtime.vision.readers import WORD, picture, png
 
 SIZES = [(61, 40), (30, 90), (28, 28), (200, 20)]
@@ -41,6 +43,26 @@ def test_prompts_are_those_of_transformers(tmp_path: Path, family: str) -> None:
             assert array.shape == made[name][0].shape
             got = np.frombuffer(array.data, array.dtype).reshape(array.shape)
             assert (got == made[name][0]).all()
+
+
+def test_rows_of_features_end_in_words_of_their_own(tmp_path: Path) -> None:
+    """Of Mistral 3, whose whole processor wants torchvision; its image processor does not."""
+    readers.tokenizer().save(str(tmp_path / "tokenizer.json"))
+    values = {**eyes.FAMILIES["mistral3"], "model_type": "mistral3", "image_token_index": WORD}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    taken = PixtralImageProcessorPil(size={"longest_edge": 60}, patch_size=7)
+    taken.save_pretrained(tmp_path)
+    text, shown = Text(tmp_path), picture(1, (61, 40))
+    found = text.encode_with("a<image>b", [shown])
+    made = taken(shown, return_tensors="np", patch_size={"height": 14, "width": 14})
+    high, wide = made["image_sizes"][0]
+    assert (high % 14, wide % 14) == (0, 0)
+    rows = ["<image>" * (wide // 14)] * (high // 14)
+    assert len(rows) > 1
+    assert found.ids == text.encode("a" + "[IMG_BREAK]".join(rows) + "[IMG_END]b")
+    array = found.images[0].arrays["pixel_values"]
+    got = np.frombuffer(array.data, array.dtype).reshape(array.shape)
+    assert (got == made["pixel_values"][0]).all()
 
 
 def parts(*content: Any) -> list[dict[str, Any]]:

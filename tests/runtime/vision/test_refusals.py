@@ -24,7 +24,7 @@ from tests.runtime.vision.conftest import Made
 from tests.runtime.vision.eyes import TOKEN
 
 ONE = SamplingParams(max_tokens=1, temperature=0)
-PLACES = {"llava": 16, "llava_next": 60, "idefics2": 5}
+PLACES = {"llava": 16, "llava_next": 60, "idefics2": 5, "mistral3": 6}
 
 
 def refused(llm: LLM, ids: list[int], image: Image, why: str) -> None:
@@ -73,6 +73,12 @@ def test_images_of_wrong_shapes(made: Made) -> None:
             refused(llm, [TOKEN] * 60, changed(image, "image_sizes", sizes), "height and width")
         wide = changed(image, "image_sizes", np.array([20, 20]))
         refused(llm, [TOKEN] * 60, wide, "not as the model takes")
+    image = eyes.image("mistral3", 0)
+    with LLM(str(made("mistral3")[0])) as llm:
+        for size in ((28, 41), (0, 42), (42, 42)):
+            refused(
+                llm, [TOKEN] * 6, changed(image, "image_sizes", np.array(size)), "squares of 14"
+            )
     image = eyes.image("idefics2", 0)
     with LLM(str(made("idefics2")[0])) as llm:
         mask = changed(image, "pixel_attention_mask", np.ones((1, 30, 36), np.uint8))

@@ -86,12 +86,14 @@ class _Leave(Exception):
 async def _respond(chat: Chat, text: str, screen: Screen, stats: bool) -> bool:
     """Do what one input asks for; False when Ctrl+C stopped an answer."""
     head = chat.conversation.head
-    if is_command(text.strip()):
+    words, images = unquoted(text), list[str]()
+    if chat.session.text.images is not None:
+        words, images = named(words)
+    # No command has a second slash in its name: that is the path of an image.
+    path_first = bool(images) and "/" in text.split()[0][1:]
+    if is_command(text.strip()) and not path_first:
         effect = await run(chat, text)
     else:
-        words, images = unquoted(text), list[str]()
-        if chat.session.text.images is not None:
-            words, images = named(words)
         chat.conversation.add("user", words, **({"images": images} if images else {}))
         for path in images:
             screen.note(f"with the image {path}")

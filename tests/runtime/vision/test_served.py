@@ -16,9 +16,14 @@ import pytest_asyncio
 import torch
 
 from kvrun import LLM, SamplingParams
+from kvrun.chat.commands import Chat
 from kvrun.chat.conversation import Conversation
 from kvrun.chat.pictures import named
+from kvrun.chat.repl import converse
+from kvrun.chat.session import Session
+from kvrun.chat.settings import Settings as ChatSettings
 from kvrun.chat.shown import with_images
+from kvrun.chat.store import Store
 from kvrun.cli import main
 from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine.client import EngineClient
@@ -26,6 +31,8 @@ from kvrun.runtime.text import Text
 from kvrun.server.app import create_app
 from kvrun.server.service import Service
 from kvrun.server.settings import Settings
+from tests.chat.scripted import ScriptedEngine
+from tests.chat.test_repl import Reader, Screen
 from tests.runtime.vision import readers
 from tests.runtime.vision.readers import picture, png
 
@@ -202,6 +209,28 @@ def test_images_that_the_command_line_refuses(
         main(["chat", *(words if "-m" in words else ("-m", str(folder[0]), *words))])
     assert left.value.code == code
     assert why in capsys.readouterr().err
+
+
+@pytest.mark.asyncio
+async def test_questions_of_a_conversation_show_the_images_they_name(
+    folder: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png(1))
+    screen = Screen()
+    config = EngineConfig(model=str(folder[0]))
+    made = Session("x", config, open_text=Text.open, connect=ScriptedEngine)  # type: ignore
+    async with made as session:
+        await session.ready()
+        store = Store(tmp_path / "store")
+        chat = Chat(session, ChatSettings({"max_tokens": 2}), store, Conversation())
+        lines = (f"{path} What?", "And now?", f"/system see {path}")
+        await converse(chat, Reader(*lines), screen)
+        engine: Any = session.client
+    assert f"with the image {path}" in screen.notes
+    assert chat.conversation.system == f"see {path}"
+    assert [len(request.images) for request in engine.requests] == [1, 1]  # shown again
+    assert engine.requests[0].prompt_ids.count(readers.WORD) > 16
 
 
 def test_a_conversation_keeps_the_images_of_its_questions() -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from kvrun import LLM, SamplingParams
+from kvrun import folder as registry
 from kvrun.runtime.cache.tensors import bytes_per_block
 from kvrun.runtime.checkpoint import Checkpoint
+from kvrun.runtime.layers import mlp, norm
 from kvrun.runtime.models import build
 from kvrun.runtime.parallel import Group
 from tests.runtime.driver import Driver
@@ -64,6 +66,25 @@ def test_features_are_those_of_transformers(made: Made, family: str) -> None:
             )
         assert len(found) == vision.places.count(image)
         assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_the_order_of_kernels_gives_the_same_features(
+    made: Made, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU runs; norms and gates by its own kernels, in Triton's interpreter."""
+    folder, image = made(family)[0], eyes.image(family, 1)
+    plain = Driver(folder).model.vision
+    for module in (mlp, norm):
+        monkeypatch.setattr(
+            module, "fused", lambda name, _: registry.load("kvrun.runtime.kernels.triton", name)
+        )
+    fused = Driver(folder).model.vision
+    assert plain is not None
+    assert fused is not None
+    with torch.inference_mode():
+        expected = plain(image)
+        assert (fused(image) - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
 @pytest.mark.parametrize("family", SERVED)

@@ -160,7 +160,9 @@ class PerceiverLayer:
     def __call__(self, x: torch.Tensor, context: torch.Tensor, batch: Any) -> torch.Tensor:
         h, images = self._heads, batch.count
         latents = self._latents_norm(x)
-        whole = torch.cat((self._context_norm(context), latents.view(images, -1, x.shape[-1])), 1)
+        # Kernels norm rows, of two dimensions.
+        seen = self._context_norm(context.flatten(0, 1)).view_as(context)
+        whole = torch.cat((seen, latents.view(images, -1, x.shape[-1])), 1)
         q = self._q(latents, batch).view(images, -1, h.count, h.head_dim).transpose(1, 2)
         kv = self._kv(whole.flatten(0, 1), batch).view(images, -1, 2, h.kv_count, h.head_dim)
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)

@@ -43,16 +43,12 @@ of standard deviation 0.2 and random biases and norms, so that mistakes show.
 * **mistakes caught**: deliberate faults in what is read or computed (a window off, biases lost,
   heads in another order, ...) that the comparison must notice, and does.
 
-Of a model that sees images the text part is read (Gemma 3, Mistral Small 3, Llama 4, LLaVA); images
-are not. Scaled rotations: linear, dynamic, llama3, yarn, longrope; the two lists of longrope are
-chosen between once for an engine, by its longest context (`max_model_len`), so that no answer
-depends on its neighbours. Of latent attention (DeepSeek) the cache keeps the latent, one key
-for all heads. Experts are read plain, in every stored format where each has tensors of its own,
-and as mxfp4.
-
-Recurrent layers (Mamba, Mamba-2, Granite 4) keep one state for each running sequence, counted in
-the memory plan. A state cannot be cut out of a longer one, so prefixes are computed anew. Prompts
-go through them in plain torch, on a GPU too, and only steps of single tokens are captured there.
+Images are taken in by LLaVA, LLaVA-NeXT, Idefics2 and Mistral 3 (see images.md); of others that see
+them (Gemma 3, Llama 4) the text part is read. Scaled rotations: linear, dynamic, llama3, yarn,
+longrope; the two lists of longrope are chosen between once for an engine, by its longest context
+(`max_model_len`), so that no answer depends on its neighbours. Of latent attention (DeepSeek) the
+cache keeps the latent, one key for all heads. Experts are read plain, in every stored format where
+each has tensors of its own, and as mxfp4.
 
 Of all these, Llama and Qwen 3 have run on a GPU so far; what a GPU runs for the others is tested by
 the twins of its kernels, on CPU.

@@ -4,7 +4,12 @@ Exit codes: 0 ok, 1 expected failure, 2 usage, 3 not found, 4 does not fit or is
 5 network or offline, 70 engine dead, 130 interrupted.
 """
 
-EXTRAS = {"flashinfer": "cuda", "bitsandbytes": "quant", "opentelemetry": "otel"}
+EXTRAS = {
+    "flashinfer": "cuda",
+    "bitsandbytes": "quant",
+    "opentelemetry": "otel",
+    "PIL": "vision",
+}
 
 
 class KvrunError(Exception):

@@ -21,10 +21,12 @@ from kvrun.runtime.engine.request import (
     Stats,
 )
 from kvrun.runtime.engine.start import start
+from kvrun.runtime.image import Image
 from kvrun.runtime.sampling.params import SamplingParams
-from kvrun.runtime.text import Answer, Text
+from kvrun.runtime.text import Answer, Prompt, Text
+from kvrun.runtime.text.images import Picture, Pictures, of_each
 
-Prompt = str | Sequence[int]
+Words = str | Sequence[int]
 Message = Mapping[str, object]
 Adapters = AdapterChoice | Sequence[str | None]
 
@@ -125,21 +127,34 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Words | Sequence[Words],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         adapter: Adapters = None,
+        images: Pictures | Sequence[Pictures] = None,
     ) -> list[Output]:
         """Answer every prompt (text, token ids, or a list of either), batched.
 
         `params` is one for all prompts or one for each. `adapter` is a name, [(name, weight), ...]
         or None (the base model) for all prompts, or a list of names and Nones, one for each
-        prompt. Raises InvalidRequest before anything is computed if one of them cannot be served;
-        an answer that fails later says so itself.
+        prompt. `images` are one or several for a single prompt, or a list of None, one or several
+        for each; the model's own word, as <image>, stands for one in a text. Raises InvalidRequest
+        before anything is computed if one of them cannot be served; an answer that fails later says
+        so itself.
         """
         listed = _listed(prompts)
         count = len(listed)
         each = _one_each(params, count), _adapter_each(adapter, count)
-        runs = self._submit([self._encode(p) for p in listed], *each)
+        single = isinstance(prompts, str) or listed[0] is prompts
+        shown = of_each(images, None if single else count)
+        return self._answer([self._encode(p, s) for p, s in zip(listed, shown, strict=True)], *each)
+
+    def _answer(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        adapters: Sequence[AdapterChoice],
+    ) -> list[Output]:
+        runs = self._submit(prompts, params, adapters)
         try:
             while not all(run.done for run in runs):
                 self._step()
@@ -153,21 +168,29 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         adapter: Adapters = None,
     ) -> list[Output]:
-        """Answer a conversation, or several, each a list of {"role", "content"}."""
+        """Answer a conversation, or several, each a list of {"role", "content"}.
+
+        Content is text, or a list of parts {"type": "text", "text": ...} and {"type": "image",
+        "image": a path, a file's bytes or a picture of Pillow's}, also in OpenAI's form.
+        """
         several = bool(messages) and not isinstance(messages[0], Mapping)
         conversations = messages if several else [messages]
         if self._text is None:
             raise InvalidRequest("this model has no tokenizer.", hint="pass prompts as token ids")
-        return self.generate([self._text.chat(c) for c in conversations], params, adapter)  # type: ignore[arg-type]
+        prompts = [self._text.converse(c, local=True) for c in conversations]  # type: ignore[arg-type]
+        count = len(prompts)
+        return self._answer(prompts, _one_each(params, count), _adapter_each(adapter, count))
 
     def stream(
         self,
-        prompt: Prompt,
+        prompt: Words,
         params: SamplingParams | None = None,
         adapter: AdapterChoice = None,
+        images: Pictures = None,
     ) -> Iterator[TextDelta]:
         """One prompt's answer piece by piece; closing the iterator ends the request."""
-        run = self._submit([self._encode(prompt)], [params or SamplingParams()], [adapter])[0]
+        words = self._encode(prompt, of_each(images, None)[0])
+        run = self._submit([words], [params or SamplingParams()], [adapter])[0]
         try:
             while not run.done or run.deltas:
                 yield from run.take()
@@ -224,22 +247,28 @@ class LLM:
             raise KvrunError("this LLM is closed.", hint="make a new one")
         return self._alive
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str):
-            return list(prompt)
-        if self._text is None:
+    def _encode(self, prompt: Words, images: Sequence[Picture]) -> Prompt:
+        if self._text is not None:
+            return self._text.encode_with(prompt, images)
+        if isinstance(prompt, str) or not all(isinstance(image, Image) for image in images):
             raise InvalidRequest("this model has no tokenizer.", hint="pass prompts as token ids")
-        return self._text.encode(prompt)
+        return Prompt(list(prompt), list(images))  # type: ignore[arg-type]
 
     def _submit(
         self,
-        prompts: Sequence[list[int]],
+        prompts: Sequence[Prompt],
         params: Sequence[SamplingParams],
         adapters: Sequence[AdapterChoice],
     ) -> "list[_Run]":
         requests = [
-            Request(id=f"llm-{next(self._numbers)}", prompt_ids=ids, params=p, adapter=a)
-            for ids, p, a in zip(prompts, params, adapters, strict=True)
+            Request(
+                id=f"llm-{next(self._numbers)}",
+                prompt_ids=w.ids,
+                params=p,
+                adapter=a,
+                images=w.images,
+            )
+            for w, p, a in zip(prompts, params, adapters, strict=True)
         ]
         runs = [_Run(request, self._text) for request in requests]
         try:
@@ -331,7 +360,7 @@ def _empty(logprobs: int | None) -> list[Logprob] | None:
     return None if logprobs is None else []
 
 
-def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _listed(prompts: Words | Sequence[Words]) -> list[Words]:
     if isinstance(prompts, str):
         return [prompts]
     if prompts and isinstance(prompts[0], int):

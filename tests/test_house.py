@@ -39,7 +39,7 @@ LAYERS = (
     (
         "attention", "cache", "quant", "sampling", "checkpoint", "parallel", "batch", "text",
         "plan", "config", "kernels", "hf_config", "tensorfile", "device",
-        "source",
+        "source", "image",
     ),
 )  # fmt: skip
 SLOW = {"torch", "transformers", "textual", "fastapi"}

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvrun.chat.pictures import content
 from kvrun.errors import InvalidRequest, KvrunError
 
 ROLES = ("user", "assistant")
@@ -53,10 +54,15 @@ class Conversation:
             at = self._messages[at].parent
         return path[::-1]
 
-    def prompt(self) -> list[dict[str, str]]:
-        """The current branch in the form a chat template takes."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return system + [{"role": m.role, "content": m.content} for m in self.branch()]
+    def prompt(self) -> list[dict[str, Any]]:
+        """The current branch in the form a chat template takes; `meta` may name `images`, paths."""
+        system: list[dict[str, Any]] = []
+        if self.system:
+            system.append({"role": "system", "content": self.system})
+        return system + [
+            {"role": m.role, "content": content(m.content, m.meta.get("images", ()))}
+            for m in self.branch()
+        ]
 
     def add(self, role: str, content: str, **meta: Any) -> Message:
         """Append below `head`, which moves to the new message."""

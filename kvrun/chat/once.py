@@ -17,7 +17,7 @@ _C1 = re.compile(r"[\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 async def answer(
     session: Session,
-    messages: list[dict[str, str]],
+    messages: list[dict[str, Any]],
     settings: Settings,
     screen: Screen | None,
     *,

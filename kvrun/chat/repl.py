@@ -7,6 +7,7 @@ from typing import Protocol
 from kvrun.chat.commands import Chat, Effect, run, stats_line
 from kvrun.chat.interrupt import Interrupts
 from kvrun.chat.lines import is_command, unquoted
+from kvrun.chat.pictures import named
 from kvrun.chat.plain import note
 from kvrun.chat.session import Reply, describe
 from kvrun.errors import EngineDead, KvrunError
@@ -85,10 +86,17 @@ class _Leave(Exception):
 async def _respond(chat: Chat, text: str, screen: Screen, stats: bool) -> bool:
     """Do what one input asks for; False when Ctrl+C stopped an answer."""
     head = chat.conversation.head
-    if is_command(text.strip()):
+    words, images = unquoted(text), list[str]()
+    if chat.session.text.images is not None:
+        words, images = named(words)
+    # No command has a second slash in its name: that is the path of an image.
+    path_first = bool(images) and "/" in text.split()[0][1:]
+    if is_command(text.strip()) and not path_first:
         effect = await run(chat, text)
     else:
-        chat.conversation.add("user", unquoted(text))
+        chat.conversation.add("user", words, **({"images": images} if images else {}))
+        for path in images:
+            screen.note(f"with the image {path}")
         effect = Effect(ask=True)
     _show(chat, screen, effect)
     if effect.leave:

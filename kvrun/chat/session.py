@@ -7,6 +7,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from kvrun.chat.pictures import text_of
 from kvrun.errors import EngineDead, InvalidRequest, KvrunError, Unsupported
 from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine.request import (
@@ -22,7 +23,7 @@ from kvrun.runtime.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from kvrun.runtime.engine.client import EngineClient
-    from kvrun.runtime.text import Answer, Text
+    from kvrun.runtime.text import Answer, Prompt, Text
 
 # Room that is kept for an answer when old turns have to go, if the question names no max_tokens.
 ANSWER_ROOM = 256
@@ -209,12 +210,12 @@ class Session:
         """What an engine that has to be started again shall know."""
         self.config = replace(self.config, adapters=adapters)
 
-    async def ask(self, messages: list[dict[str, str]], params: SamplingParams) -> "Reply":
+    async def ask(self, messages: list[dict[str, Any]], params: SamplingParams) -> "Reply":
         """Prepare an answer to the last message by the adapter in use; see `ask_as`."""
         return await self.ask_as(messages, params, self.adapter)
 
     async def ask_as(
-        self, messages: list[dict[str, str]], params: SamplingParams, adapter: AdapterChoice
+        self, messages: list[dict[str, Any]], params: SamplingParams, adapter: AdapterChoice
     ) -> "Reply":
         """Prepare an answer to the last message; iterate over the reply to get it.
 
@@ -224,11 +225,17 @@ class Session:
         """
         if not self._alive:
             await self.restart()
-        ids, dropped = await asyncio.to_thread(self._fit, messages, params)
-        room = self.context - len(ids)
+        prompt, dropped = await asyncio.to_thread(self._fit, messages, params)
+        room = self.context - len(prompt.ids)
         params = replace(params, max_tokens=min(params.max_tokens or room, room))
         self._count += 1
-        request = Request(id=f"chat-{self._count}", prompt_ids=ids, params=params, adapter=adapter)
+        request = Request(
+            id=f"chat-{self._count}",
+            prompt_ids=prompt.ids,
+            params=params,
+            adapter=adapter,
+            images=prompt.images,
+        )
         return Reply(self, request, dropped)
 
     async def deltas(self, request: Request) -> AsyncGenerator[Delta]:
@@ -253,39 +260,39 @@ class Session:
             self._ready = await self._client.start()
             self._alive = True
 
-    def _fit(self, messages: list[dict[str, str]], params: SamplingParams) -> tuple[list[int], int]:
-        """The ids of as many of the latest turns as fit, and how many turns were left out."""
+    def _fit(self, messages: list[dict[str, Any]], params: SamplingParams) -> "tuple[Prompt, int]":
+        """The prompt of as many of the latest turns as fit, and how many turns were left out."""
         system = [m for m in messages if m["role"] == "system"]
         turns = [m for m in messages if m["role"] != "system"]
-        self._refuse_bulk(turns[-1]["content"])
+        self._refuse_bulk(text_of(turns[-1]["content"]))
         room = min(params.max_tokens or ANSWER_ROOM, max(1, self.context // 4))
         dropped = 0
         while True:
-            ids = self._encode([*system, *turns])
-            if len(ids) + room <= self.context or len(turns) == 1:
+            prompt = self._encode([*system, *turns])
+            if len(prompt.ids) + room <= self.context or len(turns) == 1:
                 break
             dropped += 1
             # A turn is a question with its answer: the next one starts with a question again.
             later = (i for i, m in enumerate(turns) if i and m["role"] == "user")
             turns = turns[next(later, len(turns) - 1) :]
-        if len(ids) >= self.context:
+        if (count := len(prompt.ids)) >= self.context:
             raise InvalidRequest(
-                f"the prompt has {len(ids):,} tokens; {self.context:,} fit with their answer.",
+                f"the prompt has {count:,} tokens; {self.context:,} fit with their answer.",
                 cause=self._why_context(),
                 hint="shorten the prompt, or give the model more room (--max-model-len, "
                 "--kv-memory) if it can take it",
             )
-        return ids, dropped
+        return prompt, dropped
 
-    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+    def _encode(self, messages: list[dict[str, Any]]) -> "Prompt":
         if self.text.chat_template_known:
-            return self.text.chat(messages)
+            return self.text.converse(messages, local=True)
         if messages[0]["role"] == "system":
             raise InvalidRequest(
                 f"'{self.name}' takes no system prompt.",
                 cause="the model has no chat template; it only continues a text",
             )
-        return self.text.encode("\n".join(m["content"] for m in messages))
+        return self.text.encode_with("\n".join(text_of(m["content"]) for m in messages), [])
 
     def _refuse_bulk(self, content: str) -> None:
         if not content.strip():

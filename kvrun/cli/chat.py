@@ -72,6 +72,15 @@ Json = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
+Image = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--image",
+        metavar="FILE",
+        help="Show the model a PNG or JPEG file (repeatable); a ./path in the PROMPT does too.",
+        rich_help_panel=PANEL,
+    ),
+]
 Plain = Annotated[
     bool,
     typer.Option(
@@ -103,6 +112,7 @@ def command(
     prompt: Prompt = None,
     model: Model = None,
     system: System = "",
+    image: Image = None,
     as_json: Json = False,
     plain: Plain = False,
     tui: Tui = False,
@@ -146,7 +156,7 @@ def command(
         "threads": threads,
     }
     name, words = _model_and_prompt(model_or_prompt, prompt, model)
-    style = _Style(as_json, plain or _is_dumb(), stats, yes)
+    style = _Style(as_json, plain or _is_dumb(), stats, yes, tuple(image or ()))
     if _beside(words, adapter, style, wanted=tui):
         open_board(local_board(name, adapter, sampling, engine, system=system, yes=yes))
         return
@@ -161,8 +171,8 @@ def _beside(
     from kvrun.chat.plain import is_terminal
 
     if wanted:
-        if words is not None or style.json or style.plain:
-            raise InvalidRequest("--tui takes no prompt, and no --json or --plain beside it.")
+        if words is not None or style.json or style.plain or style.images:
+            raise InvalidRequest("--tui takes no prompt, no image, and no --json or --plain.")
         check_terminal()
         return True
     typed = is_terminal(sys.stdin) and is_terminal(sys.stdout)
@@ -178,6 +188,7 @@ class _Style:
     plain: bool
     stats: bool
     yes: bool  # pull without asking
+    images: tuple[str, ...] = ()  # files to show the model
 
     @property
     def color(self) -> bool:
@@ -198,6 +209,7 @@ def _chat(
 
     from kvrun.chat.session import Session
     from kvrun.chat.settings import Settings
+    from kvrun.chat.shown import with_images
     from kvrun.cli._ask import find_model
     from kvrun.runtime.config import EngineConfig
     from kvrun.runtime.engine.client import EngineClient
@@ -213,6 +225,7 @@ def _chat(
         model=str(find_model(name, yes=style.yes)), seed=secrets.randbits(63), **engine
     )
     question = _question(words, style)
+    asked = with_images(question, words, list(style.images), config.model)
 
     async def talk() -> None:
         _cancel_when_terminated()
@@ -221,7 +234,7 @@ def _chat(
             if question is None:
                 await _converse(session, settings, system, style)
             else:
-                await _answer(session, settings, system, question, style)
+                await _answer(session, settings, system, asked, style)
 
     try:
         asyncio.run(talk())
@@ -246,7 +259,11 @@ def _open_text(folder: str) -> "Text | None":
 
 
 async def _answer(
-    session: "Session", settings: "Settings", system: str, question: str, style: _Style
+    session: "Session",
+    settings: "Settings",
+    system: str,
+    question: str | list[dict[str, Any]],
+    style: _Style,
 ) -> None:
     from kvrun.chat.once import answer, print_json
     from kvrun.chat.plain import note
@@ -256,7 +273,7 @@ async def _answer(
     await _get_ready(session, settings, style)
     if style.stats:
         note(f"{session.engine.plan}; {session.start_line()}")
-    messages = [{"role": "system", "content": system}] if system else []
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": question})
     reply = await answer(session, messages, settings, screen, stats=style.stats)
     if style.json:

@@ -37,5 +37,7 @@ class Batch:
     recurrent: "StateRows | None" = None  # where recurrent layers have their states
     state_rows: torch.Tensor | None = None  # [P] int64: rows whose last states are wanted
     states: torch.Tensor | None = None  # [P, hidden]: these, once the model has run
+    image_rows: torch.Tensor | None = None  # [I] int64: rows that stand for images,
+    image_states: torch.Tensor | None = None  # [I, hidden]: and what stands in them
     # What a layer computed once for all layers that share it (rotary tables), by that layer.
     shared: dict[Any, Any] = field(default_factory=dict)

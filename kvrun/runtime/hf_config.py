@@ -37,6 +37,9 @@ class HFConfig:
     def __init__(self, values: dict[str, Any], source: str = "config.json") -> None:
         text = values.get("text_config")
         self._values = {**values, **text} if isinstance(text, dict) else dict(values)
+        # What the whole of text part and towers is called.
+        whole = values.get("model_type") if isinstance(text, dict) else None
+        self.whole: str | None = whole if isinstance(whole, str) else None
         self._source = source
         self.context: int | None = None
         if "model_type" not in self._values and isinstance(values.get("ssm_cfg"), dict):

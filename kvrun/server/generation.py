@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kvrun.errors import InvalidRequest
-from kvrun.runtime.engine.request import Delta, Logprob, Request
+from kvrun.runtime.engine.request import Delta, Image, Logprob, Request
 from kvrun.runtime.sampling.params import SamplingParams
 from kvrun.runtime.text import Answer
 from kvrun.server import log
@@ -70,6 +70,7 @@ class Generation:
         adapter: str | None = None,
         include_stop: bool = False,
         pooling: bool = False,
+        images: Sequence[Image] = (),
     ) -> None:
         self.request = Request(
             id=f"serve-{service.number()}",
@@ -77,6 +78,7 @@ class Generation:
             params=params,
             adapter=adapter,
             pooling=pooling,
+            images=list(images),
         )
         self.state = b""  # of a prompt that is pooled
         self.adapter = adapter

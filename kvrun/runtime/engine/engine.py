@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kvrun.errors import EngineDead, InvalidRequest
 from kvrun.runtime.engine.request import AdapterInfo, Delta, Pages, Ready, Request, Stats
 from kvrun.runtime.engine.scheduler import Row, Schedule, Scheduler
+from kvrun.runtime.engine.seen import look
 from kvrun.runtime.engine.sequence import Sequence
 from kvrun.runtime.engine.times import StepTimes
 from kvrun.runtime.lora.bank import LoraBank
 from kvrun.runtime.lora.resident import Adapter
+from kvrun.runtime.text.places import Places
 
 if TYPE_CHECKING:
     from kvrun.runtime.engine.ticket import Ticket
@@ -41,6 +43,7 @@ class Limits:
 
     vocab_size: int
     max_model_len: int
+    places: Places | None = None  # those of images, of a model that sees them
 
 
 class Engine:
@@ -78,7 +81,7 @@ class Engine:
         if request.id in self._choices:
             raise InvalidRequest(f"a request with the id '{request.id}' is running already.")
         max_length = self._admissible_length(request)
-        adapter = self._adapter(request)
+        adapter, seen = self._adapter(request), look(request, self._limits.places)
         params = request.params
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
         prefix = self.scheduler.prefix
@@ -86,6 +89,7 @@ class Engine:
         root = prefix.root(None) if prefix and adapter is None else b""
         known = {index: [] for index in range(params.n)} if known is None else known
         options: Any = {"seed": seed, "max_length": max_length, "root": root, "adapter": adapter}
+        options["seen"] = seen
         sequences = [Sequence(request, index, known=t, **options) for index, t in known.items()]
         for sequence in sequences:
             sequence.choices = sequences

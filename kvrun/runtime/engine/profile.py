@@ -30,6 +30,8 @@ def memory_of_a_step(
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
+    if model.vision is not None:
+        model.vision(model.vision.largest())
     backend.plan(batch)
     model(batch)
     torch.cuda.synchronize(device)

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import msgspec
 
+from kvrun.runtime.image import Image as Image  # rooms above the runtime take it from here
 from kvrun.runtime.sampling.params import SamplingParams
 
 # A LoRA adapter by name, several with a weight each (their sum is applied), or the base model.
@@ -30,6 +31,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
     adapter: AdapterChoice = None
     pooling: bool = False  # its prompt's state is wanted instead of an answer
+    images: list[Image] = []  # in the order of their places in the prompt, one for each feature
 
 
 class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):

@@ -14,6 +14,7 @@ from kvrun.runtime.batch import Batch
 from kvrun.runtime.cache.states import StateCache
 from kvrun.runtime.device import kernel
 from kvrun.runtime.engine.faults import of_device
+from kvrun.runtime.engine.features import Features, shows
 from kvrun.runtime.engine.graphs import Capture, Graphs
 from kvrun.runtime.engine.mixed import Columns, MixedGraphs
 from kvrun.runtime.engine.request import Request
@@ -65,6 +66,7 @@ class ModelRunner:
         threads: Callable[[int], int] | None = None,
         bank: LoraBank | None = None,
         states: StateCache | None = None,
+        features: Features | None = None,
     ) -> None:
         self.graphs: Graphs | None = None
         self.mixed: MixedGraphs | None = None
@@ -79,6 +81,7 @@ class ModelRunner:
         self._draw = kernel("draw", device) if device.type == "cuda" else None
         self._bank = bank
         self._states = states
+        self._features = features
         self._rows: Rows | None = None
         self._rows_for: list[int] = []
         self._prepared: Prepared | None = None
@@ -170,7 +173,8 @@ class ModelRunner:
         columns = self._columns(schedule)
         sequences = [row.sequence for row in schedule if row.sample]
         taken = self.mixed is not None and self.mixed.takes(len(columns.ids), len(schedule))
-        if taken and not columns.targets and not any(row.pools for row in schedule):
+        plain = not (columns.targets or shows(schedule) or any(row.pools for row in schedule))
+        if taken and plain:
             mixed = cast(MixedGraphs, self.mixed)
             mixed.replay(columns, _assigned(schedule))
             sampled = self._drawn(mixed, sequences, columns.drawing) if sequences else None
@@ -188,6 +192,8 @@ class ModelRunner:
         """A step of any size, kernel by kernel."""
         batch, drawing, scoring = self._batch(columns, sequences)
         batch.lora = self._adapters(schedule)
+        if self._features is not None:
+            self._features.put(schedule, batch, self._slots.send)
         if pooled := [e - 1 for e, r in zip(columns.ends[1:], schedule, strict=True) if r.pools]:
             batch.state_rows = self._slots.send(pooled)[0]
         self._backend.plan(batch)

@@ -257,7 +257,7 @@ class Scheduler:
         """Offer full blocks to others: only now, when a finite draw has vouched for them."""
         computed = len(sequence.tokens) - 1
         for index in range(len(sequence.keys) - 1, computed // self._size):
-            chunk = sequence.tokens[index * self._size : (index + 1) * self._size]
+            chunk = sequence.named(index * self._size, (index + 1) * self._size)
             parent = sequence.keys[-1]
             sequence.keys.append(prefix.register(parent, chunk, sequence.blocks[index]))
 
@@ -362,7 +362,7 @@ class Scheduler:
         if sequence.unscored or not self._shares:
             return [], []
         if self.prefix:
-            return self.prefix.lookup(sequence.keys[0], sequence.tokens)
+            return self.prefix.lookup(sequence.keys[0], sequence.named(0, len(sequence.tokens)))
         leader = sequence.leader
         if leader is not sequence and leader.state is State.RUNNING and not leader.draining:
             shared = min(sequence.prompt_len - 1, leader.scheduled) // self._size

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from kvrun.runtime.engine.request import Logprob, Request
 
 if TYPE_CHECKING:
+    from kvrun.runtime.engine.seen import Seen
     from kvrun.runtime.lora.resident import Adapter
 
 SCORED_AT_ONCE = 256  # rows of logits; a vocabulary of 150,000 makes each 600 kB
@@ -36,12 +37,14 @@ class Sequence:
         root: bytes,
         adapter: "Adapter | None" = None,
         known: Iterable[int] = (),
+        seen: "Seen | None" = None,
     ) -> None:
         self.request = request
         self.index = index  # which of the request's choices
         self.seed = seed
         self.max_length = max_length  # prompt and generated tokens together
         self.pooling = request.pooling
+        self.seen = seen  # the images of its prompt
         # The device can go on without the host.
         self.plain = request.params.plain and not request.pooling
         self.tokens = list(request.prompt_ids)
@@ -94,6 +97,12 @@ class Sequence:
         if self.index or self.resumed or self.request.params.prompt_logprobs is None:
             return 0
         return max(0, min(count, self.prompt_len - 1 - start))
+
+    def named(self, start: int, stop: int) -> list[int]:
+        """Its known tokens, by what names their content: of an image, more than its places say."""
+        if self.seen is None:
+            return self.tokens[start:stop]
+        return self.seen.names[start:stop] + self.tokens[max(start, self.prompt_len) : stop]
 
     @property
     def generated(self) -> int:

@@ -22,6 +22,7 @@ from kvrun.runtime.cache.tensors import KVCache, bytes_per_block
 from kvrun.runtime.checkpoint import Checkpoint
 from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine.engine import Engine, Limits
+from kvrun.runtime.engine.features import Features
 from kvrun.runtime.engine.graphs import cuda_capture
 from kvrun.runtime.engine.profile import memory_of_a_step
 from kvrun.runtime.engine.request import Ready
@@ -69,8 +70,9 @@ def start(config: EngineConfig) -> Engine:
     wanted = FLASHINFER if config.attention == "auto" and why_not is None else config.attention
     name, backend_class = choose_backend(wanted, model.specs, device)
     bank = _bank(config, model, dtype, device)
-    backend, plan = _cache(config, model, backend_class, dtype, device, bank)
-    runner = _runner(config, model, backend, plan, eos_ids, dtype, device, bank)
+    features = Features.of(model, dtype, _free_bytes(device))
+    backend, plan = _cache(config, model, backend_class, dtype, device, bank, features)
+    runner = _runner(config, model, backend, plan, eos_ids, dtype, device, bank, features)
     captured = config.cuda_graphs and device.type == "cuda" and name in CAPTURED
     if captured:
         runner.capture(plan.max_num_seqs, dtype, cuda_capture(device))
@@ -104,7 +106,7 @@ def start(config: EngineConfig) -> Engine:
     return Engine(
         scheduler,
         runner,
-        Limits(model.vocab_size, plan.max_model_len),
+        Limits(model.vocab_size, plan.max_model_len, model.vision.places if model.vision else None),
         ready=ready,
         seed=config.seed,
         run_ahead=cast(int, config.run_ahead),
@@ -155,6 +157,7 @@ def _cache(
     dtype: torch.dtype,
     device: torch.device,
     bank: LoraBank,
+    features: Features | None,
 ) -> tuple[Backend, Plan]:
     """The attention backend with a cache as large as the plan allows."""
     size = cast(int, config.block_size)
@@ -166,6 +169,7 @@ def _cache(
         reserve = memory_of_a_step(model, trial, tokens, config.max_num_seqs, device)
     if device.type == "cpu":
         reserve = bank.resident.arena.nbytes  # promised, but not taken from the system yet
+    reserve += features.limit if features else 0
     blocks, states = (
         bytes_per_block(model.specs, size, kept),
         bytes_per_sequence(model.states, dtype),
@@ -183,6 +187,7 @@ def _runner(
     dtype: torch.dtype,
     device: torch.device,
     bank: LoraBank,
+    features: Features | None,
 ) -> ModelRunner:
     parameters = model.parameter_bytes // dtype.itemsize
     return ModelRunner(
@@ -197,6 +202,7 @@ def _runner(
         threads=_thread_rule(config.threads, parameters) if device.type == "cpu" else None,
         bank=bank,
         states=StateCache(model.states, plan.max_num_seqs, dtype, device) if model.states else None,
+        features=features,
     )
 
 

@@ -1,7 +1,7 @@
 """Decoder: ids -> logits of the rows that are wanted."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
     from kvrun.runtime.checkpoint import Checkpoint
     from kvrun.runtime.layers.embedding import Head
+    from kvrun.runtime.vision import Vision
 
 
 class Layer(Protocol):
@@ -53,6 +54,7 @@ class Decoder:
         self.softcapped = head.softcapped  # logits are fp32 then
         self.parameter_bytes = w.parameter_bytes + head.copy_bytes
         self.products = w.products
+        self.vision: Vision | None = None  # the part that sees, of a model that does
         known = w.config.get("max_position_embeddings") is not None
         self.max_position = w.config.integer("max_position_embeddings") if known else None
 
@@ -71,7 +73,10 @@ class Decoder:
     def embed(self, batch: "Batch") -> torch.Tensor:
         """What the first block gets, [tokens, hidden]."""
         batch.shared.clear()
-        return self._embedding(batch)
+        x = self._embedding(batch)
+        if batch.image_rows is not None:
+            x.index_copy_(0, batch.image_rows, cast(torch.Tensor, batch.image_states))
+        return x
 
     def logits(
         self, x: torch.Tensor, batch: "Batch", out: torch.Tensor | None = None

@@ -25,6 +25,10 @@ def _square_relu(x: torch.Tensor) -> torch.Tensor:
     return F.relu(x).square_()
 
 
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
@@ -34,6 +38,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_fast": _tanh_gelu,
     "relu": F.relu,
     "relu2": _square_relu,
+    "quick_gelu": _quick_gelu,
 }
 # The same under the names that kernels know.
 KERNEL_NAMES = {

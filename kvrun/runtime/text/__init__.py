@@ -13,11 +13,20 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from kvrun.errors import BadCheckpoint, InvalidRequest, NotFound
 from kvrun.runtime.sampling.params import SamplingParams
 from kvrun.runtime.text.answer import Answer
+from kvrun.runtime.text.images import (
+    NO_EYES,
+    Images,
+    Picture,
+    Prompt,
+    images_of,
+    taken_out,
+    with_files,
+)
 from kvrun.runtime.text.inert import Inert
 from kvrun.runtime.text.stream import TextStream
 from kvrun.runtime.text.template import ChatTemplate, check_messages
 
-__all__ = ["Answer", "Text", "TextStream"]
+__all__ = ["Answer", "Prompt", "Text", "TextStream"]
 
 DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -55,6 +64,15 @@ class Text:
         """
         return _encode(self._tokenizer, prompt, add_special_tokens=True)
 
+    def encode_with(self, prompt: str | Sequence[int], pictures: Sequence[Picture]) -> Prompt:
+        """A raw prompt in which the model's own word, as <image>, stands for each of these
+        pictures; in token ids a token for each feature. Raises as `encode` and `Images.look`."""
+        images = self._seeing.look(pictures) if pictures else []
+        if not isinstance(prompt, str):
+            return Prompt(list(prompt), images)
+        text = self._seeing.expand(prompt, images) if pictures else prompt
+        return Prompt(self.encode(text), images)
+
     def spans(self, prompt: str) -> list[tuple[int, int, int]]:
         """Token ids of a raw prompt, each with its place in the prompt's UTF-8: (id, start, end).
 
@@ -74,13 +92,58 @@ class Text:
         messages that looks like a control token is encoded as ordinary text. Raises InvalidRequest
         when there is no template, or when it refuses the messages.
         """
+        found = self.converse(messages, continue_final=continue_final)
+        if found.images:
+            raise InvalidRequest("images have no place in a conversation of text.")
+        return found.ids
+
+    def converse(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        continue_final: bool = False,
+        local: bool = False,
+    ) -> Prompt:
+        """`chat` whose messages may hold parts {"type": "image", "image": a file's bytes}.
+
+        With `local` what shows an image may also be a path on this machine, or as OpenAI has it.
+        Raises InvalidRequest for images that the model does not take, too, and NotFound.
+        """
         checked = check_messages(messages)
+        plain, files = taken_out(with_files(checked) if local else checked)
+        images = self._seeing.look(files) if files else []
         template = self._template
+        if self.images is not None and self._wants_parts:
+            plain = [_in_parts(message) for message in plain]
         with _tokenizing():
-            marked = self._inert.mark(checked)
+            marked = self._inert.mark(plain)
+        rendered = template.render(plain if marked is None else marked, continue_final)
+        if self.images is not None:
+            # Words in messages that look like an image's have marks, or there are none.
+            rendered = self.images.expand(rendered, images)
         if marked is None:
-            return _encode(self._tokenizer, template.render(checked, continue_final))
-        return self._inert.encode(template.render(marked, continue_final), _encode)
+            return Prompt(_encode(self._tokenizer, rendered), images)
+        return Prompt(self._inert.encode(rendered, _encode), images)
+
+    @cached_property
+    def images(self) -> Images | None:
+        """The images of this model's prompts; None where it sees nothing."""
+        return images_of(self.folder, self._tokenizer)
+
+    @property
+    def _seeing(self) -> Images:
+        if self.images is None:
+            raise InvalidRequest(NO_EYES)
+        return self.images
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether the template passes over content that is text and no list of parts."""
+        probe = {"role": "user", "content": "probe"}
+        try:
+            return "probe" not in self._template.render([probe], False)
+        except InvalidRequest:
+            return True
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids; ids outside the vocabulary have none."""
@@ -165,6 +228,13 @@ class Text:
     @cached_property
     def _inert(self) -> Inert:
         return Inert(self._tokenizer, self._template.literals)
+
+
+def _in_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, str):
+        return message
+    return {**message, "content": [{"type": "text", "text": content}]}
 
 
 @contextmanager
@@ -275,7 +345,9 @@ def _template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise BadCheckpoint(f"{path} cannot be read.", cause=str(error)) from error
-    given = settings.get("chat_template")
+    # Of models that see, the template of the whole goes before that of its tokenizer.
+    given = _read_json(folder / "chat_template.json").get("chat_template")
+    given = given or settings.get("chat_template")
     if isinstance(given, list):
         named = [entry for entry in given if isinstance(entry, dict)]
         given = {entry.get("name"): entry.get("template") for entry in named}

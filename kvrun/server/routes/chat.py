@@ -56,9 +56,9 @@ async def _generation(body: ChatBody, service: Service, call: Call) -> Generatio
         max_tokens=body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    ids = await encode(service, body.messages)
+    ids, images = await encode(service, body.messages)
     service.check_length(len(ids), params.max_tokens, "messages")
-    return Generation(service, call, ids, params, adapter=adapter)
+    return Generation(service, call, ids, params, adapter=adapter, images=images)
 
 
 def _choice(body: ChatBody, service: Service, index: int, choice: Choice) -> dict[str, Any]:

@@ -54,9 +54,10 @@ async def _turn(body: ResponsesBody, service: Service, call: Call) -> "_Turn":
         raise ApiError("validation", "a response has one answer; n must be 1.", param="n")
     adapter = service.adapter(body.model, body.adapter_id, body.lora_id)
     params = openai.sampling(body, service, max_tokens=body.max_output_tokens)
-    ids = await encode(service, _messages(body))
+    ids, images = await encode(service, _messages(body))
     service.check_length(len(ids), params.max_tokens, "input")
-    return _Turn(body, call, service, Generation(service, call, ids, params, adapter=adapter))
+    generation = Generation(service, call, ids, params, adapter=adapter, images=images)
+    return _Turn(body, call, service, generation)
 
 
 def _messages(body: ResponsesBody) -> list[Message]:

@@ -47,7 +47,7 @@ async def tokenize(body: TokenizeBody, service: ReadyService) -> Response:
 @router.post("/chat_tokenize", response_model=ChatTokenized, responses=ERRORS)
 async def chat_tokenize(body: ChatBody, service: ReadyService) -> Response:
     """Tokens of a conversation, as the model's template puts it."""
-    ids = await messages.encode(service, body.messages)
+    ids = (await messages.encode(service, body.messages)).ids
     tokens, text = await service.in_thread(_pieces, service.text, ids)
     return json_response({"tokenize_response": tokens, "templated_text": text})
 

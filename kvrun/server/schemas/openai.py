@@ -41,9 +41,14 @@ class CompletionBody(Common):
     suffix: str | None = Field(default=None, description="not supported: must be null or empty")
 
 
+class ImageUrl(Body):
+    url: str = Field(description="a data: URL of a PNG or JPEG file in base64; none is fetched")
+
+
 class Part(Body):
-    type: str
+    type: str = Field(description="text or image_url")
     text: str | None = None
+    image_url: ImageUrl | str | None = None
 
 
 class Message(Body):

@@ -92,9 +92,7 @@ def test_the_text_part_of_a_model_that_sees_images(tmp_path: Path, prefix: str) 
     oracle = zoo.make(tmp_path, "mistral", "nemo")
     path = tmp_path / "config.json"
     text = json.loads(path.read_text())
-    path.write_text(
-        json.dumps({"model_type": "mistral3", "text_config": text, "vision_config": {}})
-    )
+    path.write_text(json.dumps({"model_type": "gemma3", "text_config": text, "vision_config": {}}))
     zoo.edit_tensors(tmp_path, renamed("model.", prefix))
     head = "language_model.lm_head" if prefix.startswith("language") else "lm_head"
     zoo.edit_tensors(tmp_path, renamed("lm_head", head))

@@ -35,5 +35,7 @@ class Batch:
     lora: "Rows | None" = None  # which rows use adapters; None: none does
     state_rows: torch.Tensor | None = None  # [P] int64: rows whose last states are wanted
     states: torch.Tensor | None = None  # [P, hidden]: these, once the model has run
+    # The same rows, each a sequence of its own, over what an encoder has made of its prompt.
+    source: "Batch | None" = None
     # What a layer computed once for all layers that share it (rotary tables), by that layer.
     shared: dict[Any, Any] = field(default_factory=dict)

@@ -59,10 +59,12 @@ def make_plan(
     max_num_seqs: int,
     max_position: int,
     max_model_len: int | None,
+    tables: int = 1,
 ) -> Plan:
     """Size the KV cache and the context from what is free once the weights are in memory.
 
-    An unset context is what the model was made for, or less when less fits. Raises Unsupported
+    An unset context is what the model was made for, or less when less fits. `tables`: in so many
+    pieces a sequence lies, each of which may leave a part of a block empty. Raises Unsupported
     when a context that was asked for cannot be kept or is more than the model was made for, or
     when there is no room for a single block.
     """
@@ -83,11 +85,11 @@ def make_plan(
             f"the KV cache was given {size(room)}, but {size(free_bytes)} are free.",
             hint="ask for less kv_memory",
         )
-    enough = -(-wanted // block_size) * max_num_seqs + 1
+    enough = (-(-wanted // block_size) + tables - 1) * max_num_seqs + 1
     num_blocks = min(room // kv_bytes_per_block, enough)
-    fits = (num_blocks - 1) * block_size
+    fits = (num_blocks - tables) * block_size
     if fits < 1 or (max_model_len and fits < max_model_len):
-        need = (-(-wanted // block_size) + 1) * kv_bytes_per_block
+        need = (-(-wanted // block_size) + tables) * kv_bytes_per_block
         raise Unsupported(
             f"a context of {wanted:,} tokens needs {size(need)} of KV cache; there is room for "
             f"{size(max(room, 0))}.",

@@ -22,6 +22,7 @@ class AttentionSpec:
     where there is a window or a chunk. `softcap` c
     maps a scaled score s to c·tanh(s / c) before masking. `alibi` [heads] adds slope·(i - j) to the
     scaled score. `sinks` [heads] is one more logit per head in the softmax whose value is dropped.
+    `relative` [heads, distances] adds the entry of j - i, or the last one beyond, in fp32.
     """
 
     layer: int  # index into the cache
@@ -34,6 +35,7 @@ class AttentionSpec:
     softcap: float | None = None
     alibi: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    relative: torch.Tensor | None = None
 
 
 class Backend(Protocol):

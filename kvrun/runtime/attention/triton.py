@@ -45,6 +45,8 @@ class Attention:
             return f"a head of {spec.head_dim} dimensions is not between {low} and {high}"
         if spec.chunk is not None:
             return "its kernels know windows, not chunks"
+        if spec.relative is not None:
+            return "its kernels know no learned bias of distances"
         return None
 
     def plan(self, batch: "Batch") -> None:

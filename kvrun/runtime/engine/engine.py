@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvrun.errors import EngineDead, InvalidRequest
 from kvrun.runtime.engine.request import AdapterInfo, Delta, Pages, Ready, Request, Stats
@@ -41,6 +41,7 @@ class Limits:
 
     vocab_size: int
     max_model_len: int
+    start_id: int | None = None  # what an answer starts from where an encoder reads the prompt
 
 
 class Engine:
@@ -81,9 +82,10 @@ class Engine:
         prefix = self.scheduler.prefix
         # Where the chain of an adapter starts is known once its content is.
         root = prefix.root(None) if prefix and adapter is None else b""
+        start_id = self._limits.start_id
+        options: Any = {"seed": seed, "max_length": max_length, "root": root, "adapter": adapter}
         sequences = [
-            Sequence(request, index, seed=seed, max_length=max_length, root=root, adapter=adapter)
-            for index in range(params.n)
+            Sequence(request, index, **options, start_id=start_id) for index in range(params.n)
         ]
         for sequence in sequences:
             sequence.choices = sequences
@@ -139,7 +141,7 @@ class Engine:
         scheduler = self.scheduler
         requests: dict[str, dict[int, None]] = {}
         for sequence in [*scheduler.running, *scheduler.leaving]:
-            requests.setdefault(sequence.request.id, {}).update(dict.fromkeys(sequence.blocks))
+            requests.setdefault(sequence.request.id, {}).update(dict.fromkeys(sequence.all_blocks))
         return Pages(
             total=scheduler.pool.total,
             requests={name: list(blocks) for name, blocks in requests.items()},
@@ -202,15 +204,24 @@ class Engine:
         if request.pooling and (request.params.n > 1 or request.params.prompt_logprobs is not None):
             raise InvalidRequest("a request with pooling has no choices and no prompt_logprobs.")
         asked = request.params.max_tokens
+        encoded = self._limits.start_id is not None
+        if encoded and (request.pooling or request.params.prompt_logprobs is not None):
+            raise InvalidRequest(
+                "this model's prompt is read by an encoder, which predicts none of its tokens and "
+                "has no state that stands for all of it.",
+                hint="leave out prompt_logprobs, echo with logprobs, and embeddings",
+            )
+        # A decoder behind an encoder starts from one token.
+        shift = 1 - count if encoded else 0
         if asked is None:
-            return limit
+            return limit + shift
         if count + asked > limit:
             raise InvalidRequest(
                 f"{count:,} prompt tokens and max_tokens={asked:,} make {count + asked:,}; the "
                 f"context holds {limit:,}.",
                 hint=f"max_tokens={limit - count:,} fits",
             )
-        return count + asked
+        return count + asked + shift
 
     @property
     def _lora(self) -> LoraBank:

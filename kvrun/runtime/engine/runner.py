@@ -14,6 +14,7 @@ from kvrun.runtime.batch import Batch
 from kvrun.runtime.device import kernel
 from kvrun.runtime.engine.graphs import Capture, Graphs
 from kvrun.runtime.engine.mixed import Columns, MixedGraphs
+from kvrun.runtime.engine.reader import reader
 from kvrun.runtime.engine.request import Request
 from kvrun.runtime.engine.scheduler import Row, Schedule
 from kvrun.runtime.engine.sequence import Sequence as Running
@@ -75,6 +76,7 @@ class ModelRunner:
         self._threads = threads  # tokens of a step -> CPU threads it is worth; None: leave them
         self._draw = kernel("draw", device) if device.type == "cuda" else None
         self._bank = bank
+        self._reader = reader(model, backend, slots, bank, block_size)
         self._rows: Rows | None = None
         self._rows_for: list[int] = []
         self._prepared: Prepared | None = None
@@ -98,7 +100,7 @@ class ModelRunner:
         if self._threads is None:
             return self._submit(schedule)
         before = torch.get_num_threads()
-        torch.set_num_threads(self._threads(sum(row.count for row in schedule)))
+        torch.set_num_threads(self._threads(sum(row.count + row.reads for row in schedule)))
         try:
             return self._submit(schedule)
         finally:
@@ -110,6 +112,8 @@ class ModelRunner:
             self._slots.note(row.sequence)
         self._slots.upload()
         try:
+            if self._reader:
+                self._reader.read(schedule)
             turns = schedule[0].turns
             if self._replayable(schedule):
                 found: list[Sampled | None] = [self._replay(schedule) for _ in range(turns)]
@@ -177,6 +181,7 @@ class ModelRunner:
         batch.lora = self._adapters(schedule)
         if pooled := [e - 1 for e, r in zip(columns.ends[1:], schedule, strict=True) if r.pools]:
             batch.state_rows = self._slots.send(pooled)[0]
+        batch.source = self._reader.source(schedule) if self._reader else None
         self._backend.plan(batch)
         logits = self._model(batch)
         states = None if batch.states is None else normalize(batch.states.float(), dim=-1)
@@ -298,7 +303,7 @@ class ModelRunner:
             params=sequence.request.params,
             seed=sequence.seed,
             choice=sequence.index,
-            prompt_ids=sequence.request.prompt_ids,
+            prompt_ids=sequence.tokens[: sequence.prompt_len],
             output_ids=history,
             eos_ids=self._eos,
         )

@@ -16,6 +16,7 @@ from kvrun.runtime import attention, models
 from kvrun.runtime.attention import AttentionSpec, Backend
 from kvrun.runtime.cache.blocks import BlockPool
 from kvrun.runtime.cache.prefix import PrefixCache
+from kvrun.runtime.cache.sources import SourceCache
 from kvrun.runtime.cache.tensors import KVCache, bytes_per_block
 from kvrun.runtime.checkpoint import Checkpoint
 from kvrun.runtime.config import EngineConfig
@@ -65,19 +66,21 @@ def start(config: EngineConfig) -> Engine:
     bank = _bank(config, model, dtype, device)
     backend, plan = _cache(config, model, backend_class, dtype, device, bank)
     runner = _runner(config, model, backend, plan, eos_ids, dtype, device, bank)
-    captured = config.cuda_graphs and device.type == "cuda" and name in CAPTURED
+    decoder_only = model.start_id is None
+    captured = decoder_only and config.cuda_graphs and device.type == "cuda" and name in CAPTURED
     if captured:
         runner.capture(config.max_num_seqs, dtype, cuda_capture(device))
     blocks = BlockPool(plan.num_blocks)
     scheduler = Scheduler(
         blocks,
-        PrefixCache(blocks, plan.block_size) if config.prefix_caching else None,
+        PrefixCache(blocks, plan.block_size) if config.prefix_caching and decoder_only else None,
         block_size=plan.block_size,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=cast(int, config.max_num_batched_tokens),
         turns=TURNS if captured else 1,
         eos_ids=frozenset(eos_ids),
         bank=bank,
+        sources=None if decoder_only else SourceCache(blocks),
     )
     ready = Ready(
         plan=plan.line(),
@@ -93,7 +96,7 @@ def start(config: EngineConfig) -> Engine:
     return Engine(
         scheduler,
         runner,
-        Limits(model.vocab_size, plan.max_model_len),
+        Limits(model.vocab_size, plan.max_model_len, model.start_id),
         ready=ready,
         seed=config.seed,
         run_ahead=cast(int, config.run_ahead),
@@ -272,6 +275,7 @@ def _plan(
         max_num_seqs=config.max_num_seqs,
         max_position=model.max_position or config.max_model_len or UNSAID_CONTEXT,
         max_model_len=config.max_model_len,
+        tables=1 if model.start_id is None else 2,
     )
 
 

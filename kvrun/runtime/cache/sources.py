@@ -1,0 +1,42 @@
+"""SourceCache: a prompt that an encoder has read -> the blocks with its cross keys and values."""
+
+from collections.abc import Hashable, Sequence
+
+from kvrun.runtime.cache.blocks import BlockPool
+
+
+class SourceCache:
+    """Whole prompts only: an encoder sees a prompt in both directions, so that no part of it is
+    like the same part of another. What nobody owns any more can be hit until it is evicted."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._entries: dict[Hashable, list[int]] = {}
+        self._keys: dict[int, Hashable] = {}
+        pool.evicted = self._forget
+
+    def lookup(self, key: Hashable) -> list[int]:
+        """The blocks of a prompt; none if it is not there. `BlockPool.share` them at once."""
+        return list(self._entries.get(key, ()))
+
+    def register(self, key: Hashable, blocks: Sequence[int]) -> None:
+        """`blocks` hold this prompt; where others do already, those stay the ones that are hit."""
+        if key not in self._entries:
+            self._entries[key] = list(blocks)
+            for block in blocks:
+                self._keys[block] = key
+                self._pool.keep(block, True)
+
+    def forget(self, blocks: Sequence[int]) -> None:
+        """The content of these blocks must not be hit any more."""
+        for block in blocks:
+            if block in self._keys:
+                self._pool.keep(block, False)
+                self._forget(block)
+
+    def _forget(self, gone: int) -> None:
+        """A prompt is of no use without one of its blocks."""
+        for block in self._entries.pop(self._keys[gone]):
+            del self._keys[block]
+            if block != gone:
+                self._pool.keep(block, False)

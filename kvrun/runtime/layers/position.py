@@ -129,7 +129,8 @@ class RelativeBias:
         table = w.read(f"{name}.weight", (buckets, h.heads), (None, (h.mine,)), torch.float32)
         distances = torch.arange(longest + 1, device=table.device)
         back = _bucket(distances, buckets // 2 if both else buckets, longest)
-        ahead = back[1:] + buckets // 2 if both else back[:0]
+        # A decoder sees no key ahead of its query.
+        ahead = back[1:] + buckets // 2 if both else torch.zeros_like(back[1:])
         # Of a key this far behind its query, and then of those ahead of it.
         self.behind = table[back].t().contiguous()  # [heads, longest + 1]
         self._around = torch.cat((self.behind.flip(1), table[ahead].t()), 1).to(w.dtype)

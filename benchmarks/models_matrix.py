@@ -50,6 +50,12 @@ depends on its neighbours. Latent attention (DeepSeek) keeps the keys and values
 the cache, not the latent. Attention in chunks (Llama 4) runs without kvrun's own kernels. Experts
 are read from plain matrices in 16 or 32 bits.
 
+T5, mT5 and UMT5 have an encoder that reads a prompt once. What it makes of it lies in blocks of the
+same cache until the answer has ended, and requests with the same prompt share it. Their attention
+runs without kvrun's own kernels, so that a GPU's steps are not captured; they have neither
+log-probabilities nor embeddings of a prompt, and `kvrun quantize` writes none of them, but rounding
+as they are read works.
+
 Of all these, Llama and Qwen 3 have run on a GPU so far; what a GPU runs for the others is tested by
 the twins of its kernels, on CPU.
 

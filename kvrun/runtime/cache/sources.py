@@ -7,20 +7,24 @@ from kvrun.runtime.cache.blocks import BlockPool
 
 class SourceCache:
     """Whole prompts only: an encoder sees a prompt in both directions, so that no part of it is
-    like the same part of another. What nobody owns any more can be hit until it is evicted."""
+    like the same part of another. What nobody owns any more can be hit until it is evicted.
+    Unless `shared`, only by the request that it was read for.
+    """
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, *, shared: bool = True) -> None:
         self._pool = pool
+        self._shared = shared
         self._entries: dict[Hashable, list[int]] = {}
         self._keys: dict[int, Hashable] = {}
         pool.evicted = self._forget
 
-    def lookup(self, key: Hashable) -> list[int]:
+    def lookup(self, request_id: str, source: Hashable) -> list[int]:
         """The blocks of a prompt; none if it is not there. `BlockPool.share` them at once."""
-        return list(self._entries.get(key, ()))
+        return list(self._entries.get(self._key(request_id, source), ()))
 
-    def register(self, key: Hashable, blocks: Sequence[int]) -> None:
+    def register(self, request_id: str, source: Hashable, blocks: Sequence[int]) -> None:
         """`blocks` hold this prompt; where others do already, those stay the ones that are hit."""
+        key = self._key(request_id, source)
         if key not in self._entries:
             self._entries[key] = list(blocks)
             for block in blocks:
@@ -33,6 +37,9 @@ class SourceCache:
             if block in self._keys:
                 self._pool.keep(block, False)
                 self._forget(block)
+
+    def _key(self, request_id: str, source: Hashable) -> Hashable:
+        return None if self._shared else request_id, source
 
     def _forget(self, gone: int) -> None:
         """A prompt is of no use without one of its blocks."""

@@ -207,9 +207,10 @@ class Engine:
         encoded = self._limits.start_id is not None
         if encoded and (request.pooling or request.params.prompt_logprobs is not None):
             raise InvalidRequest(
-                "this model's prompt is read by an encoder, which predicts none of its tokens and "
-                "has no state that stands for all of it.",
-                hint="leave out prompt_logprobs, echo with logprobs, and embeddings",
+                "this model has no log-probabilities and no embedding of a prompt.",
+                cause="the prompt is read by an encoder, which predicts none of its tokens and "
+                "has no state that stands for all of it",
+                hint="leave out prompt_logprobs and pooling",
             )
         # A decoder behind an encoder starts from one token.
         shift = 1 - count if encoded else 0

@@ -246,7 +246,7 @@ class Scheduler:
             if self.prefix:
                 self._register(sequence, self.prefix)
             if self._sources and not sequence.source_hit:
-                self._sources.register(sequence.source_key, sequence.source_blocks)
+                self._sources.register(*sequence.source_key, sequence.source_blocks)
             self._emit(sequence, token_ids, draw.logprob, reason)
         if reason:
             self._leave(sequence)
@@ -336,7 +336,7 @@ class Scheduler:
         if self._stuck is not None and self._stuck == (sequence, self.pool.free):
             return None  # looking up a long prefix in vain, step after step, would cost
         blocks, keys = known_prefix(sequence, self.prefix, self._size)
-        source = self._sources.lookup(sequence.source_key) if self._sources else []
+        source = self._sources.lookup(*sequence.source_key) if self._sources else []
         unread = 0 if source else -(-len(sequence.source) // self._size)
         missing = -(-sequence.length // self._size) - len(blocks) + unread
         dormant = sum(self.pool.owners(block) == 0 for block in (*blocks, *source))

@@ -78,9 +78,10 @@ class Sequence:
         return source + self.blocks[self.hit_blocks :]
 
     @property
-    def source_key(self) -> tuple[object, ...]:
-        """What an encoder's work on its prompt depends on."""
-        return self.adapter and self.adapter.identity, *self.source
+    def source_key(self) -> tuple[str, tuple[object, ...]]:
+        """Its request, and what an encoder's work on the prompt depends on."""
+        identity = self.adapter.identity if self.adapter else None
+        return self.request.id, (identity, *self.source)
 
     @property
     def length(self) -> int:

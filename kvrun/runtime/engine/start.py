@@ -80,10 +80,10 @@ def start(config: EngineConfig) -> Engine:
         turns=TURNS if captured else 1,
         eos_ids=frozenset(eos_ids),
         bank=bank,
-        sources=None if decoder_only else SourceCache(blocks),
+        sources=None if decoder_only else SourceCache(blocks, shared=config.prefix_caching),
     )
     ready = Ready(
-        plan=plan.line(),
+        plan=plan.line() + _uncaptured(config, model, device, captured),
         max_model_len=plan.max_model_len,
         vocab_size=model.vocab_size,
         kv_tokens=plan.kv_tokens,
@@ -185,6 +185,16 @@ def _runner(
         threads=_thread_rule(config.threads, parameters) if device.type == "cpu" else None,
         bank=bank,
     )
+
+
+def _uncaptured(config: EngineConfig, model: Decoder, device: torch.device, captured: bool) -> str:
+    """Why a GPU launches its steps kernel by kernel, although it was not asked to."""
+    if captured or device.type != "cuda" or not config.cuda_graphs:
+        return ""
+    best: type[Backend] = load(attention.__name__, CAPTURED[0]).Attention
+    reason = next((r for r in (best.reject(s, device) for s in model.specs) if r), None)
+    reason = f"{CAPTURED[0]}: {reason}" if reason else f"attention='{config.attention}'"
+    return f"; steps are not captured ({reason})"
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -1,5 +1,7 @@
 """Models with an encoder through the whole engine: sharing, preemption, faults, refusals."""
 
+import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +10,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 
 from kvrun import LLM, SamplingParams
 from kvrun.errors import InvalidRequest
@@ -172,7 +178,7 @@ def test_what_an_encoder_cannot_tell_is_refused(
     engine = start(EngineConfig(model=str(model[0]), threads=1))
     pooling = request_of.pop("pooling", False)
     params = SamplingParams(**request_of)
-    with pytest.raises(InvalidRequest, match="read by an encoder"):
+    with pytest.raises(InvalidRequest, match="no log-probabilities and no embedding"):
         engine.add(Request(id="r", prompt_ids=[3], params=params, pooling=pooling))
     assert engine.idle
 
@@ -200,3 +206,32 @@ def test_penalties_know_the_answer_only(model: tuple[Path, Any]) -> None:
             do_sample=False, use_cache=False, repetition_penalty=1.3,
         )[0, 1:].tolist()  # fmt: skip
     assert found == wanted
+
+
+def test_without_prefix_caching_only_choices_share(model: tuple[Path, Any]) -> None:
+    with LLM(str(model[0]), prefix_caching=False) as llm:
+        two = SamplingParams(n=2, max_tokens=4, temperature=0, ignore_eos=True)
+        llm.generate(PROMPTS[1], two)
+        assert llm.stats().prefix_hit_tokens == 30
+        llm.generate(PROMPTS[1], GREEDY)
+        assert llm.stats().prefix_hit_tokens == 30
+
+
+def test_texts_are_encoded_as_the_tokenizer_ends_them(
+    model: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder, oracle = Path(shutil.copytree(model[0], tmp_path / "model")), model[1]
+    words = {"<pad>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, 128)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens(["<pad>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    with LLM(str(folder)) as llm:
+        output = llm.generate("w7 w9 w7", GREEDY)[0]
+        assert output.prompt_token_ids == [7, 9, 7, 1]
+        assert output.token_ids == seq2seq.greedy(oracle, [7, 9, 7, 1], 24)
+        assert output.text.split() == [f"w{token}" for token in output.token_ids if token > 1]
+        with pytest.raises(InvalidRequest, match="no chat template"):
+            llm.chat([{"role": "user", "content": "w7"}], GREEDY)

@@ -123,6 +123,15 @@ def test_a_long_prompt_is_read_in_pieces_of_queries(
     assert stepwise(EncodedDriver(folder), oracle) <= TOLERANCE
 
 
+def test_copies_and_leftovers_of_old_files_are_passed_over(mutant: Made) -> None:
+    folder, oracle = mutant("t5", "v1.0")
+    old = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    names = [f"{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")]
+    more = {old: torch.ones(8, 4), **{name: torch.ones(128, 64) for name in names}}
+    zoo.edit_tensors(folder, lambda tensors: tensors | more)
+    assert stepwise(EncodedDriver(folder), oracle) <= TOLERANCE
+
+
 def test_float16_and_writing_into_a_folder_are_refused(made: Made) -> None:
     folder, _ = made("t5", "v1.0")
     with pytest.raises(Unsupported, match="overflow float16"):

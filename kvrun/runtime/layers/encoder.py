@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from kvrun.errors import Unsupported
 from kvrun.runtime.layers.block import Part
 from kvrun.runtime.layers.cross import CrossBlock
 from kvrun.runtime.layers.decoder import Decoder
@@ -128,3 +129,12 @@ class EncoderDecoder(Decoder):
         x = self._encoder_norm(x)
         for layer in self._cross:
             layer.remember(x, batch)
+
+
+def refuse_float16(w: "Checkpoint") -> None:
+    """Raise Unsupported for a family whose layers reach beyond what float16 can say."""
+    if w.dtype is torch.float16:
+        raise Unsupported(
+            f"layers of '{w.config.text('model_type')}' overflow float16.",
+            hint="dtype='bfloat16' or 'float32'",
+        )

@@ -3,13 +3,15 @@ Source: transformers, models/t5/modeling_t5.py."""
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from kvrun.errors import Unsupported
 from kvrun.runtime.layers.attention import Attention
 from kvrun.runtime.layers.cross import CrossAttention, CrossBlock
 from kvrun.runtime.layers.embedding import Embedding, Head
-from kvrun.runtime.layers.encoder import EncoderAttention, EncoderBlock, EncoderDecoder
+from kvrun.runtime.layers.encoder import (
+    EncoderAttention,
+    EncoderBlock,
+    EncoderDecoder,
+    refuse_float16,
+)
 from kvrun.runtime.layers.mlp import MLP, GatedMLP
 from kvrun.runtime.layers.norm import RMSNorm, rms_norm
 from kvrun.runtime.layers.position import RelativeBias
@@ -22,8 +24,7 @@ if TYPE_CHECKING:
 def build(w: "Checkpoint", *, scaled: bool = True, every: bool = False) -> EncoderDecoder:
     """`scaled`: logits of a tied head shrink with the width. `every` layer has its own biases."""
     c, size = w.config, w.config.integer("hidden_size")
-    if w.dtype is torch.float16:
-        raise Unsupported("T5's layers overflow float16.", hint="dtype='bfloat16' or 'float32'")
+    refuse_float16(w)
     old = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias."
     w.skip("encoder.embed_tokens.", "decoder.embed_tokens.", old)
     embedding = Embedding(w, "shared", c.integer("vocab_size"), size)

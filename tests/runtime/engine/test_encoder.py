@@ -235,3 +235,25 @@ def test_texts_are_encoded_as_the_tokenizer_ends_them(
         assert output.text.split() == [f"w{token}" for token in output.token_ids if token > 1]
         with pytest.raises(InvalidRequest, match="no chat template"):
             llm.chat([{"role": "user", "content": "w7"}], GREEDY)
+
+
+def test_what_is_not_finite_is_neither_shared_nor_left_behind(
+    model: tuple[Path, Any], answers: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, bad = EncoderDecoder.encode, list(range(5, 25))
+
+    def spoiling(self: EncoderDecoder, batch: Any) -> None:
+        encode(self, batch)
+        if batch.ids.tolist() == bad:
+            batch.backend.cache.rows(1)[batch.slot_mapping] = float("nan")
+
+    sizes: Any = {"kv_memory": 30 * BLOCK, "block_size": 4, "max_model_len": 60}
+    with LLM(str(model[0]), max_num_seqs=2, **sizes) as llm:
+        with monkeypatch.context() as patch:
+            patch.setattr(EncoderDecoder, "encode", spoiling)
+            assert "not finite" in (llm.generate(bad, GREEDY)[0].error or "")
+        # The shorter prompt leaves a part of a block as it was.
+        both = llm.generate([PROMPTS[2], PROMPTS[1]], GREEDY)
+        assert [output.token_ids for output in both] == [answers[2], answers[1]]
+        assert llm.generate(bad, GREEDY)[0].token_ids == seq2seq.greedy(model[1], bad, 24)
+        assert llm.stats().prefix_hit_tokens == 0

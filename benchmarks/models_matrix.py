@@ -50,6 +50,12 @@ longrope; the two lists of longrope are chosen between once for an engine, by it
 cache keeps the latent, one key for all heads. Experts are read plain, in every stored format where
 each has tensors of its own, and as mxfp4.
 
+T5, mT5 and UMT5 have an encoder that reads a prompt once. What it makes of it lies in blocks of the
+same cache until the answer has ended, and requests with the same prompt share it. Their attention
+runs without kvrun's own kernels, so that a GPU's steps are not captured; they have neither
+log-probabilities nor embeddings of a prompt, and `kvrun quantize` writes none of them, but rounding
+as they are read works.
+
 Of all these, Llama and Qwen 3 have run on a GPU so far; what a GPU runs for the others is tested by
 the twins of its kernels, on CPU.
 

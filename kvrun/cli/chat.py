@@ -308,7 +308,7 @@ async def _get_ready(session: "Session", settings: "Settings", style: _Style) ->
         await session.ready()
     settings.learn(session.text.generation_defaults)
     if not session.text.chat_template_known:
-        note(f"note: '{session.name}' has no chat template; it continues the text it is given")
+        note(f"note: '{session.name}' has no chat template; it gets the text as it is")
 
 
 def _screen(style: _Style) -> "Screen":

@@ -39,5 +39,7 @@ class Batch:
     states: torch.Tensor | None = None  # [P, hidden]: these, once the model has run
     image_rows: torch.Tensor | None = None  # [I] int64: rows that stand for images,
     image_states: torch.Tensor | None = None  # [I, hidden]: and what stands in them
+    # The same rows, each a sequence of its own, over what an encoder has made of its prompt.
+    source: "Batch | None" = None
     # What a layer computed once for all layers that share it (rotary tables), by that layer.
     shared: dict[Any, Any] = field(default_factory=dict)

@@ -12,11 +12,13 @@ _ROPE_SCALED = ("llama3", "yarn", "longrope", "su")
 # What a value is called in the configurations of some families, by its usual name.
 _ALIASES = {
     "hidden_size": ("n_embd", "d_model", "n_embed"),
-    "num_hidden_layers": ("n_layer", "n_layers"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_decoder_layers", "num_layers"),
     "num_attention_heads": ("n_head", "n_heads", "num_heads"),
     "max_position_embeddings": ("n_positions", "max_seq_len", "model_max_length", "seq_length"),
     "num_kv_heads": ("n_head_kv",),
     "layer_types": ("layers_block_type",),
+    "head_dim": ("d_kv",),
+    "intermediate_size": ("d_ff",),
     "num_experts": ("num_local_experts",),
     "num_local_experts": ("num_experts",),
     "n_routed_experts": ("num_local_experts", "num_experts"),

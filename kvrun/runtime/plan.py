@@ -69,6 +69,7 @@ def make_plan(
     max_num_seqs: int,
     max_position: int,
     max_model_len: int | None,
+    tables: int = 1,
     state_bytes: int = 0,
     most_blocks: int | None = None,
 ) -> Plan:
@@ -77,7 +78,8 @@ def make_plan(
     Where a sequence has a state of `state_bytes`, states come first, for as many sequences as half
     of the room has place for, or more if keys and values need less; they get `most_blocks` at most.
 
-    An unset context is what the model was made for, or less when less fits. Raises Unsupported
+    An unset context is what the model was made for, or less when less fits. `tables`: in so many
+    pieces a sequence lies, each of which may leave a part of a block empty. Raises Unsupported
     when a context that was asked for cannot be kept or is more than the model was made for, or
     when there is no room for a single block.
     """
@@ -99,16 +101,17 @@ def make_plan(
             hint="ask for less kv_memory",
         )
     most = most_blocks or sys.maxsize
-    enough = min(-(-wanted // block_size) * max_num_seqs + 1, most)
+    each = -(-wanted // block_size) + tables - 1
+    enough = min(each * max_num_seqs + 1, most)
     if state_bytes:
         share = room - min(room // 2, enough * kv_bytes_per_block)
         max_num_seqs = _with_states(share, state_bytes, max_num_seqs)
         room -= (max_num_seqs + 1) * state_bytes
-        enough = min(-(-wanted // block_size) * max_num_seqs + 1, most)
+        enough = min(each * max_num_seqs + 1, most)
     num_blocks = min(room // kv_bytes_per_block, enough) if kv_bytes_per_block else enough
-    fits = (num_blocks - 1) * block_size
+    fits = (num_blocks - tables) * block_size
     if fits < 1 or (max_model_len and fits < max_model_len):
-        need = (-(-wanted // block_size) + 1) * kv_bytes_per_block
+        need = (-(-wanted // block_size) + tables) * kv_bytes_per_block
         raise Unsupported(
             f"a context of {wanted:,} tokens needs {size(need)} of KV cache; there is room for "
             f"{size(max(room, 0))}.",

@@ -23,6 +23,7 @@ class AttentionSpec:
     maps a scaled score s to c·tanh(s / c) before masking. `alibi` [heads] adds slope·(i - j) to the
     scaled score. `sinks` [heads] is one more logit per head in the softmax whose value is dropped.
     `latent`: all heads share one key of `head_dim`, and its first `latent` columns are its value.
+    `relative` [heads, distances] adds the entry of j - i, or the last one beyond, in fp32.
     """
 
     layer: int  # index into the cache
@@ -36,6 +37,7 @@ class AttentionSpec:
     alibi: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
     latent: int | None = None
+    relative: torch.Tensor | None = None
 
     @property
     def row(self) -> int:

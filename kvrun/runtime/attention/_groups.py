@@ -33,7 +33,7 @@ class Group:
     rows: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # of the batch
     kept: torch.Tensor | None = None  # which of size * queries are no padding; None: all
     targets: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # rows they are
-    _masks: dict[tuple[int | None, int | None, int], torch.Tensor | None] = field(
+    _masks: dict[tuple[int | None, int | None, int, int], torch.Tensor | None] = field(
         default_factory=dict
     )
 
@@ -59,25 +59,30 @@ class Group:
         """
         window = spec.window if spec.window is not None and spec.window < self.keys else None
         chunk = spec.chunk if spec.chunk is not None and spec.chunk < self.keys else None
-        key = (window, chunk, id(spec.alibi))
+        key = (window, chunk, id(spec.alibi), id(spec.relative))
         if key not in self._masks:
             plain = self.aligned and self.queries in (1, self.keys)
             bound = window is not None or chunk is not None
-            needed = not plain or bound or spec.alibi is not None
-            self._masks[key] = self._mask(window, chunk, spec.alibi) if needed else None
+            needed = not plain or bound or spec.alibi is not None or spec.relative is not None
+            found = self._mask(window, chunk, spec.alibi, spec.relative) if needed else None
+            self._masks[key] = found
         return self._masks[key]
 
     def causal_mask(self) -> torch.Tensor:
         """The mask that `mask` leaves out when plain causality says it all."""
-        key = (None, None, -1)
+        key = (None, None, -1, -1)
         if key not in self._masks:
-            self._masks[key] = self._mask(None, None, None)
+            self._masks[key] = self._mask(None, None, None, None)
         mask = self._masks[key]
         assert mask is not None
         return mask
 
     def _mask(
-        self, window: int | None, chunk: int | None, alibi: torch.Tensor | None
+        self,
+        window: int | None,
+        chunk: int | None,
+        alibi: torch.Tensor | None,
+        relative: torch.Tensor | None,
     ) -> torch.Tensor:
         keys = torch.arange(self.keys, device=self.positions.device)
         behind = self.positions.view(self.size, 1, self.queries, 1) - keys
@@ -86,6 +91,10 @@ class Group:
             hidden |= behind >= window
         if chunk is not None:
             hidden |= keys // chunk < self.positions.view(self.size, 1, self.queries, 1) // chunk
+        if relative is not None:
+            distance = behind[:, 0].clamp(0, relative.shape[1] - 1)
+            bias = relative.to(self.dtype)[:, distance].transpose(0, 1).contiguous()
+            return bias.masked_fill_(hidden, float("-inf"))
         if alibi is None:
             bias = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device)
         else:

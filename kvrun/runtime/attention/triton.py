@@ -54,6 +54,8 @@ class Attention:
         if not HEAD_DIMS[0] <= spec.head_dim <= HEAD_DIMS[1]:
             low, high = HEAD_DIMS
             return f"a head of {spec.head_dim} dimensions is not between {low} and {high}"
+        if spec.relative is not None:
+            return "its kernels know no learned bias of distances"
         return None
 
     def plan(self, batch: "Batch") -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kvrun.errors import Unsupported
 from kvrun.runtime import models, quant
 from kvrun.runtime.batch import Batch
 from kvrun.runtime.cache.states import StateCache
@@ -101,6 +102,12 @@ class Layers:
             raise
         finally:
             whole.close()
+        if self.model.start_id is not None:
+            self.files.close()
+            raise Unsupported(
+                "a model with an encoder is not quantized into a folder.",
+                hint="quantize it as it is read: --quantize of chat and serve",
+            )
         self._device = device
         self._dtype = dtype
 

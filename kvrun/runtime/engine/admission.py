@@ -1,10 +1,10 @@
-"""Which waiting sequence is the next to start: what its adapter has to do with it."""
+"""Which waiting sequence is the next to start, and what it can share with others."""
 
 from collections.abc import Iterable
 
 from kvrun.errors import KvrunError
 from kvrun.runtime.cache.prefix import PrefixCache
-from kvrun.runtime.engine.sequence import Sequence
+from kvrun.runtime.engine.sequence import Sequence, State
 from kvrun.runtime.lora.bank import LoraBank, Place
 
 
@@ -39,6 +39,21 @@ def first_ready(
                 sequence.keys[0] = prefix.root(sequence.adapter.identity)
             return sequence, broken
     return None, broken
+
+
+def known_prefix(
+    sequence: Sequence, prefix: PrefixCache | None, block_size: int
+) -> tuple[list[int], list[bytes]]:
+    """Blocks that hold the first tokens of a sequence, and their keys where these are cached."""
+    if sequence.unscored:
+        return [], []  # only computing a token tells what the next one's chances were
+    if prefix:
+        return prefix.lookup(sequence.keys[0], sequence.named(0, len(sequence.tokens)))
+    leader = sequence.leader
+    if leader is not sequence and leader.state is State.RUNNING and not leader.draining:
+        shared = min(sequence.prompt_len - 1, leader.scheduled) // block_size
+        return leader.blocks[:shared], []
+    return [], []
 
 
 def _waits_for_sibling(sequence: Sequence) -> bool:

@@ -44,6 +44,7 @@ class Limits:
     vocab_size: int
     max_model_len: int
     places: Places | None = None  # those of images, of a model that sees them
+    start_id: int | None = None  # what an answer starts from where an encoder reads the prompt
 
 
 class Engine:
@@ -89,7 +90,7 @@ class Engine:
         root = prefix.root(None) if prefix and adapter is None else b""
         known = {index: [] for index in range(params.n)} if known is None else known
         options: Any = {"seed": seed, "max_length": max_length, "root": root, "adapter": adapter}
-        options["seen"] = seen
+        options |= {"seen": seen, "start_id": self._limits.start_id}
         sequences = [Sequence(request, index, known=t, **options) for index, t in known.items()]
         for sequence in sequences:
             sequence.choices = sequences
@@ -149,7 +150,7 @@ class Engine:
         scheduler = self.scheduler
         requests: dict[str, dict[int, None]] = {}
         for sequence in [*scheduler.running, *scheduler.leaving]:
-            requests.setdefault(sequence.request.id, {}).update(dict.fromkeys(sequence.blocks))
+            requests.setdefault(sequence.request.id, {}).update(dict.fromkeys(sequence.all_blocks))
         return Pages(
             total=scheduler.pool.total,
             requests={name: list(blocks) for name, blocks in requests.items()},
@@ -212,15 +213,25 @@ class Engine:
         if request.pooling and (request.params.n > 1 or request.params.prompt_logprobs is not None):
             raise InvalidRequest("a request with pooling has no choices and no prompt_logprobs.")
         asked = request.params.max_tokens
+        encoded = self._limits.start_id is not None
+        if encoded and (request.pooling or request.params.prompt_logprobs is not None):
+            raise InvalidRequest(
+                "this model has no log-probabilities and no embedding of a prompt.",
+                cause="the prompt is read by an encoder, which predicts none of its tokens and "
+                "has no state that stands for all of it",
+                hint="leave out prompt_logprobs and pooling",
+            )
+        # A decoder behind an encoder starts from one token.
+        shift = 1 - count if encoded else 0
         if asked is None:
-            return limit
+            return limit + shift
         if count + asked > limit:
             raise InvalidRequest(
                 f"{count:,} prompt tokens and max_tokens={asked:,} make {count + asked:,}; the "
                 f"context holds {limit:,}.",
                 hint=f"max_tokens={limit - count:,} fits",
             )
-        return count + asked
+        return count + asked + shift
 
     @property
     def _lora(self) -> LoraBank:

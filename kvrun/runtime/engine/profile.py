@@ -5,7 +5,9 @@ import torch
 from kvrun.runtime.attention import Backend
 from kvrun.runtime.batch import Batch
 from kvrun.runtime.cache.states import StateCache
+from kvrun.runtime.engine.reader import AT_ONCE
 from kvrun.runtime.layers.decoder import Decoder
+from kvrun.runtime.layers.encoder import EncoderDecoder
 
 # Of the device's memory, for what its allocator cannot give back in one piece.
 _MARGIN = 0.015
@@ -30,16 +32,29 @@ def memory_of_a_step(
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    if model.vision is not None:
-        model.vision(model.vision.largest())
-    backend.plan(batch)
-    model(batch)
+    if isinstance(model, EncoderDecoder):
+        _read(model, sequences, backend, device)
+    else:
+        if model.vision is not None:
+            model.vision(model.vision.largest())
+        backend.plan(batch)
+        model(batch)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     logits = 4 * 4 * sequences * model.vocab_size
     total = torch.cuda.get_device_properties(device).total_memory
     return int(peak + logits + _GRAPHS + _MARGIN * total)
+
+
+def _read(model: EncoderDecoder, sequences: int, backend: Backend, device: torch.device) -> None:
+    """A long prompt, and first tokens of answers to short ones."""
+    model.encode(_prompts(AT_ONCE, AT_ONCE, backend, device))
+    batch = _prompts(sequences, 1, backend, device)
+    batch.source = _prompts(sequences, 1, backend, device)
+    backend.plan(batch)
+    backend.plan(batch.source)
+    model(batch)
 
 
 def _prompts(tokens: int, longest: int, backend: Backend, device: torch.device) -> Batch:

@@ -17,6 +17,7 @@ from kvrun.runtime.engine.faults import of_device
 from kvrun.runtime.engine.features import Features, shows
 from kvrun.runtime.engine.graphs import Capture, Graphs
 from kvrun.runtime.engine.mixed import Columns, MixedGraphs
+from kvrun.runtime.engine.reader import reader
 from kvrun.runtime.engine.request import Request
 from kvrun.runtime.engine.scheduler import Row, Schedule
 from kvrun.runtime.engine.sequence import Sequence as Running
@@ -82,6 +83,7 @@ class ModelRunner:
         self._bank = bank
         self._states = states
         self._features = features
+        self._reader = reader(model, backend, slots, bank, block_size)
         self._rows: Rows | None = None
         self._rows_for: list[int] = []
         self._prepared: Prepared | None = None
@@ -108,7 +110,7 @@ class ModelRunner:
         if self._threads is None:
             return self._submit(schedule)
         before = torch.get_num_threads()
-        torch.set_num_threads(self._threads(sum(row.count for row in schedule)))
+        torch.set_num_threads(self._threads(sum(row.count + row.reads for row in schedule)))
         try:
             return self._submit(schedule)
         finally:
@@ -121,6 +123,8 @@ class ModelRunner:
         self._slots.upload()
         try:
             with of_device():
+                if self._reader:
+                    self._reader.read(schedule)
                 turns = schedule[0].turns
                 if self._replayable(schedule):
                     found: list[Sampled | None] = [self._replay(schedule) for _ in range(turns)]
@@ -196,6 +200,7 @@ class ModelRunner:
             self._features.put(schedule, batch, self._slots.send)
         if pooled := [e - 1 for e, r in zip(columns.ends[1:], schedule, strict=True) if r.pools]:
             batch.state_rows = self._slots.send(pooled)[0]
+        batch.source = self._reader.source(schedule) if self._reader else None
         self._backend.plan(batch)
         logits = self._model(batch)
         states = None if batch.states is None else normalize(batch.states.float(), dim=-1)
@@ -319,7 +324,7 @@ class ModelRunner:
             params=sequence.request.params,
             seed=sequence.seed,
             choice=sequence.index,
-            prompt_ids=sequence.request.prompt_ids,
+            prompt_ids=sequence.tokens[: sequence.prompt_len],
             output_ids=history,
             eos_ids=self._eos,
         )

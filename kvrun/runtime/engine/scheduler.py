@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from kvrun.runtime.cache.blocks import BlockPool
 from kvrun.runtime.cache.prefix import PrefixCache
-from kvrun.runtime.engine.admission import first_ready
+from kvrun.runtime.cache.sources import SourceCache
+from kvrun.runtime.engine.admission import first_ready, known_prefix
 from kvrun.runtime.engine.request import Delta, Logprob, Stats
 from kvrun.runtime.engine.sequence import Sequence, State
 from kvrun.runtime.lora.bank import LoraBank
@@ -25,6 +26,11 @@ class Row:
     count: int
     sample: bool
     turns: int = 1
+
+    @property
+    def reads(self) -> int:
+        """Tokens of a prompt that an encoder reads before this row: with a sequence's first."""
+        return 0 if self.start or self.sequence.source_hit else len(self.sequence.source)
 
     @property
     def pools(self) -> bool:
@@ -76,10 +82,12 @@ class Scheduler:
         shares: bool = True,
         eos_ids: frozenset[int] = frozenset(),
         bank: LoraBank | None = None,
+        sources: SourceCache | None = None,
     ) -> None:
         self.pool = pool
         self._bank = bank
         self.prefix = prefix
+        self._sources = sources
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.leaving: list[Sequence] = []  # finished, but named by an open ticket
@@ -110,8 +118,8 @@ class Scheduler:
         """End one sequence with an error; what it computed is never offered to others."""
         if sequence.state is State.FINISHED:
             return
-        if self.prefix:
-            self.prefix.forget(sequence.blocks[sequence.hit_blocks :])
+        if cache := self.prefix or self._sources:
+            cache.forget(sequence.own_blocks)
         sequence.failed = True
         self._emit(sequence, [], None, "error", why)
         self._leave(sequence)
@@ -140,19 +148,19 @@ class Scheduler:
             remaining = sequence.remaining
             if remaining > 1 or (remaining and sequence.pooling):
                 prompts.append(sequence)
-            elif remaining and budget and self._may_run(sequence) and self._grow(sequence):
+            elif remaining and budget > 0 and self._may_run(sequence) and self._grow(sequence):
                 rows.append(Row(sequence, sequence.scheduled, 1, True))
-                budget -= 1
+                budget -= 1 + rows[-1].reads
         decodes = len(rows)
         for sequence in prompts:
-            if budget and self._may_run(sequence):
+            if budget > 0 and self._may_run(sequence):
                 count = min(budget, sequence.chunk)
                 rows.append(self._row(sequence, count))
-                budget -= count
-        while budget and (admitted := self._admit()):
+                budget -= count + rows[-1].reads
+        while budget > 0 and (admitted := self._admit()):
             count = min(budget, admitted.chunk)
             rows.append(self._row(admitted, count))
-            budget -= count
+            budget -= count + rows[-1].reads
         if self._turns > 1 and decodes == len(rows) >= self._many and self._reserve(rows):
             for row in rows:
                 row.turns = self._turns
@@ -192,7 +200,7 @@ class Scheduler:
             sequence.open_tickets -= 1
             if row.start < sequence.prompt_len:
                 computed = min(row.start + row.count, sequence.prompt_len) - row.start
-                self.stats.prompt_tokens += computed
+                self.stats.prompt_tokens += row.reads or computed
             if draw is not None and draw.prompt:
                 # What was computed before a preemption is known already.
                 known = len(sequence.prompt_logprobs) - row.start
@@ -238,6 +246,8 @@ class Scheduler:
             self.stats.generated_tokens += len(token_ids)
             if self.prefix:
                 self._register(sequence, self.prefix)
+            if self._sources and not sequence.source_hit:
+                self._sources.register(*sequence.source_key, sequence.source_blocks)
             self._emit(sequence, token_ids, draw.logprob, reason)
         if reason:
             self._leave(sequence)
@@ -277,17 +287,13 @@ class Scheduler:
                 index=sequence.index,
                 token_ids=token_ids,
                 logprobs=[logprob] if logprob else None,
-                prompt_logprobs=self._prompt_logprobs(sequence) if first else None,
+                prompt_logprobs=sequence.told_logprobs if first else None,
                 finish_reason=reason,
                 error=error,
                 cached_tokens=(sequence.hit_tokens or 0) if first else 0,
                 state=state,
             )
         )
-
-    def _prompt_logprobs(self, sequence: Sequence) -> list[Logprob] | None:
-        asked = sequence.request.params.prompt_logprobs is not None and not sequence.index
-        return sequence.prompt_logprobs if asked and sequence.generated else None
 
     # -- blocks and slots -------------------------------------------------------------------
 
@@ -330,23 +336,27 @@ class Scheduler:
             return None
         if self._stuck is not None and self._stuck == (sequence, self.pool.free):
             return None  # looking up a long prefix in vain, step after step, would cost
-        blocks, keys = self._known_prefix(sequence)
-        missing = -(-sequence.length // self._size) - len(blocks)
-        dormant = sum(self.pool.owners(block) == 0 for block in blocks)
+        shared = self._shares and known_prefix(sequence, self.prefix, self._size)
+        blocks, keys = shared or ([], [])
+        source = self._sources.lookup(*sequence.source_key) if self._sources else []
+        unread = 0 if source else -(-len(sequence.source) // self._size)
+        missing = -(-sequence.length // self._size) - len(blocks) + unread
+        dormant = sum(self.pool.owners(block) == 0 for block in (*blocks, *source))
         # One block in a hundred stays free, so that what runs does not preempt at once.
         spare = self.pool.total // 100 if self.running else 0
         if missing + dormant + spare > self.pool.free:
             self._stuck = (sequence, self.pool.free)
             return None
         self.waiting.remove(sequence)
-        self.pool.share(blocks)
-        sequence.blocks = blocks + self.pool.take(missing)
+        self.pool.share((*blocks, *source))
+        sequence.blocks = blocks + self.pool.take(missing - unread)
+        sequence.source_blocks, sequence.source_hit = source or self.pool.take(unread), bool(source)
         sequence.keys += keys
         sequence.hit_blocks = len(blocks)
         sequence.scheduled = len(blocks) * self._size
         if sequence.hit_tokens is None:
-            sequence.hit_tokens = sequence.scheduled
-            self.stats.prefix_hit_tokens += sequence.scheduled
+            sequence.hit_tokens = sequence.scheduled or sequence.source_hit * len(sequence.source)
+            self.stats.prefix_hit_tokens += sequence.hit_tokens
         sequence.slot = self._slots.pop()
         sequence.state = State.RUNNING
         self.running.append(sequence)
@@ -356,18 +366,6 @@ class Scheduler:
         """A sequence that has ended, and is in no open ticket, needs its adapter no more."""
         if self._bank and sequence.adapter:
             self._bank.release(sequence.adapter, sequence.pinned)
-
-    def _known_prefix(self, sequence: Sequence) -> tuple[list[int], list[bytes]]:
-        # Only computing a token tells what the next one's chances were, or moves a state on.
-        if sequence.unscored or not self._shares:
-            return [], []
-        if self.prefix:
-            return self.prefix.lookup(sequence.keys[0], sequence.named(0, len(sequence.tokens)))
-        leader = sequence.leader
-        if leader is not sequence and leader.state is State.RUNNING and not leader.draining:
-            shared = min(sequence.prompt_len - 1, leader.scheduled) // self._size
-            return leader.blocks[:shared], []
-        return [], []
 
     def _leave(self, sequence: Sequence) -> None:
         if sequence.state is State.WAITING:
@@ -385,10 +383,9 @@ class Scheduler:
         """Once no open ticket names a draining sequence, its blocks and its slot are free."""
         if not sequence.draining or sequence.open_tickets:
             return
-        self.pool.release(sequence.blocks)
+        self.pool.release(sequence.all_blocks)
         if sequence.failed:
-            own = sequence.blocks[sequence.hit_blocks :]
-            self._spoilt += [block for block in own if not self.pool.owners(block)]
+            self._spoilt += [b for b in sequence.own_blocks if not self.pool.owners(b)]
         self._slots.append(sequence.slot)
         sequence.restart()
         if sequence.state is State.FINISHED:

@@ -25,6 +25,7 @@ class Sequence:
     `tokens` are those the host knows. `in_flight` more have been sampled by steps that have not
     landed, so the sequence is `length` long although its last ids may still be on the device only.
     `scheduled` positions have been handed to the runner; the rest of `length` is work to do.
+    With an encoder, `tokens` and lengths are the decoder's.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Sequence:
         adapter: "Adapter | None" = None,
         known: Iterable[int] = (),
         seen: "Seen | None" = None,
+        start_id: int | None = None,
     ) -> None:
         self.request = request
         self.index = index  # which of the request's choices
@@ -47,7 +49,11 @@ class Sequence:
         self.seen = seen  # the images of its prompt
         # The device can go on without the host.
         self.plain = request.params.plain and not request.pooling
-        self.tokens = list(request.prompt_ids)
+        # An encoder reads the prompt, and the answer starts from `start_id`; or it goes on from it.
+        self.source = [] if start_id is None else list(request.prompt_ids)
+        self.source_blocks: list[int] = []  # what the encoder makes of it lies here
+        self.source_hit = False  # another sequence had the same prompt read
+        self.tokens = list(request.prompt_ids) if start_id is None else [start_id]
         self.prompt_len = len(self.tokens)
         # It goes on from there as if it had been preempted.
         self.tokens += known
@@ -67,6 +73,23 @@ class Sequence:
         self.hit_tokens: int | None = None  # prompt tokens found cached when it first started
         self.prompt_logprobs: list[Logprob] = []  # of the prompt's tokens from the second on
         self.choices: list[Sequence] = [self]  # all of its request
+
+    @property
+    def all_blocks(self) -> list[int]:
+        """Every block that it owns, or shares."""
+        return self.source_blocks + self.blocks
+
+    @property
+    def own_blocks(self) -> list[int]:
+        """Those that it has written."""
+        source = [] if self.source_hit else self.source_blocks
+        return source + self.blocks[self.hit_blocks :]
+
+    @property
+    def source_key(self) -> tuple[str, tuple[object, ...]]:
+        """Its request, and what an encoder's work on the prompt depends on."""
+        identity = self.adapter.identity if self.adapter else None
+        return self.request.id, (identity, *self.source)
 
     @property
     def length(self) -> int:
@@ -105,6 +128,12 @@ class Sequence:
         return self.seen.names[start:stop] + self.tokens[max(start, self.prompt_len) : stop]
 
     @property
+    def told_logprobs(self) -> list[Logprob] | None:
+        """Those of the prompt, where they were asked for and are all there."""
+        asked = self.request.params.prompt_logprobs is not None and not self.index
+        return self.prompt_logprobs if asked and self.generated else None
+
+    @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_len
 
@@ -130,6 +159,7 @@ class Sequence:
         """Forget everything computed; the tokens stay and are computed again."""
         self.scheduled = 0
         self.blocks = []
+        self.source_blocks, self.source_hit = [], False
         del self.keys[1:]
         self.hit_blocks = 0
         self.slot = -1

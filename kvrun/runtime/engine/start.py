@@ -17,6 +17,7 @@ from kvrun.runtime.attention import AttentionSpec, Backend
 from kvrun.runtime.attention._compiled import missing
 from kvrun.runtime.cache.blocks import BlockPool
 from kvrun.runtime.cache.prefix import PrefixCache
+from kvrun.runtime.cache.sources import SourceCache
 from kvrun.runtime.cache.states import StateCache, bytes_per_sequence
 from kvrun.runtime.cache.tensors import KVCache, bytes_per_block
 from kvrun.runtime.checkpoint import Checkpoint
@@ -73,14 +74,15 @@ def start(config: EngineConfig) -> Engine:
     features = Features.of(model, dtype, _free_bytes(device))
     backend, plan = _cache(config, model, backend_class, dtype, device, bank, features)
     runner = _runner(config, model, backend, plan, eos_ids, dtype, device, bank, features)
-    captured = config.cuda_graphs and device.type == "cuda" and name in CAPTURED
+    decoder_only = model.start_id is None
+    captured = decoder_only and config.cuda_graphs and device.type == "cuda" and name in CAPTURED
     if captured:
         runner.capture(plan.max_num_seqs, dtype, cuda_capture(device))
     blocks = BlockPool(plan.num_blocks)
     scheduler = Scheduler(
         blocks,
         PrefixCache(blocks, plan.block_size)
-        if config.prefix_caching and not model.states
+        if config.prefix_caching and decoder_only and not model.states
         else None,
         block_size=plan.block_size,
         max_num_seqs=plan.max_num_seqs,
@@ -90,9 +92,10 @@ def start(config: EngineConfig) -> Engine:
         shares=not model.states,
         eos_ids=frozenset(eos_ids),
         bank=bank,
+        sources=None if decoder_only else SourceCache(blocks, shared=config.prefix_caching),
     )
     ready = Ready(
-        plan=plan.line(),
+        plan=plan.line() + _uncaptured(config, model, device, captured),
         max_model_len=plan.max_model_len,
         vocab_size=model.vocab_size,
         kv_tokens=plan.kv_tokens,
@@ -106,7 +109,12 @@ def start(config: EngineConfig) -> Engine:
     return Engine(
         scheduler,
         runner,
-        Limits(model.vocab_size, plan.max_model_len, model.vision.places if model.vision else None),
+        Limits(
+            model.vocab_size,
+            plan.max_model_len,
+            model.vision.places if model.vision else None,
+            model.start_id,
+        ),
         ready=ready,
         seed=config.seed,
         run_ahead=cast(int, config.run_ahead),
@@ -204,6 +212,16 @@ def _runner(
         states=StateCache(model.states, plan.max_num_seqs, dtype, device) if model.states else None,
         features=features,
     )
+
+
+def _uncaptured(config: EngineConfig, model: Decoder, device: torch.device, captured: bool) -> str:
+    """Why a GPU launches its steps kernel by kernel, although it was not asked to."""
+    if captured or device.type != "cuda" or not config.cuda_graphs:
+        return ""
+    best: type[Backend] = load(attention.__name__, CAPTURED[0]).Attention
+    reason = next((r for r in (best.reject(s, device) for s in model.specs) if r), None)
+    reason = f"{CAPTURED[0]}: {reason}" if reason else f"attention='{config.attention}'"
+    return f"; steps are not captured ({reason})"
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -331,6 +349,7 @@ def _plan(
         max_num_seqs=config.max_num_seqs,
         max_position=model.max_position or config.max_model_len or UNSAID_CONTEXT,
         max_model_len=config.max_model_len,
+        tables=1 if model.start_id is None else 2,
     )
 
 

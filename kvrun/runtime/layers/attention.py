@@ -30,7 +30,8 @@ class Attention:
 
     `qkv` are the shards whose rows are this rank's [q; k; v], `out` names the matrix
     [hidden, heads * head_dim], stored as those are. The default scale is 1 / sqrt(head_dim).
-    `clip` bounds what is projected. `alibi` and `sinks` [heads] are those of the whole model.
+    `clip` bounds what is projected. `alibi` and `sinks` [heads] are those of the whole model,
+    `relative` [heads, distances] those of this rank, on which layers that share it depend.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Attention:
         softcap: float | None = None,
         alibi: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        relative: torch.Tensor | None = None,
     ) -> None:
         mine = slice(*heads.mine)
         self.spec = AttentionSpec(
@@ -65,6 +67,7 @@ class Attention:
             softcap=softcap,
             alibi=None if alibi is None else alibi[mine],
             sinks=None if sinks is None else sinks[mine],
+            relative=relative,
         )
         self._qkv = Linear(w, *qkv, bias=qkv_bias)
         back = split_cols(w, out, qkv[0].in_features, heads.heads * heads.head_dim)

@@ -32,8 +32,11 @@ class Decoder:
     `specs`: what each layer asks of the attention backend; `states`: what recurrent layers remember
     of a sequence. `parameter_bytes`: its weights on this
     rank. `products`: what adapters can change, by its shards. `max_position`: the context it was
-    made for, in tokens, or None. `norm` None: the head has its input as it is.
+    made for, in tokens, or None. `norm` None: the head has its input as it is. `start_id`: what an
+    answer starts from where the prompt is read by an encoder (`EncoderDecoder`), else None.
     """
+
+    start_id: int | None = None
 
     def __init__(
         self,

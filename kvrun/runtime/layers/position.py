@@ -115,6 +115,52 @@ class GrowingQueries:
         qk[:, : self._queries].mul_(factor.view(-1, 1, 1))
 
 
+class RelativeBias:
+    """A learned bias per head on every score, by the distance of its query and key (T5).
+
+    name: a table [buckets, heads] of the whole model, of which this rank keeps its heads. Near
+    distances have a bucket each, farther ones share them, ever more up to `longest`, beyond which
+    all are alike. With `both`, keys that follow the query have half of the buckets.
+    """
+
+    def __init__(self, w: "Checkpoint", name: str, h: "Heads", *, both: bool) -> None:
+        buckets = w.config.integer("relative_attention_num_buckets", 32)
+        longest = w.config.integer("relative_attention_max_distance", 128)
+        table = w.read(f"{name}.weight", (buckets, h.heads), (None, (h.mine,)), torch.float32)
+        distances = torch.arange(longest + 1, device=table.device)
+        back = _bucket(distances, buckets // 2 if both else buckets, longest)
+        # A decoder sees no key ahead of its query.
+        ahead = back[1:] + buckets // 2 if both else torch.zeros_like(back[1:])
+        # Of a key this far behind its query, and then of those ahead of it.
+        self.behind = table[back].t().contiguous()  # [heads, longest + 1]
+        self._around = torch.cat((self.behind.flip(1), table[ahead].t()), 1).to(w.dtype)
+        self._longest = longest
+
+    def among(self, batch: "Batch", first: int, last: int, count: int) -> torch.Tensor:
+        """[heads, last - first, count] for these queries and all keys of a prompt, which may be
+        shared by the layers."""
+        if last - first < count:
+            return self._square(first, last, count)
+        most = max(batch.query_lens_host)
+        found = batch.shared.get(self)
+        if found is None and len(self._around) * most * most <= 1 << 25:
+            found = batch.shared[self] = self._square(0, most, most)
+        return self._square(0, count, count) if found is None else found[:, :count, :count]
+
+    def _square(self, first: int, last: int, keys: int) -> torch.Tensor:
+        at = torch.arange(keys, device=self._around.device)
+        ahead = at - at[first:last, None]
+        return self._around[:, ahead.clamp_(-self._longest, self._longest) + self._longest]
+
+
+def _bucket(distances: torch.Tensor, buckets: int, longest: int) -> torch.Tensor:
+    """The bucket of each distance: half of them for the nearest, the others by logarithm."""
+    exact = buckets // 2
+    share = torch.log(distances.clamp(min=1).float() / exact) / math.log(longest / exact)
+    far = (exact + (share * (buckets - exact)).long()).clamp(max=buckets - 1)
+    return torch.where(distances < exact, distances, far)
+
+
 def alibi_slopes(heads: int, device: torch.device, most: float = 8.0) -> torch.Tensor:
     """[heads] fp32, as Bloom and MPT choose them (Press et al. 2022).
 

@@ -1,6 +1,7 @@
 """Two ranks, each with its own cut of every tensor, give the logits that one gives."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,24 @@ class Sum:
         self.barrier.wait()
         return total
 
+    def both(self, compute: Callable[[int], Any]) -> list[Any]:
+        """What two ranks compute side by side, or the error it ends with."""
+        found: list[Any] = [None, None]
+
+        def run(rank: int) -> None:
+            try:
+                found[rank] = compute(rank)
+            except Exception as error:
+                found[rank] = error
+                self.barrier.abort()
+
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
+
 
 @dataclass(frozen=True)
 class Threads(Group):
@@ -51,21 +70,7 @@ def logits(driver: Driver) -> torch.Tensor:
 def ranks(folder: Path) -> list[Any]:
     """What each of two ranks computes, or the error it ends with."""
     total = Sum()
-    found: list[Any] = [None, None]
-
-    def run(rank: int) -> None:
-        try:
-            found[rank] = logits(Driver(folder, group=Threads(rank, sum=total)))
-        except Exception as error:
-            found[rank] = error
-            total.barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
+    return total.both(lambda rank: logits(Driver(folder, group=Threads(rank, sum=total))))
 
 
 @pytest.mark.parametrize(("family", "variant"), list(zoo.variants()))

@@ -194,6 +194,8 @@ class Running:
             "ready", plan=ready.plan, device=ready.device, dtype=ready.dtype,
             seconds=round(ready.load_seconds, 2),
         )  # fmt: skip
+        if ready.note:
+            log.event("note", text=ready.note)
 
     async def _sweep(self) -> None:
         settings = self._service.settings

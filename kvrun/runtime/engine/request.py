@@ -120,3 +120,4 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     attention: str
     load_seconds: float
+    note: str = ""  # one line for people, where there is something to know of the model

@@ -50,6 +50,14 @@ depends on its neighbours. Latent attention (DeepSeek) keeps the keys and values
 the cache, not the latent. Attention in chunks (Llama 4) runs without kvrun's own kernels. Experts
 are read from plain matrices in 16 or 32 bits.
 
+Any other causal model of transformers that reaches attention by its interface runs by
+transformers' own code on kvrun's paged attention, and a line says so; `--no-fallback` refuses it.
+When such a model is loaded, two packed sequences in chunks must give what each gives alone, else
+it is refused, as are recurrent layers, attention in chunks or by index, encoders, and rotations
+that depend on the longest sequence beyond the length where they do. Adapters, quantized weights
+and CUDA graphs are not there for these. `kvrun show` says which way a model takes. In the tests:
+Apertus, HunYuan dense, ERNIE 4.5 MoE, VaultGemma, Persimmon.
+
 Of all these, Llama and Qwen 3 have run on a GPU so far; what a GPU runs for the others is tested by
 the twins of its kernels, on CPU.
 

@@ -162,7 +162,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     support = {
         "kvrun": "",
         "transformers": " (by transformers' own code, checked when it is loaded)",
-        None: f" (kvrun does not know it: {facts['refused']})",
+        None: f" (kvrun does not know it): {facts['refused']}",
     }[facts["runs_by"]]
     count = facts["parameters"]
     weights = f"{size(facts['bytes'])}, {', '.join(facts['dtypes'])}"

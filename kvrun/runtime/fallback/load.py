@@ -123,7 +123,8 @@ def _class(raw: dict[str, Any]) -> tuple[Any, Any]:
     """transformers' class of a configuration, and the configuration; never remote code."""
     values = {name: value for name, value in raw.items() if name not in _IGNORED}
     try:
-        config = CONFIG_MAPPING[raw["model_type"]].from_dict(values)
+        with _quiet():
+            config = CONFIG_MAPPING[raw["model_type"]].from_dict(values)
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config
     except Exception as error:  # whatever a configuration's checks say
         raise BadCheckpoint(

@@ -56,6 +56,14 @@ runs without kvrun's own kernels, so that a GPU's steps are not captured; they h
 log-probabilities nor embeddings of a prompt, and `kvrun quantize` writes none of them, but rounding
 as they are read works.
 
+Any other causal model of transformers that reaches attention by its interface runs by
+transformers' own code on kvrun's paged attention, and a line says so; `--no-fallback` refuses it.
+When such a model is loaded, two packed sequences in chunks must give what each gives alone, else
+it is refused, as are recurrent layers, attention in chunks or by index, encoders, and rotations
+that depend on the longest sequence beyond the length where they do. Adapters, quantized weights
+and CUDA graphs are not there for these. `kvrun show` says which way a model takes. In the tests:
+Apertus, HunYuan dense, ERNIE 4.5 MoE, VaultGemma, Persimmon.
+
 Of all these, Llama and Qwen 3 have run on a GPU so far; what a GPU runs for the others is tested by
 the twins of its kernels, on CPU.
 

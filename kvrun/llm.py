@@ -1,6 +1,7 @@
 """LLM: a model by name, the engine in this process, text at its edge."""
 
 import itertools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -70,6 +71,8 @@ class LLM:
     ("int8", "int4", "nf4", "fp4", "fp8"); sizes left at None fit themselves to the machine. A
     folder without a tokenizer works: prompts must then be token ids, and texts are empty.
     `adapters` are LoRA adapters, name -> PEFT folder; those of a built-in model are known anyhow.
+    An architecture without a family here runs by transformers' own code, which a line on stderr
+    says and `fallback=False` refuses.
 
     Raises NotFound, BadCheckpoint or Unsupported (kvrun.errors), each saying what to do.
     """
@@ -92,6 +95,7 @@ class LLM:
         lora_memory: int | float | None = None,
         prefix_caching: bool = True,
         cuda_graphs: bool = True,
+        fallback: bool = True,
         seed: int = 0,
         load_format: str = "auto",
     ) -> None:
@@ -113,11 +117,14 @@ class LLM:
             lora_memory=lora_memory,
             prefix_caching=prefix_caching,
             cuda_graphs=cuda_graphs,
+            fallback=fallback,
             seed=seed,
             load_format=load_format,
             threads=torch.get_num_threads(),  # this process belongs to the caller
         )
         self._alive: Engine | None = start(config)
+        if note := self._alive.ready.note:
+            print(note, file=sys.stderr)
         self._model = model
         self._text = Text.open(folder)
         self._numbers = itertools.count()

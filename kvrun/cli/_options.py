@@ -114,6 +114,16 @@ KvMemory = Annotated[
         "Memory for keys and values: 512M, 2GiB, or a share like 0.5 or 50% of what is free.",
     ),
 ]
+NoFallback = Annotated[
+    bool,
+    typer.Option(
+        "--no-fallback",
+        help="Refuse an architecture that only transformers' own code can run.",
+        envvar="KVRUN_NO_FALLBACK",
+        show_envvar=True,
+        rich_help_panel=ENGINE,
+    ),
+]
 Threads = Annotated[int | None, _engine("--threads", "N", "CPU threads; default: every core.")]
 
 

@@ -182,7 +182,8 @@ def pull(name: str, offer: "Offer", *, quiet: bool = False, plain: bool = False)
 def _warn(config: dict[str, Any]) -> None:
     """Say before a long transfer when kvrun could not run what comes."""
     kind, stored = architecture(config), config.get("quantization_config")
-    if kind is not None and kind not in names("kvrun.runtime.models"):
+    known = names("kvrun.runtime.models")
+    if kind and kind not in known and load("kvrun.runtime.fallback", "load").refusal(config):
         note(f"note: kvrun does not know the architecture '{kind[:40]}'")
     method = stored.get("quant_method") if isinstance(stored, dict) else None
     if method is not None and str(method).replace("-", "_") not in names("kvrun.runtime.quant"):

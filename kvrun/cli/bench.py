@@ -50,6 +50,7 @@ def micro(
     max_model_len: options.MaxModelLen = None,
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
+    no_fallback: options.NoFallback = False,
     engine: bench.Engine = None,
     yes: options.Yes = False,
 ) -> None:
@@ -70,7 +71,7 @@ def micro(
     subject = run.Subject.of(
         bench.model_name(model, shape, yes), shape, random, engine=engine or (), threads=threads,
         roofline=not no_roofline, device=device, dtype=dtype, max_model_len=max_model_len,
-        kv_memory=options.memory(kv_memory), quantize=quantize,
+        kv_memory=options.memory(kv_memory), quantize=quantize, fallback=not no_fallback,
     )  # fmt: skip
     run.micro(subject, todo, repetitions, seed, out, shown=not no_progress)
 
@@ -104,6 +105,7 @@ def latency(
     max_model_len: options.MaxModelLen = None,
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
+    no_fallback: options.NoFallback = False,
     engine: bench.Engine = None,
     yes: options.Yes = False,
 ) -> None:
@@ -122,7 +124,7 @@ def latency(
     subject = run.Subject.of(
         bench.model_name(model, shape, yes), shape, random, engine=engine or (), threads=threads,
         roofline=not no_roofline, device=device, dtype=dtype, max_model_len=max_model_len,
-        kv_memory=options.memory(kv_memory), quantize=quantize,
+        kv_memory=options.memory(kv_memory), quantize=quantize, fallback=not no_fallback,
     )  # fmt: skip
     run.latency(
         subject, work, warm_ups=warm_ups, repetitions=repetitions, seed=seed, out=out,
@@ -150,6 +152,7 @@ def throughput(
     max_model_len: options.MaxModelLen = None,
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
+    no_fallback: options.NoFallback = False,
     engine: bench.Engine = None,
     yes: options.Yes = False,
 ) -> None:
@@ -168,7 +171,7 @@ def throughput(
     subject = run.Subject.of(
         bench.model_name(model, shape, yes), shape, random, engine=engine or (), threads=threads,
         roofline=not no_roofline, device=device, dtype=dtype, max_model_len=max_model_len,
-        kv_memory=options.memory(kv_memory), quantize=quantize,
+        kv_memory=options.memory(kv_memory), quantize=quantize, fallback=not no_fallback,
     )  # fmt: skip
     run.throughput(subject, todo, repetitions, seed, out, shown=not no_progress)
 

@@ -134,6 +134,7 @@ def command(
     max_model_len: options.MaxModelLen = None,
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
+    no_fallback: options.NoFallback = False,
 ) -> None:
     """Talk to a model: one answer to a PROMPT or to piped text, else a conversation."""
     sampling = options.chosen(
@@ -154,6 +155,7 @@ def command(
         "max_model_len": max_model_len,
         "kv_memory": options.memory(kv_memory),
         "threads": threads,
+        "fallback": not no_fallback,
     }
     name, words = _model_and_prompt(model_or_prompt, prompt, model)
     style = _Style(as_json, plain or _is_dumb(), stats, yes, tuple(image or ()))
@@ -307,6 +309,8 @@ async def _get_ready(session: "Session", settings: "Settings", style: _Style) ->
     with Waiting(f"starting {session.name} …", shown=not style.plain):
         await session.ready()
     settings.learn(session.text.generation_defaults)
+    if session.engine.note:
+        note(f"note: {session.engine.note}")
     if not session.text.chat_template_known:
         note(f"note: '{session.name}' has no chat template; it gets the text as it is")
 

@@ -81,16 +81,17 @@ def _adapter_facts(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _facts(model: str, folder: Path) -> dict[str, Any]:
-    from kvrun.folder import names
     from kvrun.runtime.plan import examine
 
-    known = names("kvrun.runtime.models")
     facts = examine(folder)
+    runs_by, refused = _path(facts.model_type, folder)
     return {
         "model": model,
         "folder": str(folder),
         "architecture": facts.model_type,
-        "supported": facts.model_type in known,
+        "supported": refused is None,
+        "runs_by": runs_by,
+        "refused": refused,
         "parameters": facts.parameters,
         "layers": facts.layers,
         "context": facts.context,
@@ -102,6 +103,17 @@ def _facts(model: str, folder: Path) -> dict[str, Any]:
         "adapters": _adapters(model, folder),
         **_fit(facts),
     }
+
+
+def _path(kind: str, folder: Path) -> tuple[str | None, str | None]:
+    """Whose code runs a model, a family's or transformers'; and why nobody's does."""
+    from kvrun.folder import load, names
+
+    if kind in names("kvrun.runtime.models"):
+        return "kvrun", None
+    raw = json.loads((folder / "config.json").read_bytes())
+    reason = load("kvrun.runtime.fallback", "load").refusal(raw)
+    return (None, reason) if reason else ("transformers", None)
 
 
 def _fit(facts: Any) -> dict[str, Any]:
@@ -147,7 +159,11 @@ def _adapters(model: str, folder: Path) -> list[str]:
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     from kvrun.runtime.plan import size
 
-    support = "" if facts["supported"] else " (kvrun does not know it)"
+    support = {
+        "kvrun": "",
+        "transformers": " (by transformers' own code, checked when it is loaded)",
+        None: f" (kvrun does not know it): {facts['refused']}",
+    }[facts["runs_by"]]
     count = facts["parameters"]
     weights = f"{size(facts['bytes'])}, {', '.join(facts['dtypes'])}"
     if facts["quant_method"]:

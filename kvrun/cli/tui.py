@@ -84,6 +84,7 @@ def command(
     max_model_len: options.MaxModelLen = None,
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
+    no_fallback: options.NoFallback = False,
     yes: options.Yes = False,
 ) -> None:
     """Ask a model and its adapters side by side, answered from one batch."""
@@ -102,6 +103,7 @@ def command(
         "max_model_len": max_model_len,
         "kv_memory": options.memory(kv_memory),
         "threads": threads,
+        "fallback": not no_fallback,
     }
     save = not (no_save or demo)
     if url is not None:

@@ -74,7 +74,7 @@ class Checkpoint:
         self.group = group
         self.parameter_bytes = 0  # of what was read, as this rank holds it
         self.products: list[tuple[Shard, ...]] = []  # what adapters can change, by its shards
-        dummy = load_format == "dummy"
+        self.dummy = dummy = load_format == "dummy"
         self._renamed: dict[str, str] = {}
         self._source: Source = RandomSource(seed) if dummy else FileSource(Path(folder))
 

@@ -52,6 +52,7 @@ class EngineConfig:
     threads: int | None = None  # torch threads on CPU; None: as many as a step is worth
     run_ahead: int | None = None
     cuda_graphs: bool = True
+    fallback: bool = True  # transformers' code for architectures without a family here
     # A long prompt of a large model takes minutes on a CPU; nothing honest takes longer than this.
     step_timeout: float = 600.0
     restarts: int = 3

@@ -196,6 +196,8 @@ class Running:
         )  # fmt: skip
         if ready.attention_note:
             log.event("attention", by=ready.attention, note=ready.attention_note)
+        if ready.note:
+            log.event("note", text=ready.note)
 
     async def _sweep(self) -> None:
         settings = self._service.settings

@@ -166,6 +166,8 @@ class Desk(App[KvrunError | None]):
             banner.update(printable(f"{host.failure}\n{kept}"))
         elif host.ready:
             self.board.engine_ready()
+            if host.session.engine.note:
+                self.notify(host.session.engine.note, markup=False)
             self.prompt.most = min(MOST_PASTE, BYTES_PER_TOKEN * host.session.context)
         self._aim()
 

@@ -404,3 +404,17 @@ def test_nothing_of_the_network_is_imported_for_what_is_here() -> None:
         | {"PYTHONPATH": str(Path(kvrun.__path__[0]).parent)},
     )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_show_says_whose_code_runs_a_model(kvrun_command: Run, tmp_path: Path) -> None:
+    source = Path(kvrun.__path__[0]) / "tiny"
+    (tmp_path / "model.safetensors").symlink_to(source / "model.safetensors")
+    told = {}
+    for kind in ("apertus", "jamba"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        told[kind] = json.loads(kvrun_command("show", str(tmp_path), "--json").out)
+    assert told["apertus"]["runs_by"] == "transformers"
+    assert told["apertus"]["supported"] is True
+    assert (told["jamba"]["runs_by"], told["jamba"]["supported"]) == (None, False)
+    assert "keep a state" in told["jamba"]["refused"]
+    assert "jamba (kvrun does not know it): its layers" in kvrun_command("show", str(tmp_path)).out

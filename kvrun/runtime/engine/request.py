@@ -124,3 +124,4 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True):
     attention: str
     attention_note: str = ""  # why not by a backend that would be faster
     load_seconds: float
+    note: str = ""  # one line for people, where there is something to know of the model

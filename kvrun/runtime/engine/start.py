@@ -30,6 +30,7 @@ from kvrun.runtime.engine.request import Ready
 from kvrun.runtime.engine.runner import ModelRunner
 from kvrun.runtime.engine.scheduler import Scheduler
 from kvrun.runtime.engine.slots import Slots
+from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.lora.bank import LoraBank
 from kvrun.runtime.lora.sites import Sites
@@ -75,7 +76,9 @@ def start(config: EngineConfig) -> Engine:
     backend, plan = _cache(config, model, backend_class, dtype, device, bank, features)
     runner = _runner(config, model, backend, plan, eos_ids, dtype, device, bank, features)
     decoder_only = model.start_id is None
-    captured = decoder_only and config.cuda_graphs and device.type == "cuda" and name in CAPTURED
+    note = _note(folder, device)
+    capturable = decoder_only and not note and name in CAPTURED
+    captured = capturable and config.cuda_graphs and device.type == "cuda"
     if captured:
         runner.capture(plan.max_num_seqs, dtype, cuda_capture(device))
     blocks = BlockPool(plan.num_blocks)
@@ -105,6 +108,7 @@ def start(config: EngineConfig) -> Engine:
         attention=name,
         attention_note=f"not by {FLASHINFER}: {why_not}" if why_not and name != "sdpa" else "",
         load_seconds=time.perf_counter() - begun,
+        note=note,
     )
     return Engine(
         scheduler,
@@ -318,7 +322,37 @@ def _load(config: EngineConfig, folder: Path, device: torch.device) -> tuple[Dec
             f"the weights need {size(needed)}, {size(free)} are free.",
             hint="choose a smaller model, or close other programs",
         )
-    return models.build(checkpoint), checkpoint.dtype
+    if checkpoint.config.text("model_type") in names(models.__name__):
+        return models.build(checkpoint), checkpoint.dtype
+    _refuse_fallback(config, checkpoint)
+    return load("kvrun.runtime.fallback", "load").build(checkpoint, folder), checkpoint.dtype
+
+
+def _refuse_fallback(config: EngineConfig, checkpoint: Checkpoint) -> None:
+    """Raise Unsupported where transformers' code may not or cannot stand in for a family."""
+    kind = checkpoint.config.text("model_type")
+    if config.fallback and not config.adapters:
+        return
+    checkpoint.close()
+    if config.adapters:
+        raise Unsupported(
+            f"adapters need a family of kvrun, and there is none for '{kind}'.",
+            hint="leave the adapters out",
+        )
+    raise Unsupported(
+        f"the architecture '{kind}' is not supported: kvrun has no family for it, and "
+        "transformers' own code is ruled out.",
+        hint="leave out --no-fallback (fallback=False)",
+    )
+
+
+def _note(folder: Path, device: torch.device) -> str:
+    """What there is to say of a model without a family here."""
+    kind = HFConfig.read(folder).text("model_type")
+    if kind in names(models.__name__):
+        return ""
+    graphs = ", without CUDA graphs" if device.type == "cuda" else ""
+    return f"{kind}: no family of kvrun; transformers' own code on kvrun's paged attention{graphs}"
 
 
 def _plan(

@@ -156,7 +156,8 @@ def _memory(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tenso
     if device.type != "cpu":
         return torch.empty(count, dtype=dtype, device=device)
     # Taken from the system only as it fills.
-    return torch.from_numpy(np.zeros(count * dtype.itemsize, np.uint8)).view(dtype)
+    memory = torch.from_numpy(np.zeros(max(count, 1) * dtype.itemsize, np.uint8))
+    return memory.view(dtype)[:count]  # torch gives nothing another dtype
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:

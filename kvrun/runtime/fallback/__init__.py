@@ -1,0 +1,1 @@
+"""JOB: any other architecture: transformers' modelling code on our paged attention."""

@@ -170,13 +170,7 @@ def unshared(part: Any) -> Any:
 
 def halved(part: Any) -> Any:
     """Gates and ups taken for the two halves of a stack in which they alternate."""
-
-    def experts(gate_up: Any, down: Any, act: str, gate_up_bias: Any, *rest: Any) -> Any:
-        both = torch.stack(gate_up.chunk(2, 1), 2).flatten(1, 2)
-        bias = torch.stack(gate_up_bias.chunk(2, 1), 2).flatten(1, 2)
-        return part(both, down, act, bias, *rest)
-
-    return experts
+    return lambda *args, **options: part(*args, **options | {"alternate": False})
 
 
 def dropped(part: Any) -> Any:

@@ -148,11 +148,12 @@ def test_dbrx_says_theta_among_the_options_of_attention(tmp_path: Path) -> None:
     assert stepwise(Driver(tmp_path), oracle) > TOLERANCE
 
 
-def test_experts_in_another_form_than_plain_matrices(tmp_path: Path) -> None:
+def test_experts_in_another_form_than_the_configuration_says(tmp_path: Path) -> None:
     zoo.make(tmp_path, "gpt_oss", "plain")
     zoo.edit_config(tmp_path, quantization_config={"quant_method": "mxfp4"})
-    with pytest.raises(Unsupported, match="mxfp4"):
+    with pytest.raises(BadCheckpoint, match="do not fit its config.json") as caught:
         build(Checkpoint(tmp_path))
+    assert "missing: model.layers.0.mlp.experts.gate_up_proj_blocks" in str(caught.value.cause)
 
 
 def before_five(values: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:

@@ -282,7 +282,7 @@ CODE_MUTATIONS = {
         replaced(gpt_oss, "top_softmax", by_softmax_top),
     ),
     "sinks off": ("gpt_oss", "plain", replaced(llama, "Attention", without("sinks"))),
-    "gates and ups do not alternate": ("gpt_oss", "plain", replaced(gpt_oss, "Experts", halved)),
+    "gates and ups do not alternate": ("gpt_oss", "plain", replaced(gpt_oss, "stacked", halved)),
     "correction in the weights": (
         "deepseek_v3",
         "plain",

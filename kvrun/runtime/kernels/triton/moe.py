@@ -122,13 +122,12 @@ def _coded(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """x [ROWS, K] at `x_at` times rows `own` [COLUMNS] of a stack of codes: [ROWS, COLUMNS]."""
-    j = tl.arange(0, 32)
     dtype: tl.constexpr = tl.float32 if INTERPRETED else x_at.dtype.element_ty
     rows = own[:, None]
     y = _multiply(
-        x_at[None, :], words_at + rows * WORDS + j[None, :], scale_at + rows * GROUPS,
-        zero_at + rows * GROUPS if ZERO else zero_at, table, 0, WORDS, j,
-        K, G, WORDS, FIELDS, PARTS, KIND, ZERO, ROWS, COLUMNS, 3, dtype, ASM,
+        x_at[None, :], words_at + rows * WORDS, scale_at + rows * GROUPS,
+        zero_at + rows * GROUPS if ZERO else zero_at, table, 0, WORDS,
+        K, G, WORDS, FIELDS, KIND, ZERO, ROWS, COLUMNS, 3, dtype,
     )  # fmt: skip
     return tl.trans(y)
 

@@ -70,6 +70,7 @@ def test_the_help_of_chat_has_groups_options_and_examples() -> None:
     for variable in re.findall(r"KVRUN_\w+", done.stdout):
         assert variable in {
             "KVRUN_MODEL", "KVRUN_DEVICE", "KVRUN_DTYPE", "KVRUN_MAX_MODEL_LEN", "KVRUN_KV_MEMORY",
+            "KVRUN_NO_FALLBACK",
             "KVRUN_THREADS", "KVRUN_QUANTIZE",
         }  # fmt: skip
     examples = done.stdout.partition("Examples:\n")[2].strip().splitlines()

@@ -90,16 +90,7 @@ def make_plan(
             f"{max_position:,} and is wrong beyond.",
             hint=f"max_model_len={max_position:,}, or a rope scaling in its config.json",
         )
-    if isinstance(kv_memory, int) and kv_memory > 1:
-        room = kv_memory
-    else:
-        default = CPU_KV_FRACTION if on_cpu else 1.0
-        room = int(free_bytes * (kv_memory or default))
-    if room > free_bytes:
-        raise Unsupported(
-            f"the KV cache was given {size(room)}, but {size(free_bytes)} are free.",
-            hint="ask for less kv_memory",
-        )
+    room = _room(kv_memory, free_bytes, on_cpu)
     most = most_blocks or sys.maxsize
     each = -(-wanted // block_size) + tables - 1
     enough = min(each * max_num_seqs + 1, most)
@@ -133,6 +124,21 @@ def _with_states(room: int, state_bytes: int, most: int) -> int:
             hint="free some memory",
         )
     return count
+
+
+def _room(kv_memory: int | float | None, free_bytes: int, on_cpu: bool) -> int:
+    """Bytes for keys, values and states."""
+    if isinstance(kv_memory, int) and kv_memory > 1:
+        room = kv_memory
+    else:
+        default = CPU_KV_FRACTION if on_cpu else 1.0
+        room = int(free_bytes * (kv_memory or default))
+    if room > free_bytes:
+        raise Unsupported(
+            f"the KV cache was given {size(room)}, but {size(free_bytes)} are free.",
+            hint="ask for less kv_memory",
+        )
+    return room
 
 
 @dataclass(frozen=True)

@@ -196,13 +196,13 @@ def test_the_system_prompt(chat: Run, scripted: ModuleType) -> None:
     assert prompts(scripted).startswith("<|system|>be brief<|end|><|user|>hi")
 
 
-def test_a_model_without_template_says_that_it_continues(
+def test_a_model_without_template_says_that_it_gets_the_text(
     kvrun_command: Run, scripted: ModuleType, tmp_path: Path
 ) -> None:
     folder = scripted.make_model(tmp_path / "m", template=False)
     result = kvrun_command("chat", "-m", str(folder), "Once upon")
     assert result.code == 0
-    assert "continues" in result.err
+    assert "it gets the text as it is" in result.err
     assert prompts(scripted) == "Once upon"
 
 

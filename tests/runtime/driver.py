@@ -74,11 +74,14 @@ class Driver:
     scattered: bool = True
     load_format: str = "auto"
 
-    def __post_init__(self) -> None:
+    def built(self) -> Decoder:
         checkpoint = Checkpoint(
             self.folder, dtype=self.dtype, group=self.group, load_format=self.load_format
         )
-        self.model: Decoder = build(checkpoint)
+        return build(checkpoint)
+
+    def __post_init__(self) -> None:
+        self.model = self.built()
         cpu = torch.device("cpu")
         self.backend = Attention(
             KVCache(self.model.specs, self.num_blocks, self.block_size, self.dtype, cpu),

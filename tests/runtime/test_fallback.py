@@ -11,10 +11,10 @@ from transformers.models.apertus import modeling_apertus
 
 from kvrun import LLM, SamplingParams
 from kvrun.errors import BadCheckpoint, Unsupported
-from kvrun.runtime.attention.sdpa import Attention
-from kvrun.runtime.cache.tensors import KVCache, bytes_per_block
+from kvrun.runtime.cache.tensors import bytes_per_block
 from kvrun.runtime.checkpoint import Checkpoint
 from kvrun.runtime.fallback.load import build, refusal
+from kvrun.runtime.layers.decoder import Decoder
 from tests.runtime.driver import Driver
 from tests.runtime.models import zoo
 from tests.runtime.models.compare import TOLERANCE, prompt, reference, stepwise, worst
@@ -56,14 +56,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 class Foreign(Driver):
     """The driver of native families, with a model of transformers."""
 
-    def __post_init__(self) -> None:
-        self.model = build(Checkpoint(self.folder, dtype=self.dtype), self.folder)
-        cache = KVCache(
-            self.model.specs, self.num_blocks, self.block_size, self.dtype, torch.device("cpu")
-        )
-        self.backend = Attention(cache, self.dtype)
-        self.free = list(range(self.num_blocks - 1, 0, -1))
-        self.lengths, self.blocks = {}, {}
+    def built(self) -> Decoder:
+        return build(Checkpoint(self.folder, dtype=self.dtype), self.folder)
 
 
 @pytest.mark.parametrize("kind", KINDS)

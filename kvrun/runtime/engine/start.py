@@ -75,28 +75,11 @@ def start(config: EngineConfig) -> Engine:
     features = Features.of(model, dtype, _free_bytes(device))
     backend, plan = _cache(config, model, backend_class, dtype, device, bank, features)
     runner = _runner(config, model, backend, plan, eos_ids, dtype, device, bank, features)
-    decoder_only = model.start_id is None
     note = _note(folder, device)
-    capturable = decoder_only and not note and name in CAPTURED
+    capturable = model.start_id is None and not note and name in CAPTURED
     captured = capturable and config.cuda_graphs and device.type == "cuda"
     if captured:
         runner.capture(plan.max_num_seqs, dtype, cuda_capture(device))
-    blocks = BlockPool(plan.num_blocks)
-    scheduler = Scheduler(
-        blocks,
-        PrefixCache(blocks, plan.block_size)
-        if config.prefix_caching and decoder_only and not model.states
-        else None,
-        block_size=plan.block_size,
-        max_num_seqs=plan.max_num_seqs,
-        max_num_batched_tokens=cast(int, config.max_num_batched_tokens),
-        # A turn that fails behind another one could not go back to the state before both.
-        turns=TURNS if captured and not model.states else 1,
-        shares=not model.states,
-        eos_ids=frozenset(eos_ids),
-        bank=bank,
-        sources=None if decoder_only else SourceCache(blocks, shared=config.prefix_caching),
-    )
     ready = Ready(
         plan=plan.line() + _uncaptured(config, model, device, captured),
         max_model_len=plan.max_model_len,
@@ -111,7 +94,7 @@ def start(config: EngineConfig) -> Engine:
         note=note,
     )
     return Engine(
-        scheduler,
+        _scheduler(config, model, plan, captured, eos_ids, bank),
         runner,
         Limits(
             model.vocab_size,
@@ -123,6 +106,28 @@ def start(config: EngineConfig) -> Engine:
         seed=config.seed,
         run_ahead=cast(int, config.run_ahead),
         bank=bank,
+    )
+
+
+def _scheduler(
+    config: EngineConfig, model: Decoder, plan: Plan, captured: bool,
+    eos_ids: tuple[int, ...], bank: LoraBank | None,
+) -> Scheduler:  # fmt: skip
+    blocks = BlockPool(plan.num_blocks)
+    decoder_only = model.start_id is None
+    shares = config.prefix_caching and decoder_only and not model.states
+    return Scheduler(
+        blocks,
+        PrefixCache(blocks, plan.block_size) if shares else None,
+        block_size=plan.block_size,
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=cast(int, config.max_num_batched_tokens),
+        # A turn that fails behind another one could not go back to the state before both.
+        turns=TURNS if captured and not model.states else 1,
+        shares=not model.states,
+        eos_ids=frozenset(eos_ids),
+        bank=bank,
+        sources=None if decoder_only else SourceCache(blocks, shared=config.prefix_caching),
     )
 
 

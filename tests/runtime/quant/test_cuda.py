@@ -33,11 +33,11 @@ def test_products_and_sums(method: str, ordered: bool, rows: int) -> None:
     x, add, bias = torch.randn(rows, K), torch.randn(rows, N), torch.randn(N)
     weight = Fused(made, bias)
     ref = F.linear(x, values, bias)
-    assert off(weight.matmul(x), ref) < 1e-4
-    assert off(weight.matmul(x, add.clone()), ref + add) < 1e-4
+    assert off(weight.matmul(x), ref) < 2e-4
+    assert off(weight.matmul(x, add.clone()), ref + add) < 2e-4
     out, kept = torch.empty(rows, N), add.clone()
     assert weight.matmul(x, kept, out) is out
-    assert off(out, ref + add) < 1e-4
+    assert off(out, ref + add) < 2e-4
 
 
 def test_what_comes_before_is_taken_in_where_it_can_be() -> None:
@@ -47,7 +47,7 @@ def test_what_comes_before_is_taken_in_where_it_can_be() -> None:
     x = torch.randn(3, K)
     assert weight.takes_in(3)
     got = weight.matmul(x, norm=norm, eps=1e-5)
-    assert off(got, F.rms_norm(x, (K,), norm, 1e-5) @ values.t()) < 1e-4
+    assert off(got, F.rms_norm(x, (K,), norm, 1e-5) @ values.t()) < 2e-4
     assert not weight.takes_in(30)
     assert not Fused(made._replace(order=torch.randperm(K)), None).takes_in(3)
 

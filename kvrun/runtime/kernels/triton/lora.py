@@ -23,6 +23,7 @@ RANKS = 16  # of a block: the least that tensor cores multiply
 _FEW_TILES = 16  # up to which the input is cut as finely as it goes
 _TALL = 16  # rows of a tile beyond which it is a prompt's
 _MOST_PIECES = 32
+_COUNTED = 128  # tiles that are counted on the device; a step with room for more has work for all
 _NARROW = 128  # outputs of a turn where a tile has several rows: what registers hold
 _LIMIT = {"maxnreg": 128}  # so that enough programs are there at once to keep memory busy
 _FEWEST_PIECES = 8  # where many rows may be few tiles: all of one adapter
@@ -65,7 +66,7 @@ def expand(
         sums, y, arena, table, rows, tiles, places, len(tiles), len(places),
         count, y.stride(0), table.stride(0), width, pieces, 1.0 / features, eps or 0.0,
         CHUNK=_chunk(pieces, block_m), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=RANKS,
-        TILES=triton.next_power_of_2(len(tiles)), SHARE=block_n // min(block_n, _NARROW),
+        COUNTED=_COUNTED, SHARE=block_n // min(block_n, _NARROW),
         NORM=eps is not None,
         ALIGNED=all(out % 8 == 0 for out in outs), WIDE=y.device.type == "cpu",
         num_warps=4, **(_LIMIT if sum(outs) > 8192 else {}), **overlap(y.device),
@@ -222,19 +223,19 @@ def _expand(
     sums, y, arena, table, rows, tiles, places, room, spots,
     count, y_stride, table_stride, width, pieces, per_feature, eps,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    TILES: tl.constexpr, SHARE: tl.constexpr,
+    COUNTED: tl.constexpr, SHARE: tl.constexpr,
     NORM: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Of one tile of rows, BLOCK_N outputs of one part, or a share of them where tiles are few."""
     release(PDL)
-    program, every = tl.program_id(0), tl.arange(0, TILES)
+    program, every = tl.program_id(0), tl.arange(0, COUNTED)
     talls = tl.load(tiles + 3 * every + 2, mask=every < room, other=0)
     live = tl.sum((talls > 0).to(tl.int32), 0)
     # Programs without a tile of their own take shares of those there are.
-    split = SHARE > 1 and live * SHARE <= room
+    split = SHARE > 1 and live * SHARE <= room and room <= COUNTED
     per_tile = spots * SHARE if split else spots
     tile, spot = program // per_tile, program % per_tile
-    if tile >= live:
+    if room <= COUNTED and tile >= live:
         wait(PDL)  # a kernel that waits for nobody would let the next one start too early
         return
     place = places + 4 * (spot // SHARE if split else spot)

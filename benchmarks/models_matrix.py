@@ -64,11 +64,11 @@ that depend on the longest sequence beyond the length where they do. Adapters, q
 and CUDA graphs are not there for these. `kvrun show` says which way a model takes. In the tests:
 Apertus, HunYuan dense, ERNIE 4.5 MoE, VaultGemma, Persimmon.
 
-Llama and Qwen 3 have been measured on a GPU. There, greedy answers of small random checkpoints equal
-transformers' for mixtral, deepseek_v3, gpt2, gemma3_text, gpt_oss, cohere, bloom and falcon. What a
-GPU runs for the others is tested by the twins of its kernels, on CPU. Any other architecture that
-transformers has a causal model of runs by its code on kvrun's paged attention, if a probe of it
-passes; `kvrun show` says which way a model takes, `--no-fallback` refuses.
+Llama and Qwen 3 have been measured on a GPU. There, greedy answers of small random checkpoints in
+fp32 were those of the CPU or of transformers for mixtral, deepseek_v2, deepseek_v3, gpt2,
+gemma3_text, gpt_oss, cohere, bloom, falcon, llama4_text, mamba, mamba2, granitemoehybrid, t5, the
+families that take images, and Apertus by transformers' code. What a GPU runs for the others is
+tested by the twins of its kernels, on CPU.
 
 """
 

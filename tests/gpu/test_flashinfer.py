@@ -75,6 +75,7 @@ def test_attends_as_the_twin_does(
     backend: ModuleType,
     kind: tuple[tuple[int, int, int], torch.dtype, dict[str, Any]],
     lengths: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (heads, kv_heads, dim), dtype, options = kind
     generator = torch.Generator(CUDA).manual_seed(0)
@@ -99,6 +100,7 @@ def test_attends_as_the_twin_does(
     )
     slots = tables[owners, places // PAGE].long() * PAGE + places % PAGE
     q, k, v = random(sum(news), heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], 1)
+    monkeypatch.setattr(backend, "FAR", 0)
     own = backend.Attention(cache, dtype)
     ends = torch.tensor([0, *accumulate(news)], device=CUDA)
     for repeat in range(3):  # the second and third plan into used buffers
@@ -138,6 +140,7 @@ def test_tiny_answers_alike(
 ) -> None:
     """Every record's best token leads by 0.1 or more; bf16 turns few of them."""
     monkeypatch.setattr(backend, "LONG", 16)
+    monkeypatch.setattr(backend, "FAR", 0)
     records = json.loads((FOLDER / "chat.json").read_text())
     options: dict[str, Any] = {"cuda_graphs": graphs, "max_num_batched_tokens": budget}
     options = {name: value for name, value in options.items() if value is not None}

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 # What of a layer's specification its kernels do; any other option is left to others.
 KNOWN = frozenset({"layer", "heads", "kv_heads", "head_dim", "scale", "window", "softcap"})
-LONG = 1024  # queries of a sequence from which planning on the host pays
+LONG = 1024  # queries of a sequence from which planning on the host pays,
+FAR = 4096  # and keys from which these kernels are the faster ones
 MOST = 4  # sequences of a step that are planned; the others are left to our own kernels
 # Plans that may be on their way to the device: two steps' worth.
 RING = 2 * MOST
@@ -80,7 +81,8 @@ class Step:
 
 
 class Attention(Own):
-    """As the Triton backend, but for sequences of `LONG` queries in steps that are launched."""
+    """As the Triton backend, but for sequences of `LONG` queries and `FAR` keys in
+    steps that are launched."""
 
     def __init__(self, cache: KVCache, dtype: torch.dtype) -> None:
         super().__init__(cache, dtype)
@@ -167,7 +169,8 @@ class Attention(Own):
             pages = -(-contexts[i] // batch.block_size)
             fresh = queries[i] == contexts[i]
             room = fresh or pages * batch.block_size <= fits
-            if queries[i] < LONG or not room or len(longs) == MOST:
+            short = queries[i] < LONG or contexts[i] < FAR
+            if short or not room or len(longs) == MOST:
                 continue
             close(i)
             begun = i + 1

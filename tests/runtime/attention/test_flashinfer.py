@@ -40,6 +40,7 @@ def backend(asked: list[list[Any]], monkeypatch: pytest.MonkeyPatch) -> ModuleTy
     """Its file, for tensors on the CPU, where 6 queries are many."""
     found = load("kvrun.runtime.attention", "flashinfer")
     monkeypatch.setattr(found, "LONG", 6)
+    monkeypatch.setattr(found, "FAR", 0)
     monkeypatch.setattr(found, "_pinned", lambda values: torch.tensor(values, dtype=torch.int32))
     event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)

@@ -228,16 +228,18 @@ def _expand(
 ):  # fmt: skip
     """Of one tile of rows, BLOCK_N outputs of one part, or a share of them where tiles are few."""
     release(PDL)
-    program, every = tl.program_id(0), tl.arange(0, COUNTED)
-    talls = tl.load(tiles + 3 * every + 2, mask=every < room, other=0)
-    live = tl.sum((talls > 0).to(tl.int32), 0)
-    # Programs without a tile of their own take shares of those there are.
-    split = SHARE > 1 and live * SHARE <= room and room <= COUNTED
-    per_tile = spots * SHARE if split else spots
+    program, per_tile, split = tl.program_id(0), spots, False
+    if SHARE > 1:
+        # Programs without a tile of their own take shares of those there are.
+        every = tl.arange(0, COUNTED)
+        talls = tl.load(tiles + 3 * every + 2, mask=every < room, other=0)
+        live = tl.sum((talls > 0).to(tl.int32), 0)
+        split = live * SHARE <= room and room <= COUNTED
+        per_tile = spots * SHARE if split else spots
+        if room <= COUNTED and program >= live * per_tile:
+            wait(PDL)  # a kernel that waits for nobody would let the next one start too early
+            return
     tile, spot = program // per_tile, program % per_tile
-    if room <= COUNTED and tile >= live:
-        wait(PDL)  # a kernel that waits for nobody would let the next one start too early
-        return
     place = places + 4 * (spot // SHARE if split else spot)
     slot = tl.load(tiles + 3 * tile)
     part, n0, out, column = (

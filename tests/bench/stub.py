@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import suppress
 
 
 class Stub:
@@ -20,6 +21,7 @@ class Stub:
         self.models = ["stub"]
         self.requests: list[tuple[str, str, dict[str, str], dict]] = []
         self.connections = 0
+        self._tasks: list[asyncio.Task] = []
         self.drop_before_answer = 0  # so many requests get their connection closed
 
     def answers(self, *texts: str, usage: int | None = None, chat: bool = False) -> None:
@@ -42,10 +44,14 @@ class Stub:
 
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
+        for task in self._tasks:  # of clients that have kept their connection
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._server.wait_closed()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self._tasks.append(asyncio.current_task())
         try:
             while await self._answer(reader, writer):
                 pass
@@ -53,6 +59,8 @@ class Stub:
             pass  # the client has gone
         finally:
             writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         first = (await reader.readline()).decode().split()

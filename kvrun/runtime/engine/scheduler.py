@@ -336,8 +336,7 @@ class Scheduler:
             return None
         if self._stuck is not None and self._stuck == (sequence, self.pool.free):
             return None  # looking up a long prefix in vain, step after step, would cost
-        shared = self._shares and known_prefix(sequence, self.prefix, self._size)
-        blocks, keys = shared or ([], [])
+        blocks, keys = known_prefix(sequence, self.prefix, self._size) if self._shares else ([], [])
         source = self._sources.lookup(*sequence.source_key) if self._sources else []
         unread = 0 if source else -(-len(sequence.source) // self._size)
         missing = -(-sequence.length // self._size) - len(blocks) + unread

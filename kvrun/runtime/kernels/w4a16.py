@@ -76,9 +76,9 @@ def linear(
 ) -> torch.Tensor:
     """x [M, K] · matrix [N, K] transposed + bias [N] + add [M, N] -> [M, N] in x's dtype.
 
-    `norm`, `eps`, `act`, `out`: as in `skinny.linear`. Sums are in fp32. The matrix is not rounded
-    to x's dtype before its scale is multiplied in, so that results may differ from those of
-    `dequantise` by that rounding. `matrix.order` is not looked at: x has the order of the codes.
+    `norm`, `eps`, `act`, `out`: as in `skinny.linear`. Sums are in fp32. Whether values are rounded
+    to x's dtype before they are multiplied depends on the form that a kernel takes; here they are
+    not. `matrix.order` is not looked at: x has the order of the codes.
     """
     row = x.float()
     if norm is not None:

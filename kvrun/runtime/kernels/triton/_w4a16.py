@@ -283,10 +283,10 @@ def dot(
     x, words, scale, zero, table, bias, add, out, parts, counters,
     M, N, groups, x_stride, word_stride, add_stride, out_stride, span, splits,
     K: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr,
-    PARTS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr,
+    KIND: tl.constexpr, ZERO: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     BIAS: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
-    ASM: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, transposed [BLOCK_N, ROWS], over words `span` · split and on."""
     release(PDL)

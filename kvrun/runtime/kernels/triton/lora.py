@@ -3,7 +3,7 @@
 Two launches for a product, whatever parts it has and whatever adapters and ranks its rows have.
 `shrink` cuts the input among programs and leaves fp32 sums of its pieces, which `expand` adds in
 their order, so that equal inputs give equal bits. Programs are laid out for as many tiles as there
-can be, and those without work end after reading one number: a captured step serves any mix. Both
+can be, and those without work end early or, in `expand`, help: a captured step serves any mix. Both
 kernels read their adapter's first matrix, which no step writes, before they wait for the kernel in
 front of them.
 """
@@ -26,7 +26,8 @@ _TALL = 16  # rows of a tile beyond which it is a prompt's
 _MOST_PIECES = 32
 _COUNTED = 128  # tiles that are counted on the device; a step with room for more has work for all
 _NARROW = 128  # outputs of a turn where a tile has several rows: what registers hold
-_LIMIT = {"maxnreg": 128}  # so that enough programs are there at once to keep memory busy
+# Registers, where a product is so wide that memory is busy only if many programs are there at once.
+_WIDE, _LIMIT = 8192, {"maxnreg": 128}
 _FEWEST_PIECES = 8  # where many rows may be few tiles: all of one adapter
 
 
@@ -70,7 +71,7 @@ def expand(
         COUNTED=_COUNTED, SHARE=block_n // min(block_n, _NARROW),
         NORM=eps is not None,
         ALIGNED=all(out % 8 == 0 for out in outs), WIDE=y.device.type == "cpu",
-        num_warps=4, **(_LIMIT if sum(outs) > 8192 else {}), **overlap(y.device),
+        num_warps=4, **(_LIMIT if sum(outs) > _WIDE else {}), **overlap(y.device),
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Products with matrices of codes that become values in registers; twin: kernels/w4a16.py.
 
 Two forms, as in `skinny.py`: `fma` multiplies and adds in fp32, for the fewest rows; `dot` uses
-tensor cores, codes as their left operand in x's dtype, which holds them exactly, and scales on
-the sums. What is beyond both is turned into values first.
+tensor cores, their left operand values that are rounded once to x's dtype. What is beyond both is
+turned into values first.
 """
 
 from functools import cache
@@ -64,7 +64,7 @@ def run(
         return out
     options = {
         **_options(matrix), "ROWS": form.rows, "BLOCK_N": form.block_n,
-        "BIAS": bias is not None, "ADD": add is not None, "ASM": device.type == "cuda",
+        "BIAS": bias is not None, "ADD": add is not None,
         "num_warps": form.warps, **overlap(device),
     }  # fmt: skip
     words = _words(matrix)
@@ -77,7 +77,8 @@ def run(
     if not form.dot:
         fma[(tiles,)](
             x, *stored, bias, add, norm, out, m, n, *strides, eps,
-            NORM=norm is not None, ACT=act or "", BLOCK_W=form.block_w, **options,
+            NORM=norm is not None, ACT=act or "", BLOCK_W=form.block_w, PARTS=_parts(matrix),
+            ASM=device.type == "cuda", **options,
         )  # fmt: skip
         return out
     assert norm is None
@@ -103,7 +104,6 @@ def dequantise(matrix: Coded, dtype: torch.dtype, out: torch.Tensor | None = Non
     if out is None:
         out = torch.empty((n, k), dtype=dtype, device=matrix.codes.device)
     options, words = _options(matrix), _words(matrix)
-    del options["PARTS"]
     values[(triton.cdiv(n, 32), triton.cdiv(words.shape[1], WORDS))](
         words, matrix.scale, matrix.zero, matrix.table, out,
         n, matrix.scale.shape[1], words.stride(0),
@@ -147,16 +147,20 @@ def _options(matrix: Coded) -> dict[str, Any]:
     """What a kernel is compiled for."""
     eight = matrix.codes.dtype is not torch.int32
     kind = "fp8" if eight else "table" if matrix.table is not None else f"int{matrix.bits}"
-    group, whole = min(matrix.group, matrix.columns), block(matrix.bits)
     return {
         "K": matrix.columns,
-        "G": group,
+        "G": min(matrix.group, matrix.columns),
         "WORDS": _words(matrix).shape[-1],
         "FIELDS": 32 // matrix.bits,
-        "PARTS": max(1, whole // group) if not eight and group < matrix.columns else 1,
         "KIND": kind,
         "ZERO": matrix.zero is not None,
     }
+
+
+def _parts(matrix: Coded) -> int:
+    """How many groups of columns the fields of a word belong to."""
+    inside = matrix.group < matrix.columns and matrix.codes.dtype is torch.int32
+    return max(1, block(matrix.bits) // matrix.group) if inside else 1
 
 
 def _cut(form: Form, words: int) -> tuple[int, int]:

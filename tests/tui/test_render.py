@@ -3,9 +3,9 @@
 # ruff: noqa: E501  (the widest drawing has 200 columns)
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
-from collections.abc import Callable
 import pytest
 
 from kvrun.tui.pulse import Pulse

@@ -179,15 +179,23 @@ def _decode(
     KEYS: tl.constexpr, AHEAD: tl.constexpr, AT_ONCE: tl.constexpr,
     CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A part of a sequence for the `SHARE` heads of a kv head, which are the rows of a tile."""
-    wait(PDL)
-    release(PDL)
+    """A part of a sequence for the `SHARE` heads of a kv head, which are the rows of a tile.
+
+    Lengths and tables are those of a whole step, written before kernels that do not overlap: they
+    are read, and the part is found, before the wait.
+    """
     kv, item, items = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     row, part, count, share, length = _part(
         lengths_at, item, batch, target, WINDOW, CHUNK, KEYS, BATCH
     )
     if row >= batch:
         return
+    first = part * share + _unseen(length, WINDOW, CHUNK)
+    end = tl.minimum(first + share, length)
+    tables_at += row.to(tl.int64) * table_stride
+    pages = pages_of(tables_at, first + tl.arange(0, KEYS), end, BLOCK_SIZE)
+    wait(PDL)
+    release(PDL)
     group, columns = tl.arange(0, ROWS), tl.arange(0, PADDED)
     real = group < SHARE
     inside = real[:, None] & (columns < DIM)[None, :]
@@ -198,10 +206,9 @@ def _decode(
     if alibi_at is not None:
         slopes = tl.load(alibi_at + heads, mask=real, other=0.0)
     top, total = begin(sinks_at, heads, real, part == 0)
-    first = part * share + _unseen(length, WINDOW, CHUNK)
     top, total, acc = _walk(
-        q, top, total, cache_at + kv * DIM, tables_at + row.to(tl.int64) * table_stride,
-        first, tl.minimum(first + share, length), group * 0 + (length - 1), slopes,
+        q, top, total, cache_at + kv * DIM, tables_at, pages,
+        first, end, group * 0 + (length - 1), slopes,
         SCALE, UNIT, SOFTCAP, KV_HEADS, DIM, PADDED, BLOCK_SIZE, KEYS, AHEAD,
     )  # fmt: skip
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -230,15 +237,13 @@ def _decode(
 
 @triton.jit
 def _walk(
-    q, top, total, cache_at, table_at, first, end, positions, slopes,
+    q, top, total, cache_at, table_at, pages, first, end, positions, slopes,
     SCALE: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """All keys from `first` to `end`, tile by tile; all are visible."""
+    """All keys from `first` to `end`, tile by tile; all are visible. `pages`: of the first tile."""
     acc = tl.zeros([q.shape[0], PADDED], tl.float32)
-    if AHEAD:
-        pages = pages_of(table_at, first + tl.arange(0, KEYS), end, BLOCK_SIZE)
     for start in range(first, end, KEYS):
         tokens = start + tl.arange(0, KEYS)
         seen = tokens < end

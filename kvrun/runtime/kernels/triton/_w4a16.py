@@ -7,6 +7,7 @@ belong to. Of e4m3 a word is what lies in 4 neighbouring columns, and is read as
 import triton
 import triton.language as tl
 
+from kvrun.runtime.kernels.triton._codes import multiply_codes
 from kvrun.runtime.kernels.triton._overlap import release, wait
 from kvrun.runtime.kernels.triton._skinny import _arrive, _collect, _finish, _input
 
@@ -283,10 +284,10 @@ def dot(
     x, words, scale, zero, table, bias, add, out, parts, counters,
     M, N, groups, x_stride, word_stride, add_stride, out_stride, span, splits,
     K: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr,
-    KIND: tl.constexpr, ZERO: tl.constexpr,
+    PARTS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     BIAS: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
-    PDL: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, transposed [BLOCK_N, ROWS], over words `span` · split and on."""
     release(PDL)
@@ -297,12 +298,21 @@ def dot(
     first = split * span
     dtype: tl.constexpr = tl.float32 if WIDE else x.dtype.element_ty
     wait(PDL)
-    y = _multiply(
-        x + tl.minimum(m, M - 1).to(tl.int64) * x_stride, words + own * word_stride,
-        scale + own * groups, zero + own * groups if ZERO else zero, table,
-        first, tl.minimum(first + span, WORDS),
-        K, G, WORDS, FIELDS, KIND, ZERO, ROWS, BLOCK_N, STAGES, dtype,
-    )  # fmt: skip
+    rows = x + tl.minimum(m, M - 1).to(tl.int64) * x_stride
+    words, scale = words + own * word_stride, scale + own * groups
+    if ZERO:
+        zero += own * groups
+    last = tl.minimum(first + span, WORDS)
+    if KIND == "int4" or KIND == "int8":
+        y = multiply_codes(
+            rows, words, scale, zero, first, last,
+            K, G, WORDS, FIELDS, PARTS, KIND, ZERO, ROWS, BLOCK_N, STAGES, ASM, dtype,
+        )  # fmt: skip
+    else:
+        y = _multiply(
+            rows, words, scale, zero, table, first, last,
+            K, G, WORDS, FIELDS, KIND, ZERO, ROWS, BLOCK_N, STAGES, dtype,
+        )  # fmt: skip
     if SPLIT:
         parts += tile * splits * ((BLOCK_N + 1) * ROWS)
         part = parts + split * ((BLOCK_N + 1) * ROWS)

@@ -64,7 +64,7 @@ def run(
         return out
     options = {
         **_options(matrix), "ROWS": form.rows, "BLOCK_N": form.block_n,
-        "BIAS": bias is not None, "ADD": add is not None,
+        "BIAS": bias is not None, "ADD": add is not None, "PARTS": _parts(matrix),
         "num_warps": form.warps, **overlap(device),
     }  # fmt: skip
     words = _words(matrix)
@@ -77,7 +77,7 @@ def run(
     if not form.dot:
         fma[(tiles,)](
             x, *stored, bias, add, norm, out, m, n, *strides, eps,
-            NORM=norm is not None, ACT=act or "", BLOCK_W=form.block_w, PARTS=_parts(matrix),
+            NORM=norm is not None, ACT=act or "", BLOCK_W=form.block_w,
             ASM=device.type == "cuda", **options,
         )  # fmt: skip
         return out
@@ -91,6 +91,7 @@ def run(
     dot[(tiles, splits, triton.cdiv(m, form.rows))](
         x, *stored, bias, add, out, parts, counters, m, n, *strides, span, splits,
         SPLIT=splits > 1, STAGES=form.stages,
+        ASM=device.type == "cuda" and x.element_size() == 2,
         # Triton's interpreter multiplies the bits of bf16 as integers.
         WIDE=device.type == "cpu", **options,
     )  # fmt: skip

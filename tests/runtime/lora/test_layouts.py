@@ -131,7 +131,7 @@ def test_two_halves_of_one_matrix(tmp_path: Path) -> None:
 def test_rows_of_a_grouped_layout_in_plain_order_would_be_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvrun.runtime.lora.adapter.cut", lambda matrix, dim, ranges: matrix)
+    monkeypatch.setattr("kvrun.runtime.lora.pieces._cut", lambda matrix, dim, ranges: matrix)
     with pytest.raises(AssertionError):
         test_queries_keys_and_values(tmp_path, "grouped", 2, 1)
 

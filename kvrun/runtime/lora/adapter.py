@@ -85,12 +85,12 @@ class AdapterFolder:
                 raise BadCheckpoint(f"the adapter in {self.path} changes {module} twice.")
             self._pairs[place] = pair
 
-    def read(self, dtype: torch.dtype, *, pin: bool = False) -> tuple[torch.Tensor, str]:
+    def read(self, dtype: torch.dtype) -> tuple[torch.Tensor, str]:
         """The matrices, laid out, and a hash of the folder's content.
 
         Raises BadCheckpoint for values that are not finite, or are no longer so in `dtype`.
         """
-        flat = self._room(dtype, pin)
+        flat = self._room(dtype)
         matrices: dict[int, Matrix] = {}
         where = bits(flat)
         for place, pair in self._pairs.items():
@@ -106,11 +106,11 @@ class AdapterFolder:
         check_finite(flat, self.path, dtype)
         return flat, blake2b(self._config + b"".join(hashes), digest_size=16).hexdigest()
 
-    def _room(self, dtype: torch.dtype, pin: bool) -> torch.Tensor:
+    def _room(self, dtype: torch.dtype) -> torch.Tensor:
         """The whole stretch; where matrices leave gaps between them there are zeros."""
         size = self.layout.size
         filled = sum(r * sum(self._sites.shard(p).shape) for p, r in self.ranks.items())
-        flat = torch.empty(size, dtype=dtype, pin_memory=pin)
+        flat = torch.empty(size, dtype=dtype)
         return flat if filled == size else flat.zero_()
 
     def _lay_in(self, matrices: list[Matrix], dtype: torch.dtype) -> list[bytes]:

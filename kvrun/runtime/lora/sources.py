@@ -22,7 +22,7 @@ class Source(Protocol):
     ranks: dict[Place, int]
     layout: Layout
 
-    def read(self, dtype: torch.dtype, *, pin: bool = False) -> tuple[torch.Tensor, str]:
+    def read(self, dtype: torch.dtype) -> tuple[torch.Tensor, str]:
         """The matrices, laid out, and what tells them from all others. May take long."""
 
 
@@ -50,8 +50,8 @@ class RandomAdapter:
         }
         self.layout = sites.lay_out(self.ranks)
 
-    def read(self, dtype: torch.dtype, *, pin: bool = False) -> tuple[torch.Tensor, str]:
-        flat = torch.empty(self.layout.size, dtype=dtype, pin_memory=pin)
+    def read(self, dtype: torch.dtype) -> tuple[torch.Tensor, str]:
+        flat = torch.empty(self.layout.size, dtype=dtype)
         generator = torch.Generator().manual_seed(self._seed)
         # A large one repeats a stretch: making normal values costs more than copying them.
         some = torch.empty(min(flat.numel(), 1 << 20)).normal_(0.0, 0.01, generator=generator)
@@ -84,8 +84,8 @@ class Blend:
             )
         self.layout = sites.lay_out(self.ranks)
 
-    def read(self, dtype: torch.dtype, *, pin: bool = False) -> tuple[torch.Tensor, str]:
-        flat = torch.zeros(self.layout.size, dtype=dtype, pin_memory=pin)
+    def read(self, dtype: torch.dtype) -> tuple[torch.Tensor, str]:
+        flat = torch.zeros(self.layout.size, dtype=dtype)
         filled = dict.fromkeys(self.ranks, 0)
         names = []
         for source, weight in self._parts:

@@ -148,6 +148,27 @@ def test_a_bank_whose_device_is_apart(sender: Any) -> None:
     assert bank.resident.copies == 3
 
 
+def test_the_engine_waits_for_what_is_being_sent(
+    sender: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(transfer.Transfer, "_fill", lambda *args: gate.wait())
+    bank = bank_apart(SITES, sender(), room=1 << 12)
+    bank.register("one", "dummy:4:1:0.q_proj")
+    adapter = bank.find("one")
+    assert adapter
+    while not adapter.slot:
+        bank.place(adapter, False)
+        bank.wait(10)
+        bank.poll()
+    assert bank.loading
+    assert bank.place(adapter, True) is Place.LOADING
+    gate.set()
+    while bank.loading:
+        bank.wait(10)
+    ready(bank, adapter, pinned=True)
+
+
 def bank_apart(sites: Sites, way: Any, room: int) -> LoraBank:
     """A bank whose arena and table are `Late`, room for so many elements."""
     bank = LoraBank(

@@ -7,7 +7,10 @@ shape of Llama 3 8B with random weights and adapters of rank 16 on all seven pro
 * decode step at batch b: b prompts of 512 tokens; (time of 136 new tokens - time of 8) / 128
 * the same with 1, 8, 32 or 64 adapters among the requests, beside the step of the base model, and
   the time that reading each adapter once takes at the rate of a large product of one row
-* load: `load_adapter` of a folder in the page cache until its first token, a prompt of 32 tokens
+* load: `load_adapter` of a folder in the page cache until its first token, a prompt of 32 tokens;
+  `lora_load.py` beside this file says what becomes of the time
+
+`--only load` or `--only steps` does one of both, without the comparisons.
 """
 
 import argparse
@@ -22,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from engine import ceilings  # beside this file
-from safetensors.torch import save_file
+from lora_load import RANK, write_adapter
 
 from kvrun import LLM, SamplingParams
 from kvrun.bench import shapes, workloads
@@ -32,7 +35,7 @@ from kvrun.runtime.kernels.triton import lora
 from kvrun.runtime.lora.rows import tiled
 from kvrun.runtime.lora.sites import Sites
 
-SHAPE, RANK = "llama-3-8b", 16
+SHAPE = "llama-3-8b"
 CASES = ((1, 1), (8, 1), (8, 8), (32, 32), (64, 1), (64, 64))  # requests, adapters
 MIXES = {
     "one row": [3],
@@ -122,20 +125,9 @@ def step_ms(llm: LLM, batch: int, adapters: Any, repeats: int) -> float:
     return 1e3 * statistics.median(steps)
 
 
-def write_adapter(folder: Path, sites: Sites) -> None:
-    """A PEFT folder of rank 16 on every product, in bf16."""
-    tensors = {}
-    for shard in {shard.name: shard for shards in sites.shards for shard in shards}.values():
-        name = f"base_model.model.{shard.name}"
-        for side, size in (("A", (RANK, shard.in_features)), ("B", (shard.out_features, RANK))):
-            tensors[f"{name}.lora_{side}.weight"] = torch.randn(size).mul_(0.01).bfloat16()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-
-
-def load_ms(llm: LLM, repeats: int = 5) -> list[float]:
-    """From the call to the first token, each time as a new adapter."""
+def load_ms(llm: LLM, repeats: int = 5) -> list[dict[str, float]]:
+    """From the call to the first token, each time as a new adapter: its reader's part (`read`), the
+    call to `load_adapter` (`load`), and with the copy to the device and the first step (`all`)."""
     sites = llm._engine._bank.sites  # type: ignore[union-attr]
     found = []
     with tempfile.TemporaryDirectory() as name:
@@ -143,13 +135,18 @@ def load_ms(llm: LLM, repeats: int = 5) -> list[float]:
         prompt = workloads.fixed(1, 32)[0]
         for number in range(repeats):
             begun = time.perf_counter()
-            llm.load_adapter(f"file {number}", name)
-            next(iter(llm.stream(prompt, adapter=f"file {number}")))
-            found.append(1e3 * (time.perf_counter() - begun))
+            info = llm.load_adapter(f"file {number}", name)
+            loaded = time.perf_counter() - begun
+            stream = llm.stream(prompt, adapter=f"file {number}")
+            next(stream)
+            spent = time.perf_counter() - begun
+            stream.close()  # type: ignore[attr-defined]
+            seconds = {"read": info.load_seconds or 0.0, "load": loaded, "all": spent}
+            found.append({phase: 1e3 * each for phase, each in seconds.items()})
     return found
 
 
-def measured(folder: Path, repeats: int) -> dict[str, Any]:
+def measured(folder: Path, repeats: int, only: str | None) -> dict[str, Any]:
     adapters = {f"a{n}": f"dummy:{RANK}:{n}" for n in range(64)}
     llm = LLM(
         str(folder), load_format="dummy", prefix_caching=False, max_model_len=2048,
@@ -160,7 +157,7 @@ def measured(folder: Path, repeats: int) -> dict[str, Any]:
     print(f"{SHAPE} on {device}, an adapter has {size / 1e6:.1f} MB, {rate / 1e12:.2f} TB/s")
     found: dict[str, Any] = {"device": device, "adapter_bytes": size, "read_bytes_s": rate}
     base: dict[int, float] = {}
-    for batch, count in CASES:
+    for batch, count in () if only == "load" else CASES:
         if batch not in base:
             base[batch] = step_ms(llm, batch, None, repeats)
         names = [f"a{n % count}" for n in range(batch)]
@@ -172,8 +169,10 @@ def measured(folder: Path, repeats: int) -> dict[str, Any]:
             f"{least:.3f} ms",
             flush=True,
         )
-    found["load_ms"] = load_ms(llm)
-    print(f"load to first token: {', '.join(f'{ms:.0f}' for ms in found['load_ms'])} ms")
+    found["load_ms"] = [] if only == "steps" else load_ms(llm)
+    for phase in ("read", "load", "all"):
+        times = ", ".join(f"{load[phase]:.0f}" for load in found["load_ms"])
+        print(f"load to first token, {phase}: {times} ms")
     llm.close()
     return found
 
@@ -181,12 +180,14 @@ def measured(folder: Path, repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--only", choices=("steps", "load"))
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
-    check_kernels()
-    check_tokens()
+    if args.only is None:
+        check_kernels()
+        check_tokens()
     with shapes.folder(SHAPE) as folder:
-        found = measured(folder, args.repeats)
+        found = measured(folder, args.repeats, args.only)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

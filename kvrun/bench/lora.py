@@ -84,9 +84,12 @@ def throughput(
     chosen = {kind: _chosen(target, kind, count, seed) for kind in kinds}
     names: dict[str, Sequence[str | None]] = {"base": [None] * count, **chosen}
     found: dict[str, list[float]] = {kind: [] for kind in names}
-    watch(f"{work.name}, warming up")
-    for which in names.values():
+    for kind, which in names.items():
+        watch(f"{work.name}, {kind}, warming up")
         target.seconds(prompts[:2], [min(WARM_UP, work.output_tokens[0])] * 2, which[:2])
+    if target.ready.device.startswith("cuda"):
+        watch(f"{work.name}, every batch size with adapters")
+        _all_sizes(target, work)
     for number in range(repetitions):
         for kind, which in names.items():
             watch(f"{work.name}, {kind}, {number + 1}/{repetitions}")
@@ -94,6 +97,14 @@ def throughput(
     for row in _rows(target, work.name, count, names, found, limits, seed):
         tokens = work.total_output
         yield row | {"floor_ms": None, "output_throughput": 1e3 * tokens / row["median_ms"]}
+
+
+def _all_sizes(target: Target, work: Workload) -> None:
+    """Batches from the largest one down to a single sequence, all on the last adapter: a step with
+    adapters is captured when its size is first wanted, and that is no part of the work."""
+    most = min(len(work.prompts), target.options["max_num_seqs"], work.longest - 1)
+    name = target.llm.adapters()[-1].name
+    target.seconds([[1]] * most, range(1, most + 1), [name] * most)
 
 
 def _rows(

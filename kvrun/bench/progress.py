@@ -1,6 +1,7 @@
 """Progress of long work: one line on stderr, when a person is looking at it."""
 
 import sys
+import time
 from types import TracebackType
 
 from rich.console import Console
@@ -8,10 +9,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 class Work:
-    """A line with what is being done; each `say` is one more of `total` (None: not known)."""
+    """A line with what is being done; each `say` is one more of `total` (None: not known).
 
-    def __init__(self, *, total: int | None = None, shown: bool = True) -> None:
+    Where nobody looks, `lines` asks for a line each, with the seconds since the start.
+    """
+
+    def __init__(
+        self, *, total: int | None = None, shown: bool = True, lines: bool = False
+    ) -> None:
         looked_at = shown and sys.stderr is not None and sys.stderr.isatty()
+        self._lines, self._begun = lines and shown and not looked_at, time.monotonic()
         # Drawn twice a second: whatever is drawn takes time from what is measured.
         self._progress = Progress(
             BarColumn(bar_width=20),
@@ -26,6 +33,8 @@ class Work:
 
     def say(self, text: str) -> None:
         """What is done now."""
+        if self._lines:
+            note(f"{time.monotonic() - self._begun:6.1f} s  {text}")
         self._progress.update(self._task, description=text, advance=1)
 
     def stop(self) -> None:

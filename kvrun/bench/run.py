@@ -160,7 +160,7 @@ def lora(
             yield from adapted.throughput(target, work, kinds, **more)
 
     total = len(works or batches) * (len(kinds) + 1) * (repetitions + 1)
-    _on_model(subject, options, report.LORA, rows, total, out, shown)
+    _on_model(subject, options, report.LORA, rows, total, out, shown, lines=bool(works))
 
 
 def machine(device: str, threads: int | None, out: Report, shown: bool) -> None:
@@ -186,6 +186,7 @@ def _on_model(
     total: int,
     out: Report,
     shown: bool,
+    lines: bool = False,
 ) -> None:
     device = options.get("device", "auto")
     with (
@@ -194,7 +195,7 @@ def _on_model(
     ):
         if model.why:
             note(f"note: {model.why}")
-        with Work(total=total, shown=shown) as work:
+        with Work(total=total, shown=shown, lines=lines) as work:
             found = None
             if subject.roofline:
                 found = hardware.known(device, watch=lambda text: note(f"limits: {text}"))

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kvrun.bench import lora
 from kvrun.bench.limits import Limits
+from kvrun.bench.progress import Work
 from kvrun.bench.roofline import Ceilings
 from kvrun.bench.target import Target, find
 from kvrun.bench.workloads import uniform
@@ -73,3 +75,32 @@ def test_steps_and_workloads(monkeypatch: pytest.MonkeyPatch) -> None:
         rows = list(lora.throughput(target, work, ["uniform"], limits=limits, **OPTIONS))
         assert [r["popularity"] for r in rows] == ["base", "uniform"]
         assert rows[0]["output_throughput"] == pytest.approx(24 / 6e-3)
+
+
+def test_every_batch_size_is_captured_before_it_is_measured() -> None:
+    """On a GPU: from the most sequences that run at once down to one, on one adapter."""
+    asked: list[tuple[int, list[int], set[str]]] = []
+    target: Any = SimpleNamespace(
+        model=SimpleNamespace(vocab_size=20_000),
+        ready=SimpleNamespace(device="cuda:0"),
+        options={"max_num_seqs": 3},
+        llm=SimpleNamespace(adapters=lambda: [SimpleNamespace(name=n, bytes=8) for n in "abc"]),
+    )
+
+    def seconds(prompts: Any, new: Any, adapters: Any) -> float:
+        asked.append((len(prompts), list(new), set(adapters)))
+        return 1.0
+
+    target.seconds = seconds
+    work = uniform(5, 4, 6)
+    list(lora.throughput(target, work, ["identical"], limits=Limits(), **OPTIONS))
+    assert asked[2] == (3, [1, 2, 3], {"c"})
+    assert asked[3:] == [(5, [6] * 5, {None}), (5, [6] * 5, {"a"})] * 2
+
+
+def test_where_nobody_looks_progress_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    for options in ({}, {"lines": True}, {"lines": True, "shown": False}):
+        with Work(**options) as work:
+            work.say("uniform, 1/1")
+    lines = capsys.readouterr().err.split("\n")
+    assert [line.split("  ")[-1] for line in lines if "uniform" in line] == ["uniform, 1/1"]

@@ -5,7 +5,6 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 import torch
 
 from kvrun.errors import BadCheckpoint, NotFound, Unsupported
-from kvrun.runtime.lora.sites import Layout, Place, Sites, cut
+from kvrun.runtime.lora.pieces import DTYPES, Matrix, bits, lay_in
+from kvrun.runtime.lora.sites import Layout, Place, Sites
 from kvrun.runtime.tensorfile import Stored, TensorFile
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -23,9 +23,6 @@ LARGEST_RANK = 512
 _NAME = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight"
 )
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16
-}  # fmt: skip
 # What says nothing of the finished matrices: names, training, and what they were started from.
 _IGNORED = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
@@ -36,7 +33,6 @@ _IGNORED = {
 }  # fmt: skip
 # Every other start changes the base model too, and the file holds only half of the change.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-_PIECE = 4 << 20  # bytes that one thread hashes at once
 
 
 @dataclass(frozen=True)
@@ -89,36 +85,48 @@ class AdapterFolder:
                 raise BadCheckpoint(f"the adapter in {self.path} changes {module} twice.")
             self._pairs[place] = pair
 
-    def read(self, dtype: torch.dtype, *, pin: bool = False) -> tuple[torch.Tensor, str]:
+    def read(self, dtype: torch.dtype) -> tuple[torch.Tensor, str]:
         """The matrices, laid out, and a hash of the folder's content.
 
         Raises BadCheckpoint for values that are not finite, or are no longer so in `dtype`.
         """
-        content = self._content()
-        flat = torch.zeros(self.layout.size, dtype=dtype, pin_memory=pin)
+        flat = self._room(dtype)
+        matrices: dict[int, Matrix] = {}
+        where = bits(flat)
         for place, pair in self._pairs.items():
             shard = self._sites.shard(place)
-            a, b = self._sites.views(self.layout, flat, place)
-            a.copy_(cut(_tensor(content, pair.a), 1, shard.cols))
-            b.copy_(cut(scaled(content, pair), 0, shard.rows).t())
+            a, b = self._sites.views(self.layout, where, place)
+            for stored, scale, target in (
+                (pair.a, 1.0, (a, 1, shard.cols)),
+                (pair.b, pair.scale, (b, 0, shard.rows)),
+            ):
+                matrix = matrices.setdefault(stored.start, Matrix(stored, scale))
+                matrix.targets.append(target)
+        hashes = self._lay_in(list(matrices.values()), dtype)
         check_finite(flat, self.path, dtype)
-        return flat, _identity(content, self._config)
+        return flat, blake2b(self._config + b"".join(hashes), digest_size=16).hexdigest()
 
-    def _content(self) -> memoryview:
-        """All bytes of the file with the matrices, in memory that nobody else can change."""
+    def _room(self, dtype: torch.dtype) -> torch.Tensor:
+        """The whole stretch; where matrices leave gaps between them there are zeros."""
+        size = self.layout.size
+        filled = sum(r * sum(self._sites.shard(p).shape) for p, r in self.ranks.items())
+        flat = torch.empty(size, dtype=dtype)
+        return flat if filled == size else flat.zero_()
+
+    def _lay_in(self, matrices: list[Matrix], dtype: torch.dtype) -> list[bytes]:
         path = weights_file(self.path)
         try:
             with path.open("rb", buffering=0) as file:
                 found = os.fstat(file.fileno())
-                content = torch.empty(found.st_size, dtype=torch.uint8).numpy().data
-                done = 0
-                while count := file.readinto(content[done:]):
-                    done += count
+                if _stamp(found) == self._stamp:
+                    hashes = lay_in(file.fileno(), matrices, dtype)
+                    if _stamp(os.fstat(file.fileno())) == self._stamp:
+                        return hashes
+        except EOFError:
+            pass
         except OSError as error:
             raise BadCheckpoint(f"{path} cannot be read.", cause=error.strerror or "") from error
-        if _stamp(found) != self._stamp or done != found.st_size:
-            raise BadCheckpoint(f"{path} has changed while it was read.", hint="load it again")
-        return content
+        raise BadCheckpoint(f"{path} has changed while it was read.", hint="load it again")
 
 
 def read_config(path: Path) -> tuple[bytes, dict[str, Any]]:
@@ -179,7 +187,7 @@ def pairs(config: dict[str, Any], tensors: Mapping[str, Stored], path: Path) -> 
         found = sides.setdefault(match["module"], {})
         if match["side"] in found:
             raise BadCheckpoint(f"the adapter in {path} holds {match['module']} twice.")
-        if len(stored.shape) != 2 or stored.dtype not in _DTYPES or 0 in stored.shape:
+        if len(stored.shape) != 2 or stored.dtype not in DTYPES or 0 in stored.shape:
             raise BadCheckpoint(f"{name} is {stored.dtype} {list(stored.shape)}, not a matrix.")
         found[match["side"]] = stored
     if not sides:
@@ -226,19 +234,6 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _tensor(content: memoryview, stored: Stored) -> torch.Tensor:
-    dtype = _DTYPES[stored.dtype]
-    flat = torch.frombuffer(
-        content, dtype=dtype, count=math.prod(stored.shape), offset=stored.start
-    )
-    return flat.view(stored.shape)
-
-
-def scaled(content: memoryview, pair: _Pair) -> torch.Tensor:
-    """scale · B [out, rank] in fp32, so that it is rounded once."""
-    return _tensor(content, pair.b).float() * pair.scale
-
-
 def check_finite(flat: torch.Tensor, path: Path, dtype: torch.dtype) -> None:
     low, high = torch.aminmax(flat)
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
@@ -246,11 +241,3 @@ def check_finite(flat: torch.Tensor, path: Path, dtype: torch.dtype) -> None:
             f"the adapter in {path} holds values that are not finite.",
             cause=f"NaN or infinity, in {str(dtype).removeprefix('torch.')}",
         )
-
-
-def _identity(content: memoryview, config: bytes) -> str:
-    """A hash of the content, by several threads: it stands between a load and its first token."""
-    pieces = [content[at : at + _PIECE] for at in range(0, len(content), _PIECE)]
-    with ThreadPoolExecutor(min(8, len(pieces) or 1)) as pool:
-        hashed = pool.map(lambda piece: blake2b(piece, digest_size=32).digest(), pieces)
-        return blake2b(config + b"".join(hashed), digest_size=16).hexdigest()

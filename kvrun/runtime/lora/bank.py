@@ -49,7 +49,7 @@ class LoraBank:
     ) -> None:
         self.sites = sites
         self.resident = Resident(sites, device=device, dtype=dtype, room=room)
-        self._dtype, self._pin = dtype, device.type == "cuda"
+        self._dtype, self._apart = dtype, device.type != "cpu"
         self._host_room = host_room
         self._names: dict[str, Adapter] = {}
         self._blends: OrderedDict[tuple[tuple[Adapter, float], ...], Adapter] = OrderedDict()
@@ -75,7 +75,7 @@ class LoraBank:
             begun = time.perf_counter()
             source = open_source(path, self.sites)
             self._refuse_large(source)
-            flat, identity = source.read(self._dtype, pin=self._pin)
+            flat, identity = source.read(self._dtype)
             return source, flat, identity, time.perf_counter() - begun
 
         try:
@@ -175,21 +175,22 @@ class LoraBank:
                 return Place.LOADING
             if not self.resident.take_in(adapter):
                 return Place.FULL
-            if not self._pin:
+            if not self._apart:
                 self._drop(adapter)  # on CPU a second copy is of no use
+        arrived = adapter.landed is None or adapter.landed.query()
         adapter.pins += not pinned
-        arrived = adapter.landed is None or adapter.landed.query()  # type: ignore[no-untyped-call]
         return Place.READY if arrived else Place.LOADING
 
     @property
     def loading(self) -> bool:
-        """Whether `poll` has still something to take in."""
-        return bool(self._reading or self._loads)
+        """Whether an adapter is on its way, so that `wait` has something to wait for."""
+        return bool(self._reading or self._loads or self.resident.underway)
 
     def wait(self, seconds: float) -> None:
-        """Wait until there is something for `poll`, or until the time is over."""
+        """Wait until something has come a step further, or until the time is over."""
         futures = [cast("Future[object]", a.reading) for a in self._reading]
         futures += [cast("Future[object]", load.opening) for load in self._loads]
+        futures += [cast("Future[object]", sent) for sent in self.resident.underway]
         wait(futures, seconds, FIRST_COMPLETED)
 
     def poll(self) -> None:
@@ -249,7 +250,7 @@ class LoraBank:
 
         def read() -> tuple[torch.Tensor, str, float]:
             begun = time.perf_counter()
-            flat, identity = adapter.source.read(self._dtype, pin=self._pin)
+            flat, identity = adapter.source.read(self._dtype)
             return flat, identity, time.perf_counter() - begun
 
         adapter.reading = self._pool.submit(read)

@@ -11,6 +11,7 @@ import torch
 from kvrun.errors import KvrunError
 from kvrun.runtime.lora.sites import Sites
 from kvrun.runtime.lora.sources import Source
+from kvrun.runtime.lora.transfer import Landing, Transfer
 
 # Adapters on the device at a time, "none" included.
 SLOTS = 1024
@@ -34,7 +35,7 @@ class Adapter:
     slot: int = 0
     start: int = 0
     placement: int = 0  # which copy to the device this is; 0 for none
-    landed: torch.cuda.Event | None = None
+    landed: Landing | None = None  # None where there is no way to go
     users: int = 0  # sequences, choices of requests, that have not ended
     pins: int = 0  # those of them that may not lose its place on the device
     retired: bool = False
@@ -67,7 +68,8 @@ class Resident:
         self.table = torch.zeros((SLOTS, len(sites), sites.width), dtype=torch.int64, device=device)
         self.ranks = np.zeros((SLOTS, len(sites)), np.int64)
         self.copies = 0  # to the device, since the start
-        self._stream = _stream(device) if device.type == "cuda" else None
+        self._transfer = Transfer(device) if device.type == "cuda" else None
+        self._underway: list[Landing] = []
         self._free = list(range(SLOTS - 1, 0, -1))
         self._placed: OrderedDict[Adapter, None] = OrderedDict()  # least recently used first
         self._in_slot: dict[int, Adapter] = {}
@@ -90,6 +92,12 @@ class Resident:
         adapter.start = start
         self._copy(adapter)
         return True
+
+    @property
+    def underway(self) -> "list[Future[torch.cuda.Event]]":
+        """What is being sent to the device."""
+        self._underway = [landing for landing in self._underway if not landing.sent.done()]
+        return [landing.sent for landing in self._underway]
 
     def evict(self, adapter: Adapter) -> None:
         """Its place is free; no step that uses it may be open."""
@@ -129,15 +137,13 @@ class Resident:
         self.ranks[slot] = table[:, 1]
         shifted = torch.from_numpy(_shifted(table, adapter.start))
         target = self.arena[adapter.start : adapter.start + adapter.size]
-        if self._stream is None:
-            target.copy_(flat)
-            self.table[slot].copy_(shifted)
+        parts = [(flat, target), (shifted, self.table[slot])]
+        if self._transfer is None:
+            for source, there in parts:
+                there.copy_(source)
         else:
-            with torch.cuda.stream(self._stream):
-                target.copy_(flat, non_blocking=True)
-                self.table[slot].copy_(shifted.pin_memory(), non_blocking=True)
-                adapter.landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                adapter.landed.record(self._stream)
+            adapter.landed = self._transfer.send(parts)
+            self._underway.append(adapter.landed)
         self.copies += 1
         adapter.slot, adapter.placement = slot, self.copies
         self._placed[adapter] = None
@@ -158,7 +164,3 @@ def _memory(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tenso
     # Taken from the system only as it fills.
     memory = torch.from_numpy(np.zeros(max(count, 1) * dtype.itemsize, np.uint8))
     return memory.view(dtype)[:count]  # torch gives nothing another dtype
-
-
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

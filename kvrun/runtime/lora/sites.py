@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from kvrun.runtime.checkpoint import Shard
-from kvrun.runtime.source import Ranges
 
 # Elements to which matrices are aligned: 16 bytes in 16 bits, what a GPU loads at once.
 ALIGN = 8
@@ -17,6 +17,7 @@ _RENAMED = (
     ("model.language_model.", "language_model.model."),
 )
 Place = tuple[int, int]  # a site, and one of its shards
+Flat = TypeVar("Flat", torch.Tensor, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -95,23 +96,14 @@ class Sites:
                 first += rank
         return Layout(at, table)
 
-    def views(
-        self, layout: Layout, flat: torch.Tensor, place: Place
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def views(self, layout: Layout, flat: Flat, place: Place) -> tuple[Flat, Flat]:
         """A [rank, in] and B transposed [rank, out] of one place, in an adapter's stretch."""
         site, part = place
         row = layout.table[site].tolist()
         start, first, rank = row[2 + 3 * part : 5 + 3 * part]
         out, inner = self.shard(place).shape
-        a = flat[row[0] + first * inner :][: rank * inner].view(rank, inner)
-        return a, flat[start : start + rank * out].view(rank, out)
-
-
-def cut(matrix: torch.Tensor, dim: int, ranges: Ranges | None) -> torch.Tensor:
-    """The ranges of one dimension that a rank keeps, in the order in which it wants them."""
-    if ranges is None or ranges == ((0, matrix.shape[dim]),):
-        return matrix
-    return torch.cat([matrix.narrow(dim, a, b - a) for a, b in ranges], dim)
+        a = flat[row[0] + first * inner :][: rank * inner].reshape(rank, inner)
+        return a, flat[start : start + rank * out].reshape(rank, out)
 
 
 def _aligned(count: int) -> int:

@@ -3,6 +3,7 @@
 import math
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -10,9 +11,10 @@ import torch
 
 from kvrun.errors import InvalidRequest, Unsupported
 from kvrun.runtime.lora.adapter import LARGEST_RANK, AdapterFolder
-from kvrun.runtime.lora.sites import Layout, Place, Sites
+from kvrun.runtime.lora.sites import ALIGN, Layout, Place, Sites
 
 RANDOM = "dummy:"
+_PERIOD = 1 << 20  # values
 
 
 class Source(Protocol):
@@ -22,7 +24,7 @@ class Source(Protocol):
     ranks: dict[Place, int]
     layout: Layout
 
-    def read(self, dtype: torch.dtype, *, pin: bool = False) -> tuple[torch.Tensor, str]:
+    def read(self, dtype: torch.dtype) -> tuple[torch.Tensor, str]:
         """The matrices, laid out, and what tells them from all others. May take long."""
 
 
@@ -50,15 +52,18 @@ class RandomAdapter:
         }
         self.layout = sites.lay_out(self.ranks)
 
-    def read(self, dtype: torch.dtype, *, pin: bool = False) -> tuple[torch.Tensor, str]:
-        flat = torch.empty(self.layout.size, dtype=dtype, pin_memory=pin)
-        generator = torch.Generator().manual_seed(self._seed)
-        # A large one repeats a stretch: making normal values costs more than copying them.
-        some = torch.empty(min(flat.numel(), 1 << 20)).normal_(0.0, 0.01, generator=generator)
-        for at in range(0, flat.numel(), 1 << 20):
-            piece = flat[at : at + (1 << 20)]
-            piece.copy_(some[: len(piece)])
-        return flat, str(self.path)
+    def read(self, dtype: torch.dtype) -> tuple[torch.Tensor, str]:
+        at = self._seed % (_PERIOD // ALIGN) * ALIGN
+        return _random(dtype, _PERIOD + self.layout.size)[at:][: self.layout.size], str(self.path)
+
+
+@lru_cache(2)
+def _random(dtype: torch.dtype, count: int) -> torch.Tensor:
+    """Values that all adapters of a size share, each from another place on: thousands of them
+    take the time and the memory of one. They come again after a period."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.empty(_PERIOD).normal_(0.0, 0.01, generator=generator).to(dtype)
+    return values.repeat(-(-count // _PERIOD))[:count]
 
 
 class Blend:
@@ -84,8 +89,8 @@ class Blend:
             )
         self.layout = sites.lay_out(self.ranks)
 
-    def read(self, dtype: torch.dtype, *, pin: bool = False) -> tuple[torch.Tensor, str]:
-        flat = torch.zeros(self.layout.size, dtype=dtype, pin_memory=pin)
+    def read(self, dtype: torch.dtype) -> tuple[torch.Tensor, str]:
+        flat = torch.zeros(self.layout.size, dtype=dtype)
         filled = dict.fromkeys(self.ranks, 0)
         names = []
         for source, weight in self._parts:

@@ -347,7 +347,7 @@ def test_a3_running_requests_keep_the_old_one(config: Make, tmp_path: Path) -> N
     engine.add(ask(1, "swap", prompt, **long))
     engine.add(ask(2, "swap", prompt, **long))
     found, _, last = stream(engine)
-    assert tokens + found["0"] == answers[0]
+    assert tokens + found.get("0", []) == answers[0]  # it may have ended while the new one came
     assert found["1"] == found["2"] == answers[1]
     # The new one found nothing of the old one's in the prefix cache; the old name is one adapter.
     assert len(infos(engine)) == 1

@@ -15,6 +15,7 @@ from kvrun.runtime.layers import qkv
 from kvrun.runtime.layers.linear import Linear, split_cols
 from kvrun.runtime.lora.adapter import AdapterFolder
 from kvrun.runtime.lora.sites import Sites
+from kvrun.runtime.lora.sources import open_source
 from kvrun.runtime.parallel import Group
 from tests.runtime.lora.adapters import edit, make_bank, ready, rows_of, write
 
@@ -131,7 +132,7 @@ def test_two_halves_of_one_matrix(tmp_path: Path) -> None:
 def test_rows_of_a_grouped_layout_in_plain_order_would_be_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvrun.runtime.lora.adapter.cut", lambda matrix, dim, ranges: matrix)
+    monkeypatch.setattr("kvrun.runtime.lora.pieces._cut", lambda matrix, dim, ranges: matrix)
     with pytest.raises(AssertionError):
         test_queries_keys_and_values(tmp_path, "grouped", 2, 1)
 
@@ -242,6 +243,20 @@ def test_values_that_overflow_in_the_models_dtype(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint, match="not finite") as caught:
         folder.read(torch.float16)
     assert "float16" in caught.value.cause
+
+
+def test_random_adapters_share_their_memory() -> None:
+    """Each seed has values of its own, the same every time; thousands take the room of one."""
+    read = {
+        seed: open_source(f"dummy:4:{seed}", SITES).read(torch.bfloat16)[0] for seed in range(20)
+    }
+    again = open_source("dummy:4:7", SITES).read(torch.bfloat16)[0]
+    assert torch.equal(again, read[7])
+    assert len({tuple(flat.tolist()) for flat in read.values()}) == 20
+    assert len({flat.untyped_storage().data_ptr() for flat in read.values()}) == 1
+    assert all(flat.data_ptr() % 16 == 0 and flat.std() > 5e-3 for flat in read.values())
+    larger = open_source("dummy:8:7", SITES).read(torch.bfloat16)[0]
+    assert torch.equal(larger[: len(again)], again)
 
 
 def test_a_file_that_is_replaced_is_not_read_as_the_old_one(tmp_path: Path) -> None:

@@ -91,6 +91,10 @@ class Int8:
             y = F.linear(x, self._codes.to(x.dtype)).mul_(self._scale)
         return _sum(y.to(x.dtype), self._bias, add, out)
 
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows `ids` of the matrix, as values."""
+        return (self._codes[ids] * self._scale[ids].unsqueeze(1)).to(dtype)
+
 
 def _sum(
     y: torch.Tensor,

@@ -11,7 +11,7 @@ from kvrun.errors import BadCheckpoint
 from kvrun.runtime.kernels import w4a16
 from kvrun.runtime.kernels.w4a16 import Coded
 from kvrun.runtime.quant import dense
-from kvrun.runtime.quant._cpu import Int4, Int8
+from kvrun.runtime.quant._cpu import Int4, Int8, Native
 from kvrun.runtime.quant._cuda import Fused, Scaled
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def lay_out(
 
 def keep(
     matrix: Coded, dtype: torch.dtype, bias: torch.Tensor | None = None
-) -> "Int4 | Int8 | Fused | Gathered | None":
+) -> "Native | Int4 | Int8 | Fused | Gathered | None":
     """A weight that multiplies by the codes; None where its device cannot."""
     if matrix.codes.device.type == "cuda":
         if not fuses(matrix, dtype):
@@ -182,7 +182,7 @@ def keep(
         one = matrix.group >= matrix.columns
         eight = matrix.codes.dtype is torch.float8_e4m3fn
         return (Scaled if eight and one else Fused)(matrix, bias)
-    kind = next((kind for kind in (Int4, Int8) if kind.takes(matrix)), None)
+    kind = next((kind for kind in (Native, Int4, Int8) if kind.takes(matrix)), None)
     if kind is None:
         return None
     found = kind(matrix, bias)

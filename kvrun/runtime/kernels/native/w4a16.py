@@ -53,7 +53,7 @@ def takes(matrix: Coded) -> bool:
     if zero is None:
         return True
     whole = matrix.bits == 4 and not zero.is_floating_point()
-    return whole and bool((zero >= _LEAST).all()) and bool((zero <= _MOST).all())
+    return whole and int(zero.min()) >= _LEAST and int(zero.max()) <= _MOST
 
 
 class Stored:

@@ -63,12 +63,11 @@ static inline float total(f16 x) {
     return (c[0] + c[1]) + (c[2] + c[3]);
 }
 
-/* e^x to 2e-7, written so that loops of it become vectors. */
+/* e^x to 1e-6, written so that loops of it become vectors. */
 static inline float exponential(float x) {
     x = x > 88.0f ? 88.0f : x;
     x = x < -87.0f ? -87.0f : x;
-    float turns = x * 1.44269504f + 12582912.0f; /* rounds to a whole number */
-    float whole = turns - 12582912.0f;
+    float whole = rintf(x * 1.44269504f);
     float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
     float y = 1.9875691500e-4f;
     y = y * r + 1.3981999507e-3f;
@@ -126,7 +125,7 @@ static void enter8(const float *x, int8_t *codes, float *scales, int32_t *sums, 
         float by = most > 0 ? 127.0f / most : 0;
         int32_t sum = 0;
         for (int i = 0; i < BLOCK; i++) {
-            int32_t code = (int32_t)((from[i] * by + 12582912.0f) - 12582912.0f);
+            int32_t code = (int32_t)rintf(from[i] * by);
             to[i] = (int8_t)code;
             sum += code;
         }

@@ -1,5 +1,6 @@
-"""Which form of a kernel a device runs: Triton on CUDA, the plain-torch twin elsewhere."""
+"""Which form of a kernel a device runs: Triton on CUDA; elsewhere C, or the plain-torch twin."""
 
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -8,6 +9,7 @@ from kvrun import folder
 from kvrun.runtime import kernels
 
 TRITON = f"{kernels.__name__}.triton"
+NATIVE = f"{kernels.__name__}.native"
 
 
 def kernel(name: str, device: torch.device) -> ModuleType:
@@ -18,3 +20,10 @@ def kernel(name: str, device: torch.device) -> ModuleType:
 def fused(name: str, device: torch.device) -> ModuleType | None:
     """A kernel that takes the place of several operators, where launches are dear: on CUDA."""
     return kernel(name, device) if device.type == "cuda" else None
+
+
+@cache
+def native(name: str) -> ModuleType | None:
+    """The form of a kernel that is compiled for this CPU; None where that cannot be done."""
+    module = folder.load(NATIVE, name)
+    return module if module.available() else None

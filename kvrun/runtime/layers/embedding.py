@@ -1,6 +1,6 @@
 """Embedding: ids -> rows; Head: rows -> logits, tied to the embedding or with its own matrix."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +30,20 @@ class Embedding:
         self, w: "Checkpoint", name: str, vocab: int, hidden: int, scale: float | None = None
     ) -> None:
         self.name = name
-        self.weight = w.read(f"{name}.weight", (vocab, hidden))
+        self.shape, self._dtype = (vocab, hidden), w.dtype
+        self.weight: torch.Tensor | None = w.read(f"{name}.weight", self.shape)
+        self._shared: quant.TableWeight | None = None
         self._scale = None if scale is None else float(torch.tensor(scale, dtype=w.dtype))
 
+    def share(self, head: "quant.TableWeight") -> None:
+        """Look rows up in the head that is tied to this, and forget them here."""
+        self._shared, self.weight = head, None
+
     def __call__(self, batch: "Batch") -> torch.Tensor:
-        x = F.embedding(batch.ids, self.weight)
+        if self._shared is not None:
+            x = self._shared.rows(batch.ids, self._dtype)
+        else:
+            x = F.embedding(batch.ids, cast(torch.Tensor, self.weight))
         return x if self._scale is None else x.mul_(self._scale)
 
 
@@ -59,21 +68,31 @@ class Head:
     ) -> None:
         self._scale = scale
         self._softcap = softcap
-        self._kernel = kernel("softcap", embedding.weight.device)
+        self._kernel = kernel("softcap", w.device)
         self.softcapped = softcap is not None
-        self.vocab_size, hidden = embedding.weight.shape
+        self.vocab_size, hidden = embedding.shape
         said = w.config.get("tie_word_embeddings")
         tied = tied if said is None else w.config.flag("tie_word_embeddings")
-        self.copy_bytes = 0  # of a second copy of the embedding
+        self.copy_bytes = 0
         if w.has(f"{name}.weight", otherwise=not tied) or said is False:
-            self._weight = quant.read(w, [Shard(name, self.vocab_size, hidden)], bias)
-        elif bias or embedding.weight.is_cuda or embedding.weight.nbytes <= _COPY_BYTES:
-            more = w.read(f"{name}.bias", (self.vocab_size,)) if bias else None
-            self._weight = dense.lay_out(embedding.weight, more)
-            if isinstance(self._weight, dense.Packed):
-                self.copy_bytes = embedding.weight.nbytes
+            self._weight = quant.head(w, Shard(name, self.vocab_size, hidden), bias)
         else:
-            self._weight = dense.Plain(embedding.weight, None)
+            more = w.read(f"{name}.bias", (self.vocab_size,)) if bias else None
+            self._weight = self._tied(w, embedding, more)
+
+    def _tied(
+        self, w: "Checkpoint", embedding: Embedding, bias: torch.Tensor | None
+    ) -> quant.Weight:
+        weight = cast(torch.Tensor, embedding.weight)
+        if (rounded := quant.tied_head(w, weight, bias)) is not None:
+            embedding.share(rounded)
+            return rounded
+        if bias is None and weight.nbytes > _COPY_BYTES and not weight.is_cuda:
+            return dense.Plain(weight, None)
+        made = dense.lay_out(weight, bias)
+        if isinstance(made, dense.Packed):
+            self.copy_bytes = weight.nbytes  # of a second copy of the embedding
+        return made
 
     def __call__(
         self,

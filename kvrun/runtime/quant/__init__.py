@@ -16,7 +16,7 @@ import torch
 from kvrun import folder
 from kvrun.errors import Unsupported
 from kvrun.runtime.kernels.moe import Stack
-from kvrun.runtime.quant import _round, _stack
+from kvrun.runtime.quant import _round, _stack, dense
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint, Shard
@@ -43,6 +43,13 @@ class Weight(Protocol):
         """
 
 
+class TableWeight(Weight, Protocol):
+    """A weight whose rows can be looked up, too."""
+
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows `ids` [n] of the matrix, as values [n, in]."""
+
+
 def read(w: "Checkpoint", shards: Sequence["Shard"], bias: bool) -> Weight:
     """The matrix whose output rows are those of `shards`, one after the other.
 
@@ -59,6 +66,31 @@ def read(w: "Checkpoint", shards: Sequence["Shard"], bias: bool) -> Weight:
             hint="use the model's version in 16 or 32 bits",
         )
     return cast(Weight, _format(method or "dense").read(w, shards, bias))
+
+
+def head(w: "Checkpoint", shard: "Shard", bias: bool) -> Weight:
+    """As `read`, the matrix that makes logits: rounding leaves it 8 bits at least."""
+    if w.quantize is None or w.reader is not None:
+        return read(w, [shard], bias)
+    added, before = w.vector(shard) if bias else None, w.parameter_bytes
+    plain = w.matrix(shard)
+    made = _round.head(w, plain, added)
+    if made is None:
+        return dense.lay_out(plain, added)
+    w.settle(before, made[1])
+    return made[0]
+
+
+def tied_head(
+    w: "Checkpoint", embedding: torch.Tensor, bias: torch.Tensor | None
+) -> TableWeight | None:
+    """The same of an embedding that makes logits too, and is to be looked up in what this gives;
+    None where it stays as it is."""
+    made = _round.head(w, embedding, bias)
+    if made is not None:
+        w.settle(w.parameter_bytes - embedding.nbytes, made[1])
+        return made[0]
+    return None
 
 
 def experts(w: "Checkpoint", shards: Sequence[Sequence["Shard"]]) -> Stack:

@@ -11,7 +11,7 @@ from kvrun.errors import BadCheckpoint
 from kvrun.runtime.kernels import w4a16
 from kvrun.runtime.kernels.w4a16 import Coded
 from kvrun.runtime.quant import dense
-from kvrun.runtime.quant._cpu import Int4, Int8
+from kvrun.runtime.quant._cpu import Int4, Int8, Native
 from kvrun.runtime.quant._cuda import Fused, Scaled
 
 if TYPE_CHECKING:
@@ -166,20 +166,27 @@ def lay_out(
     matrix: Coded, dtype: torch.dtype, bias: torch.Tensor | None = None
 ) -> tuple["Weight", int]:
     """A weight for inputs of `dtype` in the fastest form for its device, and its bytes."""
-    found: Weight | None = None
-    if matrix.codes.device.type == "cuda":
-        if fuses(matrix, dtype):
-            one = matrix.group >= matrix.columns
-            eight = matrix.codes.dtype is torch.float8_e4m3fn
-            found = (Scaled if eight and one else Fused)(matrix, bias)
-    elif Int4.takes(matrix) or Int8.takes(matrix):
-        found = (Int4 if Int4.takes(matrix) else Int8)(matrix, bias)
-        if matrix.order is not None:
-            found = Gathered(found, matrix.order)
-    if found is not None:
+    if (found := keep(matrix, dtype, bias)) is not None:
         return found, matrix.nbytes
     values = w4a16.dequantise(matrix, dtype)
     return dense.lay_out(values, bias), values.nbytes
+
+
+def keep(
+    matrix: Coded, dtype: torch.dtype, bias: torch.Tensor | None = None
+) -> "Native | Int4 | Int8 | Fused | Gathered | None":
+    """A weight that multiplies by the codes; None where its device cannot."""
+    if matrix.codes.device.type == "cuda":
+        if not fuses(matrix, dtype):
+            return None
+        one = matrix.group >= matrix.columns
+        eight = matrix.codes.dtype is torch.float8_e4m3fn
+        return (Scaled if eight and one else Fused)(matrix, bias)
+    kind = next((kind for kind in (Native, Int4, Int8) if kind.takes(matrix)), None)
+    if kind is None:
+        return None
+    found = kind(matrix, bias)
+    return found if matrix.order is None else Gathered(found, matrix.order)
 
 
 def fuses(matrix: Coded, dtype: torch.dtype) -> bool:

@@ -1,6 +1,6 @@
-"""Products of codes on CPU, by torch's packed kernels.
+"""Products of codes on CPU: by a kernel in C, or where there is no compiler by torch's packed ones.
 
-These kernels are fast for bf16 rows only (30 to 100 times as fast as for others), so rows in
+Torch's kernels are fast for bf16 rows only (30 to 100 times as fast as for others), so rows in
 another dtype are rounded to bf16, as are scales; both cost about 3e-3 of a product.
 """
 
@@ -9,18 +9,76 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from kvrun.runtime.device import native
 from kvrun.runtime.kernels import w4a16
 from kvrun.runtime.kernels.w4a16 import Coded
+from kvrun.runtime.quant import dense
 
 _GROUPS = (256, 128, 64, 32)  # that the kernel of 4 bits knows
 # From so many rows on, int8 codes are turned back to values first: 2 times as fast at 512.
 _MANY = 128
+_FEW = 16  # rows for which the kernel in C is faster than making values first
+_VALUES = 1 << 22  # values made at once: what a cache holds
 # Packed kernels read beyond the ends of other sizes.
 _ROWS, _COLUMNS = 16, 32
 
 
 def _whole(matrix: Coded) -> bool:
     return len(matrix.codes) % _ROWS == 0 and matrix.columns % _COLUMNS == 0 < matrix.columns
+
+
+class Native:
+    """Codes of 4 or 8 bits in groups of whole blocks of 64 columns, by the kernel in C."""
+
+    def __init__(self, matrix: Coded, bias: torch.Tensor | None) -> None:
+        self._stored = _native().Stored(matrix._replace(order=None), bias)
+        self._bias = bias
+
+    @staticmethod
+    def takes(matrix: Coded) -> bool:
+        return bool(native("w4a16") and _native().takes(matrix))
+
+    def takes_in(self, rows: int) -> bool:
+        return rows <= _FEW
+
+    def matmul(
+        self,
+        x: torch.Tensor,
+        add: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        **prologue: Any,
+    ) -> torch.Tensor:
+        if x.shape[0] > _FEW:
+            return _sum(self._many(x), self._bias, add, out)
+        dtype = x.dtype
+        if dtype is torch.float16:
+            x, add = x.float(), None if add is None else add.float()
+        y: torch.Tensor = self._stored.linear(x, add=add, out=add, **prologue)
+        if dtype is torch.float16:
+            y = y.half()
+        return y if out is None else out.copy_(y)
+
+    def _many(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows beyond which values are made first, a part of them at a time."""
+        n, k = self._stored.shape
+        wide = x.dtype is not torch.bfloat16 or dense.emulates_bf16()
+        dtype = torch.float32 if wide else torch.bfloat16
+        y = torch.empty((len(x), n), dtype=x.dtype)
+        rows, step = x.to(dtype), max(1, _VALUES // k)
+        for at in range(0, n, step):
+            values = self._stored.values(dtype, at, min(at + step, n))
+            y[:, at : at + step] = F.linear(rows, values)
+        return y
+
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows `ids` of the matrix, as values."""
+        wide = torch.float32 if dtype is torch.float16 else dtype
+        values: torch.Tensor = self._stored.values(wide, 0, 0, ids)
+        return values.to(dtype)
+
+
+def _native() -> Any:
+    return native("w4a16")
 
 
 class Int4:
@@ -90,6 +148,10 @@ class Int8:
         else:
             y = F.linear(x, self._codes.to(x.dtype)).mul_(self._scale)
         return _sum(y.to(x.dtype), self._bias, add, out)
+
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows `ids` of the matrix, as values."""
+        return (self._codes[ids] * self._scale[ids].unsqueeze(1)).to(dtype)
 
 
 def _sum(

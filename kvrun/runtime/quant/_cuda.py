@@ -48,6 +48,11 @@ class Fused:
             y = add.add_(y)
         return y if out is None or out is y else out.copy_(y)
 
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows `ids` of the matrix, as values."""
+        values: torch.Tensor = self._kernel.dequantise(_rows(self._matrix, ids), dtype)
+        return values
+
     def _many(self, x: torch.Tensor) -> torch.Tensor:
         """More rows than the kernel takes: by values that are still in the cache when used."""
         n, k = len(self._matrix.codes), self._matrix.columns
@@ -63,9 +68,10 @@ class Fused:
         return y
 
 
-def _rows(matrix: Coded, some: slice) -> Coded:
+def _rows(matrix: Coded, some: slice | torch.Tensor) -> Coded:
     zero = matrix.zero if matrix.zero is None else matrix.zero[some]
-    return matrix._replace(codes=matrix.codes[some], scale=matrix.scale[some], zero=zero)
+    codes = matrix.codes.view(torch.int32)[some].view(matrix.codes.dtype)  # e4m3 has no index
+    return matrix._replace(codes=codes, scale=matrix.scale[some], zero=zero)
 
 
 class Scaled(Fused):

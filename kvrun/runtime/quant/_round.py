@@ -6,7 +6,7 @@ Work is done some rows at a time, in fp32.
 
 from collections.abc import Iterator, Sequence
 from math import gcd
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
@@ -17,7 +17,7 @@ from kvrun.runtime.quant._tables import TABLES
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint
-    from kvrun.runtime.quant import Weight
+    from kvrun.runtime.quant import TableWeight, Weight
 
 GROUP = 128  # columns that share a scale of 4-bit codes
 BLOCK = 64  # the same, of codes of a table
@@ -49,8 +49,26 @@ class Codes(NamedTuple):
 
 
 def read(w: "Checkpoint", shards: Sequence[Shard], bias: bool) -> "Weight":
-    """Plain matrices, rounded to `w.quantize` as they are read; the head and routers stay plain."""
+    """Plain matrices, rounded to `w.quantize` as they are read; routers stay plain."""
     return _coded.read(w, shards, bias, decode)
+
+
+def head(
+    w: "Checkpoint", weight: torch.Tensor, bias: torch.Tensor | None
+) -> "tuple[TableWeight, int] | None":
+    """What makes logits, `weight` [vocab, hidden], in 8 bits whatever the method, and its bytes.
+
+    None where it stays as it is: no rounding is asked for, or the device would have to turn it back
+    into plain values.
+    """
+    if w.quantize is None or w.reader is not None:
+        return None
+    method = "fp8" if w.quantize == "fp8" else "int8"
+    if method == "fp8" and w.device.type == "cpu":
+        return None
+    made = coded(weight, method)
+    found = _coded.keep(made, w.dtype, bias)
+    return None if found is None else (cast("TableWeight", found), made.nbytes)
 
 
 def decode(w: "Checkpoint", shard: Shard) -> Coded | None:

@@ -151,13 +151,13 @@ def lay_out(weight: torch.Tensor, bias: torch.Tensor | None = None) -> "Weight":
 
 def _widens(weight: torch.Tensor) -> int:
     """Rows from which on `weight` [out, in] is turned to fp32 for a product."""
-    if weight.dtype is not torch.bfloat16 or not _emulates_bf16():
+    if weight.dtype is not torch.bfloat16 or not emulates_bf16():
         return _NEVER
     return next((rows for most, rows in _WIDENS if weight.numel() <= most), _NEVER)
 
 
 @cache
-def _emulates_bf16() -> bool:
+def emulates_bf16() -> bool:
     """Whether this is an x86 CPU without products in bf16."""
     known = [
         getattr(torch.cpu, name, lambda: True)()

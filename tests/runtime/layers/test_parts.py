@@ -232,7 +232,7 @@ def test_a_cpu_without_bf16_multiplies_many_rows_in_fp32(
     bias: torch.Tensor | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dense, "_emulates_bf16", lambda: emulated)
+    monkeypatch.setattr(dense, "emulates_bf16", lambda: emulated)
     monkeypatch.setattr(dense, "_KEPT", kept)
     monkeypatch.setattr(dense, "_SMALL_ROW", 0)
     widened: list[int] = []

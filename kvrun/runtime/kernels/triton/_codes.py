@@ -125,7 +125,8 @@ def multiply_codes(
 ):  # fmt: skip
     """Values · rows transposed [BLOCK_N, ROWS] over words first to last, a block per turn.
 
-    rows: pointers [1, ROWS] to rows of x; words, scale, zero: [BLOCK_N, 1] to those of the matrix.
+    rows: pointers [1, ROWS] to rows of x; words [BLOCK_N, 1], scale, zero [BLOCK_N]: to those of
+    the matrix. (In two dimensions a thread would load a scale once for each of its sums.)
     """
     EVEN: tl.constexpr = WORDS * FIELDS == K
     SHARE: tl.constexpr = FIELDS // PARTS
@@ -154,8 +155,8 @@ def multiply_codes(
                 sums = part
             else:
                 if ZERO:
-                    part -= tl.load(zero + at).to(tl.float32) * whole[None, :]
-                sums += part * factor
+                    part -= tl.load(zero + at).to(tl.float32)[:, None] * whole[None, :]
+                sums += part * factor[:, None]
     if WHOLE and not ZERO:
-        sums *= tl.load(scale).to(tl.float32)
+        sums *= tl.load(scale).to(tl.float32)[:, None]
     return sums

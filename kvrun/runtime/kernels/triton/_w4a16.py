@@ -291,7 +291,10 @@ def dot(
 ):  # fmt: skip
     """One tile of outputs, transposed [BLOCK_N, ROWS], over words `span` · split and on."""
     release(PDL)
-    tile, split, m0 = tl.program_id(0), tl.program_id(1), tl.program_id(2) * ROWS
+    # Neighbours share weights, so that these are read once.
+    m_tiles = tl.cdiv(M, ROWS)
+    place, split = tl.program_id(0), tl.program_id(1)
+    tile, m0 = place // m_tiles, place % m_tiles * ROWS
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     m = m0 + tl.arange(0, ROWS)[None, :]
     own = tl.minimum(n, N - 1).to(tl.int64)
@@ -299,27 +302,32 @@ def dot(
     dtype: tl.constexpr = tl.float32 if WIDE else x.dtype.element_ty
     wait(PDL)
     rows = x + tl.minimum(m, M - 1).to(tl.int64) * x_stride
-    words, scale = words + own * word_stride, scale + own * groups
-    if ZERO:
-        zero += own * groups
+    words += own * word_stride
     last = tl.minimum(first + span, WORDS)
     if KIND == "int4" or KIND == "int8":
+        own = tl.minimum(tile * BLOCK_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+        scale += own * groups
+        if ZERO:
+            zero += own * groups
         y = multiply_codes(
             rows, words, scale, zero, first, last,
             K, G, WORDS, FIELDS, PARTS, KIND, ZERO, ROWS, BLOCK_N, STAGES, ASM, dtype,
         )  # fmt: skip
     else:
+        scale += own * groups
+        if ZERO:
+            zero += own * groups
         y = _multiply(
             rows, words, scale, zero, table, first, last,
             K, G, WORDS, FIELDS, KIND, ZERO, ROWS, BLOCK_N, STAGES, dtype,
         )  # fmt: skip
     if SPLIT:
-        parts += tile * splits * ((BLOCK_N + 1) * ROWS)
+        parts += place * splits * ((BLOCK_N + 1) * ROWS)
         part = parts + split * ((BLOCK_N + 1) * ROWS)
         square = tl.zeros([ROWS], tl.float32)
-        if _arrive(y, square, part, counters + tile, BLOCK_N, ROWS) < splits - 1:
+        if _arrive(y, square, part, counters + place, BLOCK_N, ROWS) < splits - 1:
             return
-        y, square = _collect(parts, counters + tile, splits, BLOCK_N, ROWS)
+        y, square = _collect(parts, counters + place, splits, BLOCK_N, ROWS)
     _finish(y, m, n, bias, add, out, M, N, add_stride, out_stride, BIAS, ADD)
 
 

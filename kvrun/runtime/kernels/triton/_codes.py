@@ -125,8 +125,7 @@ def multiply_codes(
 ):  # fmt: skip
     """Values · rows transposed [BLOCK_N, ROWS] over words first to last, a block per turn.
 
-    rows: pointers [1, ROWS] to rows of x; words [BLOCK_N, 1], scale, zero [BLOCK_N]: to those of
-    the matrix. (In two dimensions a thread would load a scale once for each of its sums.)
+    rows: pointers [1, ROWS] to rows of x; words, scale, zero: [BLOCK_N, 1] to those of the matrix.
     """
     EVEN: tl.constexpr = WORDS * FIELDS == K
     SHARE: tl.constexpr = FIELDS // PARTS
@@ -155,8 +154,8 @@ def multiply_codes(
                 sums = part
             else:
                 if ZERO:
-                    part -= tl.load(zero + at).to(tl.float32)[:, None] * whole[None, :]
-                sums += part * factor[:, None]
+                    part -= tl.load(zero + at).to(tl.float32) * whole[None, :]
+                sums += part * factor
     if WHOLE and not ZERO:
-        sums *= tl.load(scale).to(tl.float32)[:, None]
+        sums *= tl.load(scale).to(tl.float32)
     return sums

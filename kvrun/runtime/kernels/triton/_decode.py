@@ -217,22 +217,38 @@ def _decode(
         places = out_at + group[:, None] * DIM + columns[None, :]
         tl.store(places, acc.to(out_at.dtype.element_ty), mask=inside)
     else:
-        mine = (item * KV_HEADS + kv) * SHARE + group
-        tl.store(parts_at + mine[:, None] * DIM + columns[None, :], acc, mask=inside)
-        sums_at = parts_at + items * KV_HEADS * SHARE * DIM
-        tl.store(sums_at + mine, top + tl.log2(tl.where(total > 0, total, 1.0)), mask=real)
-        if counters_at is not None:
-            # Every thread's stores come before the barrier, and that before the release.
-            tl.debug_barrier()
-            counter_at = counters_at + row * KV_HEADS + kv
-            arrived = tl.atomic_add(counter_at, 1, sem="acq_rel", scope="gpu")
-            if arrived == count - 1:
-                out_at += row.to(tl.int64) * out_stride + kv * SHARE * DIM
-                _together(
-                    parts_at, sums_at, out_at, (item - part) * KV_HEADS + kv, count,
-                    KV_HEADS, SHARE, GROUP, DIM, PADDED, AT_ONCE,
-                )  # fmt: skip
-                tl.store(counter_at, 0)
+        _leave(
+            acc, top, total, parts_at, counters_at, out_at + row.to(tl.int64) * out_stride,
+            row, part, count, item, items, kv,
+            KV_HEADS, SHARE, GROUP, ROWS, DIM, PADDED, AT_ONCE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _leave(
+    acc, top, total, parts_at, counters_at, out_at, row, part, count, item, items, kv,
+    KV_HEADS: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    DIM: tl.constexpr, PADDED: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Leaves a part for the others of its sequence; the last one to come puts them together."""
+    group, columns = tl.arange(0, ROWS), tl.arange(0, PADDED)
+    real = group < SHARE
+    inside = real[:, None] & (columns < DIM)[None, :]
+    mine = (item * KV_HEADS + kv) * SHARE + group
+    tl.store(parts_at + mine[:, None] * DIM + columns[None, :], acc, mask=inside)
+    sums_at = parts_at + items * KV_HEADS * SHARE * DIM
+    tl.store(sums_at + mine, top + tl.log2(tl.where(total > 0, total, 1.0)), mask=real)
+    if counters_at is not None:
+        # Every thread's stores come before the barrier, and that before the release.
+        tl.debug_barrier()
+        counter_at = counters_at + row * KV_HEADS + kv
+        arrived = tl.atomic_add(counter_at, 1, sem="acq_rel", scope="gpu")
+        if arrived == count - 1:
+            _together(
+                parts_at, sums_at, out_at + kv * SHARE * DIM, (item - part) * KV_HEADS + kv, count,
+                KV_HEADS, SHARE, GROUP, DIM, PADDED, AT_ONCE,
+            )  # fmt: skip
+            tl.store(counter_at, 0)
 
 
 @triton.jit

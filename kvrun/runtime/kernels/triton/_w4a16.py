@@ -302,21 +302,16 @@ def dot(
     dtype: tl.constexpr = tl.float32 if WIDE else x.dtype.element_ty
     wait(PDL)
     rows = x + tl.minimum(m, M - 1).to(tl.int64) * x_stride
-    words += own * word_stride
+    words, scale = words + own * word_stride, scale + own * groups
+    if ZERO:
+        zero += own * groups
     last = tl.minimum(first + span, WORDS)
     if KIND == "int4" or KIND == "int8":
-        own = tl.minimum(tile * BLOCK_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
-        scale += own * groups
-        if ZERO:
-            zero += own * groups
         y = multiply_codes(
             rows, words, scale, zero, first, last,
             K, G, WORDS, FIELDS, PARTS, KIND, ZERO, ROWS, BLOCK_N, STAGES, ASM, dtype,
         )  # fmt: skip
     else:
-        scale += own * groups
-        if ZERO:
-            zero += own * groups
         y = _multiply(
             rows, words, scale, zero, table, first, last,
             K, G, WORDS, FIELDS, KIND, ZERO, ROWS, BLOCK_N, STAGES, dtype,

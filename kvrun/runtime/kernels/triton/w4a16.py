@@ -18,7 +18,7 @@ from kvrun.runtime.kernels.w4a16 import WORDS, Coded, block
 
 FEW = 4  # rows up to which `fma` may be used
 # Rows that `linear` takes: beyond, making the values first is faster.
-MOST = {4: 512, 8: 512}
+MOST = {4: 256, 8: 512}
 
 
 class Form(NamedTuple):
@@ -156,10 +156,11 @@ def config(m: int, n: int, k: int, kind: str, sm_count: int) -> Form:
         splits = max(1, min(words // WORDS // 4, 4 * sm_count // tiles, 8)) if m <= 64 else 1
         return Form(True, 64, 4 if rows <= 64 else 8, rows=rows, stages=3, splits=splits)
     rows = min(128, rows)
-    block_n, per_sm = _CUTS[kind, rows] if rows < 128 else (128, 1) if n > 1 << 13 else (64, 1)
+    block_n, per_sm = _CUTS.get((kind, rows), (128, 1))
     tiles = triton.cdiv(n, block_n) * triton.cdiv(m, rows)
     splits = max(1, min(round(per_sm * sm_count / tiles), words // WORDS // 2, 8))
-    return Form(True, block_n, block_n // 16, rows=rows, stages=3, splits=splits)
+    stages = 2 if kind == "int8" and rows == 128 and splits == 1 else 3
+    return Form(True, block_n, block_n // 16, rows=rows, stages=stages, splits=splits)
 
 
 def _words(matrix: Coded) -> torch.Tensor:

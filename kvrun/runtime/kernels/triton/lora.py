@@ -35,13 +35,15 @@ _FEWEST_PIECES = 8  # where many rows may be few tiles: all of one adapter
 
 class Stream(NamedTuple):
     """How `expand` goes through B: `turns` (a power of 2) tiles of `block_n` outputs a program,
-    `stages` of them on their way, or all of them asked for `ahead` of everything else."""
+    `stages` of them on their way, or all of them asked for `ahead` of everything else. `registers`
+    of a thread at most; None leaves that to the compiler."""
 
     turns: int
     block_n: int
     warps: int = 4
     stages: int = 3
     ahead: bool = True
+    registers: int | None = None
 
 
 _STREAM: Stream | None = None  # None: `_expand`, which has one tile or four of them a program
@@ -97,7 +99,7 @@ def expand(
         ahead = 32 * stream.warps if stream.ahead and y.device.type == "cuda" else 0
         _expand_stream[grid](
             *where, **options, TURNS=stream.turns, STAGES=stream.stages, THREADS=ahead,
-            num_warps=stream.warps,
+            num_warps=stream.warps, **({"maxnreg": stream.registers} if stream.registers else {}),
         )  # fmt: skip
     else:
         limit = _LIMIT if sum(outs) > _WIDE else {}

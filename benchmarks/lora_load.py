@@ -4,7 +4,7 @@
 Random matrices of rank 16 on all seven products of Llama 3 8B: 448 tensors, 84 MB in bf16. Each
 line is one load, in milliseconds: headers and checks (`open`), all of `read`, then, summed over its
 threads, where they were: bytes into memory (`bytes`), `hash`, `scale`, `round` (another dtype than
-the model's), `place` (turned, where it belongs); and the check for values that are not finite. On a
+the model's), the `check` for values that are not finite, `place` (turned, where it belongs). On a
 GPU: from there to the device (`send`), and what pinning as much memory would take (`pin`).
 """
 
@@ -32,8 +32,8 @@ from kvrun.runtime.lora.sites import Sites
 RANK, LAYERS, HIDDEN, INNER, KV = 16, 32, 4096, 14336, 1024
 PHASES = {
     "bytes": (pieces.os, "preadv"), "hash": (pieces, "blake2b"),
-    "scale": (torch, "_foreach_mul_"), "round": (pieces, "_cast"), "place": (np, "copyto"),
-    "check": (adapter, "check_finite"),
+    "scale": (torch, "_foreach_mul_"), "round": (pieces, "_cast"),
+    "check": (pieces, "_check_finite"), "place": (np, "copyto"),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ GPU: from there to the device (`send`), and what pinning as much memory would ta
 """
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -126,6 +127,7 @@ def main() -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", 0)
         resident = Resident(known, device=device, dtype=torch.bfloat16, room=1 << 30)
+    gc.freeze()  # as the engine does in a process of its own
     with tempfile.TemporaryDirectory() as name:
         write_adapter(Path(name), known, pieces.DTYPES[args.stored])
         loads = [load(Path(name), known, resident) for _ in range(args.repeats)]

@@ -31,10 +31,11 @@ def forms() -> list[Form]:
         (1, 2, 4, 8), (128, 256, 512), (4, 8), (1, 2, 4), (False, True)
     ):
         # 4096 outputs in one program leave most of the GPU idle; one turn has nothing to pipeline.
-        if turns * block_n <= 2048 and (turns > 1 or stages == 1):
-            found.append(Stream(turns, block_n, warps, stages, ahead))
-            if block_n <= 256 and warps == 4:
-                found.append(Stream(turns, block_n, warps, stages, ahead, registers=80))
+        if turns * block_n > 2048 or (turns == 1 and stages > 1) or (stages == 1 and not ahead):
+            continue
+        found.append(Stream(turns, block_n, warps, stages, ahead))
+        if block_n <= 256 and warps == 4 and ahead:
+            found.append(Stream(turns, block_n, warps, stages, ahead, registers=80))
     return found
 
 

@@ -108,6 +108,7 @@ def load(folder: Path, known: Sites, resident: Resident | None) -> dict[str, flo
         while not one.landed.query():
             time.sleep(1e-4)
         found["send"] = 1e3 * (time.perf_counter() - read)
+        assert torch.equal(resident.arena[one.start : one.start + one.size].cpu(), flat)
         begun = time.perf_counter()
         torch.empty(flat.nbytes, dtype=torch.uint8, pin_memory=True)
         found["pin"] = 1e3 * (time.perf_counter() - begun)

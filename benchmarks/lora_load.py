@@ -4,11 +4,12 @@
 Random matrices of rank 16 on all seven products of Llama 3 8B: 448 tensors, 84 MB in bf16. Each
 line is one load, in milliseconds: headers and checks (`open`), all of `read`, then, summed over its
 threads, where they were: bytes into memory (`bytes`), `hash`, `scale`, `round` (another dtype than
-the model's), `place` (turned, where it belongs); and the check for values that are not finite. On a
+the model's), the `check` for values that are not finite, `place` (turned, where it belongs). On a
 GPU: from there to the device (`send`), and what pinning as much memory would take (`pin`).
 """
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -32,8 +33,8 @@ from kvrun.runtime.lora.sites import Sites
 RANK, LAYERS, HIDDEN, INNER, KV = 16, 32, 4096, 14336, 1024
 PHASES = {
     "bytes": (pieces.os, "preadv"), "hash": (pieces, "blake2b"),
-    "scale": (torch, "_foreach_mul_"), "round": (pieces, "_cast"), "place": (np, "copyto"),
-    "check": (adapter, "check_finite"),
+    "scale": (torch, "_foreach_mul_"), "round": (pieces, "_cast"),
+    "check": (pieces, "_check_finite"), "place": (np, "copyto"),
 }  # fmt: skip
 
 
@@ -107,6 +108,7 @@ def load(folder: Path, known: Sites, resident: Resident | None) -> dict[str, flo
         while not one.landed.query():
             time.sleep(1e-4)
         found["send"] = 1e3 * (time.perf_counter() - read)
+        assert torch.equal(resident.arena[one.start : one.start + one.size].cpu(), flat)
         begun = time.perf_counter()
         torch.empty(flat.nbytes, dtype=torch.uint8, pin_memory=True)
         found["pin"] = 1e3 * (time.perf_counter() - begun)
@@ -126,6 +128,7 @@ def main() -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", 0)
         resident = Resident(known, device=device, dtype=torch.bfloat16, room=1 << 30)
+    gc.freeze()  # as the engine does in a process of its own
     with tempfile.TemporaryDirectory() as name:
         write_adapter(Path(name), known, pieces.DTYPES[args.stored])
         loads = [load(Path(name), known, resident) for _ in range(args.repeats)]

@@ -7,6 +7,8 @@ its own: microseconds of both kernels together, of each, and what the bytes take
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,43 +39,56 @@ def main() -> None:
             print(f"{rows:3}/{adapters:2}", *(measure(n, rows, adapters) for n in PRODUCTS))
 
 
-def measure(name: str, rows: int, adapters: int) -> str:
-    outs, k, before = PRODUCTS[name]
-    sites = Sites([tuple(Shard(str(p), out, k) for p, out in enumerate(outs))])
-    layout = sites.lay_out({(0, p): RANK for p in range(len(outs))})
-    table = np.concatenate([np.zeros((1, sites.width), np.int64)] + [layout.table] * adapters)
-    for slot in range(1, adapters + 1):
-        start = (slot - 1) * layout.size
-        table[slot, 0] += start
-        table[slot, 2::3] += start
-    found = tiled(np.array([1 + row % adapters for row in range(rows)]), 16)
-    listed, tiles = (torch.from_numpy(part).cuda() for part in found)
-    room = torch.zeros(rows, 3, dtype=torch.int32, device="cuda")  # as in a captured step
-    room[: len(tiles)] = tiles
-    arenas = torch.randn(LAYERS, layout.size * adapters, device="cuda", dtype=torch.bfloat16)
-    spots = torch.from_numpy(table).cuda()
-    x = torch.randn(rows, 2 * k if before == "act" else k, device="cuda", dtype=torch.bfloat16)
-    y = torch.zeros(rows, sum(outs), device="cuda", dtype=torch.bfloat16)
-    norm = torch.ones(k, device="cuda") if before == "norm" and rows <= 16 else None
-    act = "silu" if before == "act" and rows <= 16 else None
-    sizes = {"height": 16, "features": k}
+@dataclass
+class Case:
+    """One product of `layers` layers, each with adapters of its own, and a step's rows."""
 
-    def shrink(arena: torch.Tensor) -> torch.Tensor:
+    name: str
+    rows: int
+    adapters: int
+    layers: int = LAYERS
+
+    def __post_init__(self) -> None:
+        self.outs, k, before = PRODUCTS[self.name]
+        sites = Sites([tuple(Shard(str(p), out, k) for p, out in enumerate(self.outs))])
+        layout = sites.lay_out({(0, p): RANK for p in range(len(self.outs))})
+        table = np.concatenate([np.zeros((1, sites.width))] + [layout.table] * self.adapters)
+        for slot in range(1, self.adapters + 1):
+            start = (slot - 1) * layout.size
+            table[slot, 0] += start
+            table[slot, 2::3] += start
+        found = tiled(np.array([1 + row % self.adapters for row in range(self.rows)]), 16)
+        listed, tiles = (torch.from_numpy(part).cuda() for part in found)
+        room = torch.zeros(self.rows, 3, dtype=torch.int32, device="cuda")  # as in a captured step
+        room[: len(tiles)] = tiles
+        bf16: Any = {"device": "cuda", "dtype": torch.bfloat16}
+        self.arenas = torch.randn(self.layers, layout.size * self.adapters, **bf16)
+        self.where = torch.from_numpy(table).long().cuda(), listed, room
+        fused = self.rows <= 16
+        self.norm = torch.ones(k, device="cuda") if before == "norm" and fused else None
+        self.act = "silu" if before == "act" and fused else None
+        self.x = torch.randn(self.rows, 2 * k if self.act else k, **bf16)
+        self.y = torch.zeros(self.rows, sum(self.outs), **bf16)
+        self.sizes = {"height": 16, "features": k}
+        self.least = self.adapters * layout.size * 2 / RATE * 1e6
+
+    def shrink(self, arena: torch.Tensor) -> torch.Tensor:
         return lora.shrink(
-            x[:, : 2 * k if act else k], arena, spots, listed, room, **sizes, width=256,
-            norm=norm, act=act, parts=len(outs),
+            self.x, arena, *self.where, **self.sizes, width=256, norm=self.norm, act=self.act,
+            parts=len(self.outs),
         )  # fmt: skip
 
-    sums = shrink(arenas[0])
+    def expand(self, arena: torch.Tensor, low: torch.Tensor) -> None:
+        eps = None if self.norm is None else 1e-5
+        lora.expand(low, self.y, arena, *self.where, **self.sizes, outs=self.outs, eps=eps)
 
-    def expand(arena: torch.Tensor, low: torch.Tensor = sums) -> None:
-        lora.expand(low, y, arena, spots, listed, room, **sizes, outs=outs,
-                    eps=None if norm is None else 1e-5)  # fmt: skip
 
-    both = micros(lambda arena: expand(arena, shrink(arena)), arenas)
-    parts = micros(shrink, arenas), micros(expand, arenas)
-    least = adapters * layout.size * 2 / RATE * 1e6
-    return f"{name} {both:6.1f} ({parts[0]:5.1f} + {parts[1]:5.1f}, bytes {least:5.1f})"
+def measure(name: str, rows: int, adapters: int) -> str:
+    case = Case(name, rows, adapters)
+    sums = case.shrink(case.arenas[0])
+    both = micros(lambda arena: case.expand(arena, case.shrink(arena)), case.arenas)
+    parts = micros(case.shrink, case.arenas), micros(lambda a: case.expand(a, sums), case.arenas)
+    return f"{name} {both:6.1f} ({parts[0]:5.1f} + {parts[1]:5.1f}, bytes {case.least:5.1f})"
 
 
 def micros(run: Callable[[torch.Tensor], object], arenas: torch.Tensor) -> float:

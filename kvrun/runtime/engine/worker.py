@@ -6,6 +6,7 @@ parent does (stdin ends), when the engine gives up, and when one step takes long
 """
 
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -167,6 +168,8 @@ def main() -> None:
         watchdog = _Watchdog(config.step_timeout)
         watchdog.start()
         wire.send(outlet, wire.Started(engine.ready))
+        # A full collection goes through everything imported, and every step would wait for it.
+        gc.freeze()
         Worker(engine, outlet, inbox).run(watchdog)
     except KvrunError as error:
         _die(outlet, wire.Fault.of(error))

@@ -10,6 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kvrun.errors import BadCheckpoint, NotFound, Unsupported
@@ -103,15 +104,15 @@ class AdapterFolder:
                 matrix = matrices.setdefault(stored.start, Matrix(stored, scale))
                 matrix.targets.append(target)
         hashes = self._lay_in(list(matrices.values()), dtype)
-        check_finite(flat, self.path, dtype)
         return flat, blake2b(self._config + b"".join(hashes), digest_size=16).hexdigest()
 
     def _room(self, dtype: torch.dtype) -> torch.Tensor:
         """The whole stretch; where matrices leave gaps between them there are zeros."""
         size = self.layout.size
         filled = sum(r * sum(self._sites.shard(p).shape) for p, r in self.ranks.items())
-        flat = torch.empty(size, dtype=dtype)
-        return flat if filled == size else flat.zero_()
+        # numpy asks the system for large pages, which come in a fifth of the time.
+        room = np.empty if filled == size else np.zeros
+        return torch.from_numpy(room(size * dtype.itemsize, np.uint8)).view(dtype)
 
     def _lay_in(self, matrices: list[Matrix], dtype: torch.dtype) -> list[bytes]:
         path = weights_file(self.path)
@@ -124,6 +125,11 @@ class AdapterFolder:
                         return hashes
         except EOFError:
             pass
+        except OverflowError as error:
+            raise BadCheckpoint(
+                f"the adapter in {self.path} holds values that are not finite.",
+                cause=f"NaN or infinity, in {str(dtype).removeprefix('torch.')}",
+            ) from error
         except OSError as error:
             raise BadCheckpoint(f"{path} cannot be read.", cause=error.strerror or "") from error
         raise BadCheckpoint(f"{path} has changed while it was read.", hint="load it again")
@@ -232,12 +238,3 @@ def _by_pattern(config: dict[str, Any], key: str, module: str, otherwise: Any) -
 def _stamp(status: os.stat_result) -> tuple[int, ...]:
     """What tells a file from another one in its place."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def check_finite(flat: torch.Tensor, path: Path, dtype: torch.dtype) -> None:
-    low, high = torch.aminmax(flat)
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        raise BadCheckpoint(
-            f"the adapter in {path} holds values that are not finite.",
-            cause=f"NaN or infinity, in {str(dtype).removeprefix('torch.')}",
-        )

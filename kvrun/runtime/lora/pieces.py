@@ -52,7 +52,8 @@ def lay_in(file: int, matrices: Sequence[Matrix], dtype: torch.dtype) -> list[by
     """Bring all matrices of an open file to their targets, which are of `dtype`.
 
     The matrices lie end to end behind the header. They are rounded once, when they are scaled.
-    Returns hashes of all bytes, in order. Raises EOFError if the file is shorter, and OSError.
+    Returns hashes of all bytes, in order. Raises EOFError if the file is shorter, OverflowError for
+    values that are not finite in `dtype`, and OSError.
     """
     pieces = list(_pieces(sorted(matrices, key=lambda matrix: matrix.stored.start)))
     header = np.empty(pieces[0][0].stored.start, np.uint8)
@@ -124,11 +125,19 @@ def _spread(part: Bits, piece: Sequence[Matrix], dtype: torch.dtype) -> None:
     if values.dtype != dtype:
         values = _cast(values, dtype)
     whole = bits(values)
+    _check_finite(whole, dtype)
     for matrix, begin, stop in found:
         tensor = whole[begin:stop].reshape(matrix.stored.shape)
         for target, dim, ranges in matrix.targets:
             kept = _cut(tensor, dim, ranges)
             np.copyto(target, kept if dim else kept.T)
+
+
+def _check_finite(whole: Bits, dtype: torch.dtype) -> None:
+    """Infinities and what is beyond them have every bit of the exponent."""
+    infinity = int(bits(torch.tensor([torch.inf], dtype=dtype))[0])
+    if (whole & np.iinfo(whole.dtype).max).max() >= infinity:
+        raise OverflowError
 
 
 def _cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

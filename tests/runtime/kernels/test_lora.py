@@ -55,14 +55,14 @@ class Case:
         if "norm" in prologue:
             self.prologue = {"norm": torch.rand(K) + 0.5, "eps": 1e-3}
 
-    def run(self, kernel: Any, width: int = 192) -> torch.Tensor:
+    def run(self, kernel: Any, width: int = 192, expand: Any = None) -> torch.Tensor:
         options = {key: self.prologue.get(key) for key in ("norm", "act")}
         sums = kernel.shrink(
             self.x, **self.where, **self.sizes, width=width, parts=len(OUTS), **options
         )
         y = self.y.clone()
         eps = self.prologue.get("eps")
-        kernel.expand(sums, y, **self.where, **self.sizes, outs=OUTS, eps=eps)
+        (expand or kernel).expand(sums, y, **self.where, **self.sizes, outs=OUTS, eps=eps)
         return y
 
     def plain(self) -> torch.Tensor:
@@ -123,6 +123,38 @@ def test_cuts_of_the_input(
     monkeypatch.setattr(lora, "_cut", lambda *_: (16, span, -(-K // span)))
     assert off(case.run(lora), case.plain()) < 1e-6
     assert torch.equal(case.run(lora), case.run(lora))
+
+
+@pytest.mark.parametrize("mix", ["one adapter", "mixed, with base rows"])
+@pytest.mark.parametrize(("turns", "room"), [(1, 2), (2, 8), (8, 8), (8, 24)])
+def test_streams(mix: str, turns: int, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program goes through several tiles of B, all of them or a share where it has help."""
+    monkeypatch.setattr(lora, "_STREAM", lora.Stream(turns, 16))
+    monkeypatch.setattr(lora, "_COUNTED", 16)  # 24 and more tiles are not counted
+    started: list[Any] = []
+    monkeypatch.setattr(lora, "_expand_stream", Watched(lora._expand_stream, started))
+    case = Case(MIXES[mix], 16, norm=True)
+    case.where["tiles"] = F.pad(case.where["tiles"], (0, 0, 0, room - 2))  # tiles without work
+    assert off(case.run(twin, expand=lora), case.plain()) < 1e-6
+    assert len(started) == 1
+
+
+class Watched:
+    """A kernel whose launches are listed."""
+
+    def __init__(self, kernel: Any, started: list[Any]) -> None:
+        self._kernel, self._started = kernel, started
+
+    def __getitem__(self, grid: Any) -> Any:
+        self._started.append(grid)
+        return self._kernel[grid]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_streams_in_every_dtype(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(MIXES["mixed, with base rows"], 16, dtype, norm=True)
+    monkeypatch.setattr(lora, "_STREAM", lora.Stream(4, 16))
+    assert off(case.run(twin, expand=lora), case.run(twin)) < TOLERANCE[dtype]
 
 
 def test_rows_without_an_adapter_stay_as_they_are() -> None:

@@ -10,12 +10,14 @@ front of them.
 
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from kvrun.runtime.kernels.triton._lora_expand import _dot, _expand
+from kvrun.runtime.kernels.triton._lora_stream import _expand_stream
 from kvrun.runtime.kernels.triton._overlap import overlap, release, wait
 from kvrun.runtime.kernels.triton._skinny import _input
 from kvrun.runtime.kernels.triton.skinny import sm_count
@@ -29,6 +31,22 @@ _NARROW = 128  # outputs of a turn where a tile has several rows: what registers
 # Registers, where a product is so wide that memory is busy only if many programs are there at once.
 _WIDE, _LIMIT = 8192, {"maxnreg": 128}
 _FEWEST_PIECES = 8  # where many rows may be few tiles: all of one adapter
+
+
+class Stream(NamedTuple):
+    """How `expand` goes through B: `turns` (a power of 2) tiles of `block_n` outputs a program,
+    `stages` of them on their way, or all of them asked for `ahead` of everything else. `registers`
+    of a thread at most; None leaves that to the compiler."""
+
+    turns: int
+    block_n: int
+    warps: int = 4
+    stages: int = 3
+    ahead: bool = True
+    registers: int | None = None
+
+
+_STREAM: Stream | None = None  # None: `_expand`, which has one tile or four of them a program
 
 
 def shrink(
@@ -62,17 +80,31 @@ def expand(
     if not len(tiles) or not count:
         return
     block_m = max(16, triton.next_power_of_2(height))
-    block_n = _block_n(len(tiles), sum(outs), block_m)
-    places = _places(tuple(outs), block_n, y.device)
-    _expand[(len(tiles) * len(places),)](
+    stream = _STREAM if block_m <= _TALL else None
+    block_n = stream.block_n if stream else _block_n(len(tiles), sum(outs), block_m)
+    span = block_n * stream.turns if stream else block_n
+    places = _places(tuple(outs), span, y.device)
+    where = (
         sums, y, arena, table, rows, tiles, places, len(tiles), len(places),
         count, y.stride(0), table.stride(0), width, pieces, 1.0 / features, eps or 0.0,
-        CHUNK=_chunk(pieces, block_m), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=RANKS,
-        COUNTED=_COUNTED, SHARE=block_n // min(block_n, _NARROW),
-        NORM=eps is not None,
-        ALIGNED=all(out % 8 == 0 for out in outs), WIDE=y.device.type == "cpu",
-        num_warps=4, **(_LIMIT if sum(outs) > _WIDE else {}), **overlap(y.device),
     )  # fmt: skip
+    options = {
+        "CHUNK": _chunk(pieces, block_m), "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": RANKS,
+        "COUNTED": _COUNTED, "NORM": eps is not None,
+        "ALIGNED": all(out % 8 == 0 for out in outs), "WIDE": y.device.type == "cpu",
+        **overlap(y.device),
+    }  # fmt: skip
+    grid = (len(tiles) * len(places),)
+    if stream:
+        ahead = 32 * stream.warps if stream.ahead and y.device.type == "cuda" else 0
+        _expand_stream[grid](
+            *where, **options, TURNS=stream.turns, STAGES=stream.stages, THREADS=ahead,
+            num_warps=stream.warps, **({"maxnreg": stream.registers} if stream.registers else {}),
+        )  # fmt: skip
+    else:
+        limit = _LIMIT if sum(outs) > _WIDE else {}
+        share = block_n // min(block_n, _NARROW)
+        _expand[grid](*where, **options, SHARE=share, num_warps=4, **limit)
 
 
 # What differs between sizes of a step is no constant: each would have to be compiled. `span` is

@@ -66,9 +66,8 @@ def head(
     method = "fp8" if w.quantize == "fp8" else "int8"
     if method == "fp8" and w.device.type == "cpu":
         return None
-    made = coded(weight, method)
-    found = _coded.keep(made, w.dtype, bias)
-    return None if found is None else (cast("TableWeight", found), made.nbytes)
+    found = _coded.keep(coded(weight, method), w.dtype, bias)
+    return None if found is None else (cast("TableWeight", found), found.nbytes)
 
 
 def decode(w: "Checkpoint", shard: Shard) -> Coded | None:

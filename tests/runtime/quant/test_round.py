@@ -72,14 +72,6 @@ def test_a_model_answers(method: str) -> None:
     assert "Paris" in out[0].text
 
 
-def test_the_head_stays_and_weights_shrink(tmp_path: Path) -> None:
-    zoo.make(tmp_path, "llama", "v3", hidden_size=128, intermediate_size=256, head_dim=32)
-    whole, less = Checkpoint(tmp_path), Checkpoint(tmp_path, quantize="int8")
-    plain, small = build(whole), build(less)
-    assert small.parameter_bytes < 0.65 * plain.parameter_bytes
-    assert type(small._head._weight) is type(plain._head._weight)
-
-
 def test_names() -> None:
     for alias, name in QUANTIZE_ALIASES.items():
         assert EngineConfig(model="m", quantize=alias).rounding == name

@@ -24,7 +24,7 @@ VOCAB, HIDDEN = 128, 64  # of the small models
 
 def rounded(weight: torch.Tensor) -> torch.Tensor:
     """Each row's values to the nearest of 255 steps, of which its largest value has 127.5."""
-    step = weight.abs().amax(1, keepdim=True) * 2 / 255
+    step = weight.abs().amax(1, keepdim=True) * (2 / 255)
     return (weight / step).round().clamp(-128, 127) * step
 
 

@@ -7,10 +7,9 @@ import torch
 
 from kvrun import LLM, SamplingParams
 from kvrun.errors import InvalidRequest, Unsupported
-from kvrun.runtime.checkpoint import Checkpoint, Shard
+from kvrun.runtime.checkpoint import Shard
 from kvrun.runtime.config import QUANTIZE, QUANTIZE_ALIASES, EngineConfig
 from kvrun.runtime.kernels import w4a16
-from kvrun.runtime.models import build
 from kvrun.runtime.quant import _round
 from tests.runtime.models import zoo
 

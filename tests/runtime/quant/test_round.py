@@ -56,7 +56,7 @@ def test_codes_are_the_nearest_and_ranges_the_best() -> None:
 def test_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(10, 64)
     whole = [w4a16.dequantise(_round.coded(weight, m), torch.float32) for m in QUANTIZE]
-    monkeypatch.setattr(_round, "_PIECE", 3 * 64)
+    monkeypatch.setattr(_round, "_CPU_PIECE", 3 * 64)
     parts = [w4a16.dequantise(_round.coded(weight, m), torch.float32) for m in QUANTIZE]
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 

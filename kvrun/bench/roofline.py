@@ -81,6 +81,7 @@ class Cost:
     width: float = 2
     kv_width: float = 2
     linear_width: float | None = None  # of the layers' matrices, where it is another
+    head_width: float | None = None  # of the output's
 
     @classmethod
     def of(
@@ -89,10 +90,12 @@ class Cost:
         dtype: str = "bfloat16",
         kv_dtype: str | None = None,
         linear_width: float | None = None,
+        head_width: float | None = None,
     ) -> "Cost":
         """From a config.json, with weights in `dtype`, keys and values in `kv_dtype` or the same.
 
-        `linear_width`: bytes of a value of the layers' matrices where they are quantized.
+        `linear_width`, `head_width`: bytes of a value of the layers' matrices and of the output's
+        where they are quantized.
 
         Raises BadCheckpoint when the configuration does not say what is needed, and Unsupported
         for what is not counted here.
@@ -118,18 +121,19 @@ class Cost:
             width=WIDTHS.get(dtype, 1),
             kv_width=WIDTHS.get(kv_dtype or dtype, 1),
             linear_width=linear_width,
+            head_width=head_width,
         )
 
     @property
     def weight_bytes(self) -> float:
         """What the weights take."""
-        return self._linear_bytes + (self.head + self.experts) * self.width
+        return self._fixed_bytes + self.experts * self.width
 
     def weights_read(self, tokens: float) -> float:
         """Bytes of weights that a step of so many tokens reads, with choices of experts that are
         evenly spread."""
         chosen = 1 - (1 - self.share) ** max(tokens, 1) if self.share < 1 else 1.0
-        return self._linear_bytes + (self.head + self.experts * chosen) * self.width
+        return self._fixed_bytes + self.experts * chosen * self.width
 
     @property
     def _active(self) -> float:
@@ -137,8 +141,11 @@ class Cost:
         return self.linear + self.experts * self.share
 
     @property
-    def _linear_bytes(self) -> float:
-        return self.linear * (self.width if self.linear_width is None else self.linear_width)
+    def _fixed_bytes(self) -> float:
+        """Of what every token is multiplied with."""
+        linear = self.width if self.linear_width is None else self.linear_width
+        head = self.width if self.head_width is None else self.head_width
+        return self.linear * linear + self.head * head
 
     @property
     def kv_bytes_per_token(self) -> float:

@@ -95,7 +95,8 @@ class Target:
         self.kv_dtype = "float8_e4m3fn" if fp8 else self.ready.dtype
         asked = self.options.get("quantize") or ""
         width = WIDTHS.get(QUANTIZE_ALIASES.get(asked, asked))
-        self.cost = Cost.of(model.config, self.ready.dtype, self.kv_dtype, width)
+        head = WIDTHS["int8"] if width else None
+        self.cost = Cost.of(model.config, self.ready.dtype, self.kv_dtype, width, head)
         self.last: list[Output] = []
 
     def seconds(

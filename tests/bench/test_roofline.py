@@ -1,6 +1,7 @@
 """Bounds from a config.json alone, beside those worked out by hand for an 8B model on an H200."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,6 +30,12 @@ def test_what_an_8b_model_holds() -> None:
     assert found.kv_bytes_per_token == 131_072
     assert cost("llama-3-8b", "float32").weight_bytes == 2 * found.weight_bytes
     assert cost("llama-3-8b", "bfloat16", "float8_e4m3fn").kv_bytes_per_token == 65_536
+
+
+def test_layers_and_head_of_other_widths() -> None:
+    found = replace(cost("llama-3-8b"), linear_width=0.5, head_width=1.0)
+    assert found.weight_bytes == pytest.approx(0.5 * 6.979e9 + 0.525e9, rel=1e-3)
+    assert found.step(1, 1).weight_bytes == found.weight_bytes
 
 
 @pytest.mark.parametrize(

@@ -73,10 +73,15 @@ class Driver:
     group: Group = field(default_factory=Group)
     scattered: bool = True
     load_format: str = "auto"
+    quantize: str | None = None
 
     def built(self) -> Decoder:
         checkpoint = Checkpoint(
-            self.folder, dtype=self.dtype, group=self.group, load_format=self.load_format
+            self.folder,
+            dtype=self.dtype,
+            group=self.group,
+            load_format=self.load_format,
+            quantize=self.quantize,
         )
         return build(checkpoint)
 

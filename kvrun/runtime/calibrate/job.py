@@ -5,8 +5,10 @@ was interrupted goes on.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -110,7 +112,8 @@ def quantize(
     with torch.inference_mode(), Layers(folder, place, dtype) as layers:
         job = _Job(layers, recipe, folder, partial, progress)
         try:
-            job.run(prompts)
+            with ThreadPoolExecutor(1) as writer:
+                job.run(prompts, writer)
             partial.rename(out)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -168,17 +171,24 @@ class _Job:
         if self._recipe.method == "nf4" and n * k % _round.BLOCK:
             raise InvalidRequest(f"blocks of {_round.BLOCK} do not divide {name} of [{n}, {k}].")
 
-    def run(self, prompts: Sequence[Sequence[int]]) -> None:
+    def run(self, prompts: Sequence[Sequence[int]], writer: ThreadPoolExecutor) -> None:
+        """A layer is read ahead, and the one before is written, while one is worked on."""
         layers, total, looks = self._layers, len(self._layers.model.blocks), self._recipe.looks
         self._prepare()
         batches = layers.batches(prompts) if looks else []
         states = layers.embed(batches)
+        written: Future[None] | None = None
         for n in range(total):
             self._progress(n, total, f"layer {n + 1} of {total}")
             if self._file(n).exists():
                 values = self._finished(n) if looks else {}
             else:
-                values = self._layer(n, states, batches)
+                self._ahead(n + 1)
+                made = self._layer(n, states, batches)
+                values = made.values
+                if written is not None:
+                    written.result()
+                written = writer.submit(self._write, n, made)
             if looks:
                 for lazy in layers.of(n):
                     if all(shard.name in values for shard in lazy.shards):
@@ -186,7 +196,17 @@ class _Job:
                 states = layers.run(n, states, batches)
             layers.drop(n)
         self._progress(total, total, "what stays as it is")
+        if written is not None:
+            written.result()
         self._finish(total)
+
+    def _ahead(self, layer: int) -> None:
+        """Have the system read a layer's files in the background."""
+        for name in self._names(layer):
+            file, stored = self._stored.find(f"{name}.weight")
+            with file.path.open("rb") as opened:
+                place = opened.fileno(), stored.start, stored.nbytes
+                os.posix_fadvise(*place, os.POSIX_FADV_WILLNEED)
 
     def _prepare(self) -> None:
         """An empty folder, or one in which the same job was interrupted."""
@@ -238,17 +258,11 @@ class _Job:
             made.add(name, own, values)
         return made.values
 
-    def _layer(
-        self, n: int, states: Sequence[torch.Tensor], batches: Sequence[Batch]
-    ) -> dict[str, torch.Tensor]:
-        """Quantize and write a layer; the values of its matrices for the inputs they have had."""
+    def _layer(self, n: int, states: Sequence[torch.Tensor], batches: Sequence[Batch]) -> Made:
         layers, files = self._layers, self._layers.files
         if batches:
             layers.watch(n, states, batches)
-        weights = {
-            name: files.read(f"{name}.weight", self._matrices[name][1], None, torch.float32)
-            for name in self._names(n)
-        }
+        weights = {name: self._wide(name) for name in self._names(n)}
         norms = {}
         if self._recipe.method == "awq" and self._family in LIKE_LLAMA:
             here = {name.rsplit(".", 2)[0] for name in weights}
@@ -259,12 +273,19 @@ class _Job:
                 for name, shape in shapes.items()
                 if len(shape) == 1
             }
-        made = self._way.make(weights, layers.of(n), norms)
+        return self._way.make(weights, layers.of(n), norms)
+
+    def _wide(self, name: str) -> torch.Tensor:
+        """A matrix in fp32, which it becomes on the device."""
+        full, shape = f"{name}.weight", self._matrices[name][1]
+        _, dtype = self._layers.files.find(full, shape, torch.float32)
+        return self._layers.files.read(full, shape, None, dtype).float()
+
+    def _write(self, n: int, made: Made) -> None:
         factors = {f"{name}.columns": t.clone() for name, t in made.columns.items()}
         factors |= {f"{name}.rows": t for name, t in made.rows.items()}
         _save(factors, self._factors(n))
         _save(made.tensors, self._file(n))
-        return made.values
 
     def _finish(self, total: int) -> None:
         """Everything else, and the names that a finished model has."""

@@ -57,6 +57,10 @@ class Way:
         if self.method == "awq":
             self._shift(made, weights, lazy, norms)
         seen = {shard.name: one.seen for one in lazy for shard in one.shards}
+        last: tuple[object, torch.Tensor | None] = (
+            None,
+            None,
+        )  # matrices of one input are neighbours
         for name, weight in weights.items():
             columns, rows = made.columns.get(name), made.rows.get(name)
             if columns is not None:
@@ -65,8 +69,10 @@ class Way:
                 weight = weight * rows[:, None]
             hessian = None
             if (sight := seen.get(name)) is not None and sight.sum is not None:
-                hessian = solve.damped(sight.sum, sight.rows)
-                if columns is not None:
+                if sight is not last[0]:
+                    last = sight, solve.damped(sight.sum, sight.rows)
+                hessian = last[1]
+                if columns is not None and hessian is not None:
                     hessian = hessian / columns / columns[:, None]
             made.add(name, *self._codes(weight, hessian))
         return made

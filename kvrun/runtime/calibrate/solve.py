@@ -18,8 +18,8 @@ _STEPS = 20  # of AWQ's exponent
 def damped(hessian: torch.Tensor, rows: int) -> torch.Tensor:
     """H for one row, made safe to invert; columns that nothing has been seen of count a little."""
     mean = hessian / max(rows, 1)
-    floor = mean.diagonal().mean().clamp(min=1e-8) * DAMPING
-    return mean + floor * torch.eye(len(mean), device=mean.device)
+    mean.diagonal().add_(mean.diagonal().mean().clamp(min=1e-8) * DAMPING)
+    return mean
 
 
 def gptq(
@@ -34,33 +34,46 @@ def gptq(
     weigh = hessian.diagonal()
     found = whole(weight, bits, group, symmetric=True, importance=weigh, dtype=dtype)
     order = torch.argsort(hessian.diagonal(), descending=True)
-    places = order // group
-    scale, zero, top = found.scale.float(), 1 << (bits - 1), (1 << bits) - 1
+    # A column at a time is read and written, so columns lie as rows.
+    scale = found.scale.float().t()[order // group]
+    rest, codes = weight.t()[order].contiguous(), torch.empty_like(weight.t())
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     inverse = _inverse(hessian[order][:, order])
-    rest = weight[:, order].clone()
-    codes = torch.empty_like(rest, dtype=torch.uint8)
-    for start in range(0, rest.shape[1], _COLUMNS):
-        stop = min(start + _COLUMNS, rest.shape[1])
-        block, errors = rest[:, start:stop], torch.empty_like(rest[:, start:stop])
-        part = inverse[start:stop, start:stop]
-        for i in range(stop - start):
-            s, column = scale[:, places[start + i]], block[:, i]
-            code = ((column / s).round() + zero).clamp(0, top)
-            codes[:, start + i] = code.to(torch.uint8)
-            error = (column - (code - zero) * s) / part[i, i]
-            block[:, i + 1 :] -= error[:, None] * part[i, i + 1 :]
-            errors[:, i] = error
-        rest[:, stop:] -= errors @ inverse[start:stop, stop:]
-    return found._replace(codes=codes[:, torch.argsort(order)].contiguous())
+    for start in range(0, len(rest), _COLUMNS):
+        some = slice(start, start + _COLUMNS)
+        errors = _block(rest[some], scale[some], inverse[some, some], codes[some], low, high)
+        rest[start + _COLUMNS :] -= inverse[some, start + _COLUMNS :].t() @ errors
+    codes = (codes - low).to(torch.uint8)[torch.argsort(order)]
+    return found._replace(codes=codes.t().contiguous())
+
+
+def _block(
+    rest: torch.Tensor,
+    scale: torch.Tensor,
+    inverse: torch.Tensor,
+    codes: torch.Tensor,
+    low: int,
+    high: int,
+) -> torch.Tensor:
+    """Round columns, rows of `rest` here, into `codes`; what each has lost by its weight there."""
+    errors = torch.empty_like(rest)
+    loss = inverse.diagonal().reciprocal()
+    for i, (column, s, code, error) in enumerate(zip(rest, scale, codes, errors, strict=True)):
+        torch.div(column, s, out=code).round_().clamp_(low, high)
+        torch.addcmul(column, code, s, value=-1, out=error).mul_(loss[i])
+        if i + 1 < len(rest):
+            rest[i + 1 :].addr_(inverse[i, i + 1 :], error, alpha=-1)
+    return errors
 
 
 def _inverse(hessian: torch.Tensor) -> torch.Tensor:
     """The upper Cholesky factor of H's inverse."""
     for power in range(6):
-        extra = hessian.diagonal().mean() * DAMPING * (10**power - 1)
-        lower, failed = torch.linalg.cholesky_ex(
-            hessian + extra * torch.eye(len(hessian)).to(hessian)
-        )
+        if power:
+            hessian = hessian.clone()
+            more = DAMPING * (10**power - 10 ** (power - 1))
+            hessian.diagonal().add_(hessian.diagonal().mean() * more)
+        lower, failed = torch.linalg.cholesky_ex(hessian)
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:

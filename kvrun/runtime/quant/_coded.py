@@ -167,7 +167,7 @@ def lay_out(
 ) -> tuple["Weight", int]:
     """A weight for inputs of `dtype` in the fastest form for its device, and its bytes."""
     if (found := keep(matrix, dtype, bias)) is not None:
-        return found, matrix.nbytes
+        return found, found.nbytes
     values = w4a16.dequantise(matrix, dtype)
     return dense.lay_out(values, bias), values.nbytes
 
@@ -202,9 +202,10 @@ def fuses(matrix: Coded, dtype: torch.dtype) -> bool:
 class Gathered:
     """A weight whose columns stand in another order than the values of a row."""
 
-    def __init__(self, weight: "Weight", order: torch.Tensor) -> None:
+    def __init__(self, weight: Native | Int4 | Int8, order: torch.Tensor) -> None:
         self._weight = weight
         self._order = order
+        self.nbytes = weight.nbytes + order.nbytes
 
     def takes_in(self, rows: int) -> bool:
         return False

@@ -33,6 +33,7 @@ class Native:
     def __init__(self, matrix: Coded, bias: torch.Tensor | None) -> None:
         self._stored = _native().Stored(matrix._replace(order=None), bias)
         self._bias = bias
+        self.nbytes: int = self._stored.nbytes
 
     @staticmethod
     def takes(matrix: Coded) -> bool:
@@ -94,6 +95,7 @@ class Int4:
         both = torch.stack([scale, offset], -1).transpose(0, 1)
         both = both.repeat_interleave(matrix.group // group, 0)[: matrix.columns // group]
         self._scales = both.bfloat16().contiguous()
+        self.nbytes = self._packed.nbytes + self._scales.nbytes
         self._group = group
         self._bias = bias
 
@@ -126,6 +128,7 @@ class Int8:
         self._codes = (codes ^ 128).view(torch.int8)
         self._scale = matrix.scale.flatten().float()
         self._rounded = self._scale.bfloat16()
+        self.nbytes = self._codes.nbytes + self._scale.nbytes + self._rounded.nbytes
         self._bias = bias
 
     @staticmethod

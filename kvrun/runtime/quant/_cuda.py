@@ -22,6 +22,7 @@ class Fused:
         self._matrix = matrix._replace(order=None)
         self._order = matrix.order
         self._bias = bias
+        self.nbytes = matrix.nbytes
         self._kernel = kernel("w4a16", matrix.codes.device)
 
     def takes_in(self, rows: int) -> bool:

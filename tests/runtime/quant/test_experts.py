@@ -45,14 +45,14 @@ def test_experts_of_their_own_in_every_format(
         del sizes["num_local_experts"]
     coded = quantized(tmp_path, name, family, variant, **sizes)
     wanted = torch.cat(logits(Driver(tmp_path / "plain")))
-    assert off(torch.cat(logits(Driver(coded))), wanted) < 4e-2
+    assert off(torch.cat(logits(Driver(coded))), wanted) < 5e-2
     barrier, places = threading.Barrier(2), [torch.empty(0)] * 2
     with ThreadPoolExecutor(2) as pool:
         ranks = list(
             pool.map(lambda r: logits(Driver(coded, group=Threads(r, 2, barrier, places))), (0, 1))
         )
     assert torch.equal(torch.cat(ranks[0]), torch.cat(ranks[1]))
-    assert off(torch.cat(ranks[0]), wanted) < 4e-2
+    assert off(torch.cat(ranks[0]), wanted) < 5e-2
 
 
 def gpt_oss(path: Path, **changes: Any) -> Path:

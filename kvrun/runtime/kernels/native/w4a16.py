@@ -73,6 +73,7 @@ class Stored:
             scale = above | (_tiled(zero.int(), 0) + 8)
         scale = scale.view(-1, TILE, scale.shape[1]).transpose(1, 2)
         self._kept = codes.contiguous(), scale.contiguous(), None if bias is None else bias.float()
+        self.nbytes = sum(part.nbytes for part in self._kept[:2] if part is not None)
         pointers = (None if part is None else part.data_ptr() for part in self._kept)
         self._matrix = _Matrix(*pointers, n, k, min(matrix.group, k), bits)
         self._at = ctypes.addressof(self._matrix)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from hashlib import blake2b
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -103,7 +103,7 @@ def _read(file: int, buffer: Bits, start: int) -> bytes:
         if not count:
             raise EOFError
         done += count
-    return blake2b(view, digest_size=32).digest()
+    return sha256(view).digest()
 
 
 def _spread(part: Bits, piece: Sequence[Matrix], dtype: torch.dtype) -> None:

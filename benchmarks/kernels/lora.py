@@ -15,7 +15,7 @@ import torch
 
 from kvrun.runtime.checkpoint import Shard
 from kvrun.runtime.kernels.triton import lora
-from kvrun.runtime.lora.rows import tiled
+from kvrun.runtime.lora.rows import CROWD, tiled
 from kvrun.runtime.lora.sites import Sites
 
 RANK, LAYERS, RATE = 16, 8, 3.2e12
@@ -59,7 +59,9 @@ class Case:
             table[slot, 2::3] += start
         found = tiled(np.array([1 + row % self.adapters for row in range(self.rows)]), 16)
         listed, tiles = (torch.from_numpy(part).cuda() for part in found)
-        room = torch.zeros(self.rows, 3, dtype=torch.int32, device="cuda")  # as in a captured step
+        few = len(tiles) <= self.rows // CROWD  # as in a captured step
+        most = self.rows // CROWD if few else self.rows
+        room = torch.zeros(most, 3, dtype=torch.int32, device="cuda")
         room[: len(tiles)] = tiles
         bf16: Any = {"device": "cuda", "dtype": torch.bfloat16}
         self.arenas = torch.randn(self.layers, layout.size * self.adapters, **bf16)

@@ -21,6 +21,7 @@ from kvrun.runtime.kernels.triton import lora
 from kvrun.runtime.kernels.triton.lora import Stream
 
 Form = Stream | None
+CHOICE = lora._form  # of the form in use
 POINTS = [(name, *case) for case in CASES for name in PRODUCTS]
 HARDEST = ("gate_up", 64, 64)
 
@@ -42,7 +43,7 @@ def forms() -> list[Form]:
 def compiled(work: tuple[Form, Sequence[tuple[str, int, int]]]) -> str:
     """Run a form once for each key that it is compiled for; what is wrong with it, or nothing."""
     form, points = work
-    lora._STREAM = form
+    lora._form = (lambda *_: form) if form else CHOICE
     try:
         for name, rows, _ in points:
             case = Case(name, rows, 1, layers=1)
@@ -58,7 +59,7 @@ def timed(case: Case, found: Sequence[Form]) -> list[float]:
     sums = case.shrink(case.arenas[0])
     times, expected = [], None
     for form in found:
-        lora._STREAM = form
+        lora._form = (lambda *_, form=form: form) if form else CHOICE
         case.y.zero_()
         case.expand(case.arenas[0], sums)
         result = case.y.float()

@@ -29,7 +29,8 @@ class Graphs:
 
     The step takes its input from `slots.state` and leaves its tokens there, so that a graph can
     be replayed over and over without a word from the host. Rows beyond a batch are padding. Steps
-    with adapters have graphs of their own, one for each size, captured when they are first wanted.
+    with adapters have graphs of their own, captured when they are first wanted: two for each size,
+    since few adapters with many rows each are best cut in another way than many.
     `logits` [most, vocab], `ids` and `finite` [most] hold what the last replay has made,
     `drawn_at` [most] the places of its tokens.
     """
@@ -87,7 +88,7 @@ class Graphs:
             size: capture(lambda size=size: self._run(size))  # type: ignore[misc]
             for size in reversed(self._sizes)
         }
-        self._adapted: dict[int, Replay] = {}
+        self._adapted: dict[tuple[int, bool], Replay] = {}
         self.captured = len(self._replays)
 
     def takes(self, rows: int) -> bool:
@@ -97,14 +98,19 @@ class Graphs:
     def replay(self, rows: Sequence[int], adapters: Assigned | None = None) -> None:
         """One more token for the sequences in the slots `rows`, whose state the device knows."""
         size = self._sizes[bisect_left(self._sizes, len(rows))]
-        replays = self._replays if adapters is None else self._adapted
-        if size not in replays:
-            self._show([])  # what is run while it is captured must change nothing
-            self._lora.clear()
-            replays[size] = self._capture(lambda: self._run(size, adapted=True))
         if rows != self._rows or adapters != self._adapters:
             self._show(rows, adapters)
-        replays[size]()
+        if adapters is None:
+            self._replays[size]()
+            return
+        key = size, self._lora.few(size)
+        if key not in self._adapted:
+            self._show([])  # what is run while it is captured must change nothing
+            self._lora.clear()
+            tiles = self._lora.tiles(*key)
+            self._adapted[key] = self._capture(lambda: self._run(size, tiles))
+            self._show(rows, adapters)
+        self._adapted[key]()
 
     def _show(self, rows: Sequence[int], adapters: Assigned | None = None) -> None:
         if adapters is not None:
@@ -114,8 +120,8 @@ class Graphs:
         self._row_slots.copy_(self._slots.send(padded)[0])
         self._rows = list(rows)
 
-    def _run(self, size: int, adapted: bool = False) -> None:
-        """What a graph holds."""
+    def _run(self, size: int, tiles: int | None = None) -> None:
+        """What a graph holds; `tiles` of adapters, None without any."""
         step = Step(**{f.name: getattr(self.step, f.name)[:size] for f in fields(Step)})
         slots, state = self._row_slots[:size], self._slots.state
         self._step_kernel.prepare(slots, state, step, self._block_size)
@@ -131,7 +137,7 @@ class Graphs:
             context_lens_host=[],
             block_size=self._block_size,
             backend=self._backend,
-            lora=self._lora.rows(size) if adapted else None,
+            lora=None if tiles is None else self._lora.rows(size, tiles),
         )
         if self._states is not None:
             batch.recurrent = self._states.rows(slots, batch.cu_seqlens, batch.context_lens)

@@ -140,7 +140,7 @@ class MixedGraphs:
             context_lens_host=[],
             block_size=self._block_size,
             backend=self._backend,
-            lora=self._lora.rows(size) if adapted else None,
+            lora=self._lora.rows(size, self._lora.tiles(size)) if adapted else None,
         )
         self._backend.plan(batch)
         logits = self._model(batch, out=self.logits)

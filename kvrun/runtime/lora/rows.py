@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvrun.runtime.lora.resident import Adapter, Resident
 
 Send = Callable[..., Sequence[torch.Tensor]]
+CROWD = 4  # rows for each tile from which on tiles are few
 HEIGHT = 16  # rows of a tile where sequences decode: the least that tensor cores multiply
 TALL = 64  # where prompts are computed
 _MANY = 512  # tokens of a step from which on it is taller
@@ -176,12 +177,17 @@ class Captured:
     def __init__(self, resident: "Resident", tokens: int, sequences: int) -> None:
         self._resident = resident
         self._tokens, self._sequences = tokens, sequences
-        room = tokens + 3 * self._tiles(tokens)
+        room = tokens + 3 * self.tiles(tokens)
         self._buffer = torch.zeros(room, dtype=torch.int32, device=resident.arena.device)
+        self._shown = 0
 
-    def _tiles(self, tokens: int) -> int:
-        """As many as there can be: each sequence may have an adapter of its own."""
-        return min(tokens, tokens // HEIGHT + self._sequences)
+    def tiles(self, tokens: int, few: bool = False) -> int:
+        """As many as there can be: each sequence may have an adapter of its own, unless few do."""
+        return tokens // CROWD if few else min(tokens, tokens // HEIGHT + self._sequences)
+
+    def few(self, tokens: int) -> bool:
+        """Whether what is shown has few tiles for a step of `tokens` rows."""
+        return self._shown <= self.tiles(tokens, few=True)
 
     def show(self, of_row: np.ndarray, send: Send) -> None:
         """From the next replay on these are the adapters by row: slots [T], 0 for none."""
@@ -190,15 +196,17 @@ class Captured:
         whole[: len(rows)] = rows
         whole[self._tokens : self._tokens + tiles.size] = tiles.reshape(-1)
         self._buffer.copy_(send(whole)[0])
+        self._shown = len(tiles)
 
     def clear(self) -> None:
         """No row has an adapter."""
         self._buffer.zero_()
+        self._shown = 0
 
-    def rows(self, tokens: int) -> Tiled:
-        """For a step of `tokens` rows."""
-        tiles = self._buffer[self._tokens :].view(-1, 3)[: self._tiles(tokens)]
-        return Tiled(self._resident, self._buffer[:tokens], tiles, HEIGHT)
+    def rows(self, tokens: int, tiles: int) -> Tiled:
+        """For a step of `tokens` rows in at most so many tiles."""
+        room = self._buffer[self._tokens :].view(-1, 3)[:tiles]
+        return Tiled(self._resident, self._buffer[:tokens], room, HEIGHT)
 
 
 class Grouped:

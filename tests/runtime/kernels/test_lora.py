@@ -129,7 +129,7 @@ def test_cuts_of_the_input(
 @pytest.mark.parametrize(("turns", "room"), [(1, 2), (2, 8), (8, 8), (8, 24)])
 def test_streams(mix: str, turns: int, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program goes through several tiles of B, all of them or a share where it has help."""
-    monkeypatch.setattr(lora, "_STREAM", lora.Stream(turns, 16))
+    monkeypatch.setattr(lora, "_form", lambda *_: lora.Stream(turns, 16))
     monkeypatch.setattr(lora, "_COUNTED", 16)  # 24 and more tiles are not counted
     started: list[Any] = []
     monkeypatch.setattr(lora, "_expand_stream", Watched(lora._expand_stream, started))
@@ -153,7 +153,7 @@ class Watched:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_streams_in_every_dtype(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(MIXES["mixed, with base rows"], 16, dtype, norm=True)
-    monkeypatch.setattr(lora, "_STREAM", lora.Stream(4, 16))
+    monkeypatch.setattr(lora, "_form", lambda *_: lora.Stream(4, 16))
     assert off(case.run(twin, expand=lora), case.run(twin)) < TOLERANCE[dtype]
 
 

@@ -19,24 +19,12 @@ def _expand(
     sums, y, arena, table, rows, tiles, places, room, spots,
     count, y_stride, table_stride, width, pieces, per_feature, eps,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    COUNTED: tl.constexpr, SHARE: tl.constexpr,
     NORM: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Of one tile of rows, BLOCK_N outputs of one part, or a share of them where tiles are few."""
+    """Of one tile of rows, BLOCK_N outputs of one part."""
     release(PDL)
-    program, per_tile, split = tl.program_id(0), spots, False
-    if SHARE > 1:
-        # Programs without a tile of their own take shares of those there are.
-        every = tl.arange(0, COUNTED)
-        talls = tl.load(tiles + 3 * every + 2, mask=every < room, other=0)
-        live = tl.sum((talls > 0).to(tl.int32), 0)
-        split = live * SHARE <= room and room <= COUNTED
-        per_tile = spots * SHARE if split else spots
-        if room <= COUNTED and program >= live * per_tile:
-            wait(PDL)  # a kernel that waits for nobody would let the next one start too early
-            return
-    tile, spot = program // per_tile, program % per_tile
-    place = places + 4 * (spot // SHARE if split else spot)
+    tile, spot = tl.program_id(0) // spots, tl.program_id(0) % spots
+    place = places + 4 * spot
     slot = tl.load(tiles + 3 * tile)
     part, n0, out, column = (
         tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
@@ -46,24 +34,21 @@ def _expand(
     entry = table + slot.to(tl.int64) * table_stride + 2 + 3 * part
     rank = tl.load(entry + 2).to(tl.int32)
     if rank == 0:
-        wait(PDL)
+        wait(PDL)  # a kernel that waits for nobody would let the next one start too early
         return
     first, tall = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
     b_at = arena + tl.multiple_of(tl.load(entry), 8)
     begin = tl.load(entry + 1).to(tl.int32)
-    if tall == 1 and not split:
+    if tall == 1:
         _expand_row(
             sums, y, b_at, rows, n0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R), first, rank,
             begin, column, out, count, y_stride, width, pieces, per_feature, eps,
             CHUNK, BLOCK_N, BLOCK_R, NORM, PDL,
         )  # fmt: skip
     else:
-        turns = 1 if split else SHARE
-        n0 += spot % SHARE * (BLOCK_N // SHARE) if split else 0
         _expand_rows(
-            sums, y, b_at, rows, n0, turns, first, tall, rank, begin, column, out, count, y_stride,
-            width, pieces, per_feature, eps, CHUNK, BLOCK_M, BLOCK_N // SHARE, BLOCK_R, NORM, WIDE,
-            PDL,
+            sums, y, b_at, rows, n0, 1, first, tall, rank, begin, column, out, count, y_stride,
+            width, pieces, per_feature, eps, CHUNK, BLOCK_M, BLOCK_N, BLOCK_R, NORM, WIDE, PDL,
         )  # fmt: skip
 
 

@@ -143,9 +143,9 @@ def config(m: int, n: int, k: int, kind: str, sm_count: int) -> Form:
     bits = 8 if kind in ("int8", "fp8") else 4
     words = triton.cdiv(k, block(bits)) * WORDS
     if m <= _few(kind):
-        # A thread loads 16 bytes of each row, and turns fill where they can.
-        warps = next((w for w in (4, 2) if words % (128 * w) == 0), 1)
-        block_n = 4
+        # A thread loads 16 bytes of each row.
+        warps = 4 if words >= 512 else 2 if words >= 256 else 1
+        block_n = 8 if kind == "int4" and m == 1 and n * words > 1 << 21 else 4
         while block_n > 1 and n < block_n * 2 * sm_count:
             block_n //= 2
         return Form(False, block_n, warps, 128 * warps, rows=triton.next_power_of_2(m))

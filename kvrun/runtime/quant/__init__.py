@@ -68,12 +68,12 @@ def read(w: "Checkpoint", shards: Sequence["Shard"], bias: bool) -> Weight:
     return cast(Weight, _format(method or "dense").read(w, shards, bias))
 
 
-def head(w: "Checkpoint", shard: "Shard", bias: bool) -> Weight:
+def head(w: "Checkpoint", shards: Sequence["Shard"], bias: bool) -> Weight:
     """As `read`, the matrix that makes logits: rounding leaves it 8 bits at least."""
     if w.quantize is None or w.reader is not None:
-        return read(w, [shard], bias)
-    added, before = w.vector(shard) if bias else None, w.parameter_bytes
-    plain = w.matrix(shard)
+        return read(w, shards, bias)
+    added, before = w.vector(*shards) if bias else None, w.parameter_bytes
+    plain = w.matrix(*shards)
     made = _round.head(w, plain, added)
     if made is None:
         return dense.lay_out(plain, added)

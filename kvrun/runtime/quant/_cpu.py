@@ -51,13 +51,17 @@ class Native:
     ) -> torch.Tensor:
         if x.shape[0] > _FEW:
             return _sum(self._many(x), self._bias, add, out)
-        dtype = x.dtype
+        dtype, late = x.dtype, None
         if dtype is torch.float16:
-            x, add = x.float(), None if add is None else add.float()
+            x = x.float()
+        if add is not None and (add.dtype is not x.dtype or not add.is_contiguous()):
+            add, late = None, add
         y: torch.Tensor = self._stored.linear(x, add=add, out=add, **prologue)
-        if dtype is torch.float16:
-            y = y.half()
-        return y if out is None else out.copy_(y)
+        return (
+            y
+            if late is None and out is None and y.dtype is dtype
+            else _sum(y.to(dtype), None, late, out)
+        )
 
     def _many(self, x: torch.Tensor) -> torch.Tensor:
         """Rows beyond which values are made first, a part of them at a time."""

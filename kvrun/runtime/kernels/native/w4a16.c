@@ -94,12 +94,12 @@ static void enter8(const float *x, int8_t *codes, float *scales, int32_t *sums, 
         float by = most > 0 ? 127.0f / most : 0;
         int32_t sum = 0;
         for (int i = 0; i < BLOCK; i++) {
-            int32_t code = (int32_t)rintf(from[i] * by);
+            float value = from[i] * by; /* infinity times 0 is no number */
+            int32_t code = value == value ? (int32_t)rintf(value) : 0;
             to[i] = (int8_t)code;
             sum += code;
         }
-        /* Not finite: every sum with this block is. */
-        scales[b] = most - most == 0 ? most / 127.0f : most - most;
+        scales[b] = most / 127.0f; /* where it is not finite, no sum with this block is */
         sums[b] = sum;
     }
 }

@@ -17,7 +17,7 @@ from kvrun.runtime.quant import dense
 _GROUPS = (256, 128, 64, 32)  # that the kernel of 4 bits knows
 # From so many rows on, int8 codes are turned back to values first: 2 times as fast at 512.
 _MANY = 128
-_FEW = 16  # rows for which the kernel in C is faster than making values first
+_FEW = 24  # rows for which the kernel in C is faster than making values first
 _VALUES = 1 << 22  # values made at once: what a cache holds
 # Packed kernels read beyond the ends of other sizes.
 _ROWS, _COLUMNS = 16, 32

@@ -25,7 +25,7 @@ def library(source: Path) -> ctypes.CDLL | None:
     name = f"{source.stem}-{_fingerprint(source, compiler)}.so"
     try:
         return _kept(source, compiler, name)
-    except OSError:  # a home that cannot be written to
+    except (OSError, RuntimeError):  # no home, or one that cannot be written to
         pass
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,13 @@
 """Quantized weights: kernels against their twins, products, and decode steps of a whole model.
 
 `python benchmarks/quant.py` on a GPU: checks, products, then the 8B shape at batch 1 and 256 with
-weights as they are, int8, int4, fp8 and nf4. `--cpu`: the 135M shape at batch 1. Weights are
-random, nothing is downloaded; prompts are token ids, decoding is greedy, the prefix cache is off.
-A step is (time of 72 new tokens - time of 8) / 64, the median of `--repeats`.
+weights as they are, int8, int4, fp8 and nf4. Weights are random, nothing is downloaded; prompts are
+token ids, decoding is greedy, the prefix cache is off. A step is (time of 72 new tokens - time of
+8) / 64, the median of `--repeats`.
+
+`--cpu`: the 135M shape at batch 1 on the threads that torch has (OMP_NUM_THREADS). The models take
+turns, and are compared turn by turn. Beside other programs `--clock cpu` counts the time that this
+one has run, with one thread the time it would have taken alone.
 """
 
 import argparse
@@ -125,46 +129,74 @@ def _graphed(work: Callable[[], None]) -> float:
 def steps(shape: str, batches: tuple[int, ...], repeats: int, **options: Any) -> dict[str, Any]:
     """ms of a decode step by method and batch, and seconds until the model was ready."""
     found: dict[str, Any] = {}
-    methods = METHODS if torch.cuda.is_available() else METHODS[:3]
     with shapes.folder(shape) as folder:
-        for method in methods:
+        for method in METHODS:
             begun = time.perf_counter()
             llm = LLM(str(folder), load_format="dummy", quantize=method, prefix_caching=False,
                       max_model_len=1024, max_num_seqs=max(batches), **options)  # fmt: skip
             ready = time.perf_counter() - begun
             mine: dict[str, Any] = {"ready_s": ready, "plan": llm.plan}
             for batch in batches:
-                prompts = workloads.fixed(batch, 512 if torch.cuda.is_available() else 32)
+                prompts = workloads.fixed(batch, 512)
                 _seconds(llm, prompts, 4)
                 times = [
                     (_seconds(llm, prompts, 72) - _seconds(llm, prompts, 8)) / 64
                     for _ in range(repeats)
                 ]
                 mine[f"batch {batch}"] = ms = 1e3 * statistics.median(times)
-                print(f"{shape} {method or options.get('dtype', 'bf16')}, batch {batch}: {ms:.3f} "
+                print(f"{shape} {method or 'bf16'}, batch {batch}: {ms:.3f} "
                       f"ms, {1e3 * batch / ms:,.1f} tok/s (ready after {ready:.0f} s)",
                       flush=True)  # fmt: skip
             found[method or "plain"] = mine
             llm.close()
             del llm
             gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
     return found
 
 
-def _seconds(llm: LLM, prompts: Any, new: int) -> float:
-    begun = time.perf_counter()
+def in_turns(shape: str, turns: int, clock: Callable[[], float], **options: Any) -> dict[str, Any]:
+    """ms of a decode step at batch 1 by method, and how many times as fast as plain weights."""
+    found: dict[str, list[float]] = {}
+    with shapes.folder(shape) as folder:
+        models = {
+            method: LLM(str(folder), load_format="dummy", quantize=method, prefix_caching=False,
+                        max_model_len=1024, max_num_seqs=1, **options)
+            for method in METHODS[:3]
+        }  # fmt: skip
+    prompt = workloads.fixed(1, 32)
+    for llm in models.values():
+        _seconds(llm, prompt, 8)
+    for _ in range(turns):
+        for method, llm in models.items():
+            spent = _seconds(llm, prompt, 72, clock) - _seconds(llm, prompt, 8, clock)
+            found.setdefault(method or "plain", []).append(1e3 * spent / 64)
+    for name, times in found.items():
+        ratios = [plain / own for plain, own in zip(found["plain"], times, strict=True)]
+        print(
+            f"{shape} {name}, batch 1: {statistics.median(times):.2f} ms ({min(times):.2f} to "
+            f"{max(times):.2f}), {statistics.median(ratios):.2f} times as fast as plain "
+            f"({min(ratios):.2f} to {max(ratios):.2f})",
+            flush=True,
+        )
+    return dict(found)
+
+
+def _seconds(
+    llm: LLM, prompts: Any, new: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    begun = clock()
     params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
     outputs = llm.generate(list(prompts), params)
     assert all(output.finish_reason == "length" for output in outputs)
-    return time.perf_counter() - begun
+    return clock() - begun
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--cpu", action="store_true", help="the 135M shape on CPU")
     parser.add_argument("--dtype", default="bfloat16", help="of the plain weights, with --cpu")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="with --cpu")
     parser.add_argument("--only", choices=("check", "products", "steps"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all figures there")
@@ -172,7 +204,8 @@ def main() -> None:
     found: dict[str, Any] = {}
     if args.cpu:
         options = {"device": "cpu", "dtype": args.dtype}
-        found["steps"] = steps("smollm2-135m", (1,), args.repeats, **options)
+        clock = time.process_time if args.clock == "cpu" else time.perf_counter
+        found["steps_ms"] = in_turns("smollm2-135m", 3 * args.repeats, clock, **options)
     else:
         device = torch.device("cuda")
         found["device"] = torch.cuda.get_device_name()

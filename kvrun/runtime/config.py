@@ -35,7 +35,7 @@ class EngineConfig:
     model: str  # a local folder with config.json
     device: str = "auto"
     dtype: str = "auto"
-    quantize: str | None = None  # one of QUANTIZE or QUANTIZE_ALIASES; the head stays as it is
+    quantize: str | None = None  # one of QUANTIZE or QUANTIZE_ALIASES; the head gets 8 bits
     attention: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from kvrun.runtime.attention import AttentionSpec
 from kvrun.runtime.attention._groups import Group, Plan, make_plan
 from kvrun.runtime.cache.tensors import KVCache
+from kvrun.runtime.device import native
 
 if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
@@ -26,6 +27,7 @@ class Attention:
     def __init__(self, cache: KVCache, dtype: torch.dtype) -> None:
         self.cache = cache
         self._dtype = dtype
+        self._native = native("one_query") if cache.device.type == "cpu" else None
 
     @staticmethod
     def reject(spec: AttentionSpec, device: torch.device) -> str | None:
@@ -55,8 +57,12 @@ class Attention:
 
     def _group(self, spec: AttentionSpec, q: torch.Tensor, group: Group) -> torch.Tensor:
         """q [sequences * queries, heads, head_dim] -> [sequences * queries, out]"""
-        k, v = group.gather(self.cache, spec)
         mask = group.mask(spec)
+        if mask is None and group.queries == 1 and group.first_block is not None:
+            y = self._alone(spec, q, group.first_block * self.cache.block_size, group.keys)
+            if y is not None:
+                return y
+        k, v = group.gather(self.cache, spec)
         if spec.softcap is not None or spec.sinks is not None or spec.latent is not None:
             return _scored(spec, q, k, v, mask, group)
         share = spec.heads // spec.kv_heads
@@ -80,6 +86,21 @@ class Attention:
             enable_gqa=share > 1,
         )
         return y.transpose(1, 2).reshape(len(y) * group.queries, -1)
+
+    def _alone(
+        self, spec: AttentionSpec, q: torch.Tensor, first: int, count: int
+    ) -> torch.Tensor | None:
+        """One query over all of its keys, which lie in one stretch, by the kernel in C."""
+        rows = self.cache.rows(spec.layer)
+        plain = spec.softcap is None and spec.sinks is None and spec.latent is None
+        if self._native is None or not plain or rows.dtype is not q.dtype or not q.is_contiguous():
+            return None
+        if not self._native.takes(spec.heads, spec.kv_heads, spec.head_dim, q.dtype):
+            return None
+        y: torch.Tensor = self._native.attend(
+            q, rows[first : first + count], spec.kv_heads, spec.scale
+        )
+        return y
 
 
 def _scored(

@@ -202,7 +202,7 @@ class _Job:
 
     def _ahead(self, layer: int) -> None:
         """Have the system read a layer's files in the background."""
-        for name in self._names(layer):
+        for name in self._names(layer) if hasattr(os, "posix_fadvise") else ():
             file, stored = self._stored.find(f"{name}.weight")
             with file.path.open("rb") as opened:
                 place = opened.fileno(), stored.start, stored.nbytes

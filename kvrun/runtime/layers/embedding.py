@@ -102,7 +102,7 @@ class Head:
         if (rounded := quant.tied_head(w, weight, bias)) is not None:
             embedding.share(rounded)
             return rounded
-        if bias is None and weight.nbytes > _COPY_BYTES and not weight.is_cuda:
+        if bias is None and not weight.is_cuda and weight.nbytes > _COPY_BYTES:
             return dense.Plain(weight, None)
         made = dense.lay_out(weight, bias)
         if isinstance(made, dense.Packed):

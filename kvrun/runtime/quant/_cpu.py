@@ -17,7 +17,7 @@ from kvrun.runtime.quant import dense
 _GROUPS = (256, 128, 64, 32)  # that the kernel of 4 bits knows
 # From so many rows on, int8 codes are turned back to values first: 2 times as fast at 512.
 _MANY = 128
-_FEW = 16  # rows for which the kernel in C is faster than making values first
+_FEW = 24  # rows for which the kernel in C is faster than making values first
 _VALUES = 1 << 22  # values made at once: what a cache holds
 # Packed kernels read beyond the ends of other sizes.
 _ROWS, _COLUMNS = 16, 32
@@ -51,13 +51,17 @@ class Native:
     ) -> torch.Tensor:
         if x.shape[0] > _FEW:
             return _sum(self._many(x), self._bias, add, out)
-        dtype = x.dtype
+        dtype, late = x.dtype, None
         if dtype is torch.float16:
-            x, add = x.float(), None if add is None else add.float()
+            x = x.float()
+        if add is not None and (add.dtype is not x.dtype or not add.is_contiguous()):
+            add, late = None, add
         y: torch.Tensor = self._stored.linear(x, add=add, out=add, **prologue)
-        if dtype is torch.float16:
-            y = y.half()
-        return y if out is None else out.copy_(y)
+        return (
+            y
+            if late is None and out is None and y.dtype is dtype
+            else _sum(y.to(dtype), None, late, out)
+        )
 
     def _many(self, x: torch.Tensor) -> torch.Tensor:
         """Rows beyond which values are made first, a part of them at a time."""

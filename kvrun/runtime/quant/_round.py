@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 GROUP = 128  # columns that share a scale of 4-bit codes
 BLOCK = 64  # the same, of codes of a table
 LARGEST = 448.0  # of e4m3
-# Values that are worked on at once, on a GPU and on CPU, where what a cache does not hold is slow
-# and large pieces of memory come from the system anew each time.
+# Values that are worked on at once, on a GPU and on CPU, where large pieces of memory come from the
+# system anew each time, and small ones stay in a cache.
 _PIECE, _CPU_PIECE = 1 << 24, 1 << 18
 # Shares of a group's range that its scale may cover: the one with the least squared error is taken.
 _SHRINK = (1.0, 0.95, 0.9, 0.85)

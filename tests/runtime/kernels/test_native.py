@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from kvrun.runtime.kernels import w4a16 as twin
-from kvrun.runtime.kernels.native import _build, w4a16
+from kvrun.runtime.kernels.native import _build, one_query, w4a16
 from kvrun.runtime.kernels.w4a16 import Coded
 from kvrun.runtime.quant import _coded, _round
 
@@ -101,6 +101,35 @@ def test_what_is_not_finite_stays_so(bits: int, value: float) -> None:
     y = stored.linear(x)
     assert not y[0].isfinite().any()
     assert y[1].isfinite().all()
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "count"),
+    [(9, 3, 64, 70), (4, 4, 80, 1), (8, 1, 18, 33), (2, 1, 256, 300)],
+)
+def test_one_query(heads: int, kv_heads: int, dim: int, count: int, dtype: torch.dtype) -> None:
+    """Scores far apart, more keys than are looked at at once, a head of odd width; threads."""
+    q, rows = (3 * torch.randn(1, heads, dim)).to(dtype), torch.randn(count, 2 * kv_heads * dim)
+    rows = rows.to(dtype)
+    assert one_query.takes(heads, kv_heads, dim, dtype)
+    k, v = rows.double().view(count, 2, kv_heads, dim).unbind(1)
+    parts = q.double().view(kv_heads, -1, dim)
+    weights = torch.einsum("hsd,thd->hst", parts, k).mul(0.5).softmax(-1)
+    ref = torch.einsum("hst,thd->hsd", weights, v).reshape(1, -1)
+    got = one_query.attend(q, rows, kv_heads, 0.5)
+    assert off(got, ref) < CLOSE[dtype]
+    before = torch.get_num_threads(), one_query._ALONE
+    torch.set_num_threads(2)
+    one_query._ALONE = 0
+    try:
+        assert torch.equal(one_query.attend(q, rows, kv_heads, 0.5), got)
+    finally:
+        torch.set_num_threads(before[0])
+        one_query._ALONE = before[1]
+    rows[-1, 0] = float("nan")
+    assert not one_query.attend(q, rows, kv_heads, 0.5)[0, :dim].isfinite().any()
 
 
 def test_what_the_kernel_has_no_form_for() -> None:

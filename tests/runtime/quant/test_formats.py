@@ -17,7 +17,7 @@ from kvrun.runtime import quant
 from kvrun.runtime.checkpoint import Checkpoint, Shard
 from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.kernels import w4a16
-from kvrun.runtime.quant import _coded, hqq
+from kvrun.runtime.quant import _coded, _cpu, hqq
 from kvrun.runtime.source import Ranges
 from tests.runtime.driver import Driver
 from tests.runtime.models import zoo
@@ -106,6 +106,32 @@ def test_products_are_those_of_the_values(tmp_path: Path, name: str, rows: int) 
     out = torch.empty(rows, N + 32)
     assert weight.matmul(x, out=out) is out
     assert off(out, wanted) < 1e-2
+
+
+@pytest.mark.parametrize("rows", [1, 5, 200])
+@pytest.mark.parametrize(
+    "name", ["gptq-4bit", "packed-4bit-zero", "awq-gemm", "int-quantized", "gptq-8bit-channel"]
+)
+def test_products_without_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, rows: int
+) -> None:
+    monkeypatch.setattr(_cpu, "native", lambda name: None)
+    test_products_are_those_of_the_values(tmp_path, name, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_and_sums_of_other_types(tmp_path: Path, dtype: torch.dtype) -> None:
+    """A sum may be wider than the rows, or lie between others; float16 has no kernel."""
+    ref = stored(tmp_path / "m", "packed-4bit")
+    w = Checkpoint(tmp_path / "m")
+    weight = quant.read(w, [Shard("a", N, K)], False)
+    w.close()
+    x, add, wide = torch.randn(3, K).to(dtype), torch.randn(3, N).to(dtype), torch.randn(3, 2 * N)
+    wanted = x.float() @ ref.t()
+    assert weight.matmul(x).dtype is dtype
+    assert off(weight.matmul(x, add.clone()), wanted + add) < 1e-2
+    assert off(weight.matmul(x, wide[:, :N]), wanted + wide[:, :N]) < 1e-2
+    assert off(weight.matmul(x.float(), wide[:, N:]), wanted + wide[:, N:]) < 1e-2
 
 
 def off(got: torch.Tensor, ref: torch.Tensor) -> float:

@@ -25,7 +25,7 @@ def library(source: Path) -> ctypes.CDLL | None:
     name = f"{source.stem}-{_fingerprint(source, compiler)}.so"
     try:
         return _kept(source, compiler, name)
-    except OSError:  # a home that cannot be written to
+    except (OSError, RuntimeError):  # no home, or one that cannot be written to
         pass
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -68,5 +68,6 @@ def _fingerprint(source: Path, compiler: str) -> str:
     cpu = Path("/proc/cpuinfo")
     known = cpu.read_text().split("\n\n")[0].splitlines() if cpu.exists() else []
     flags = [line for line in known if line.startswith(("flags", "Features", "model name"))]
-    parts = (source.read_text(), compiler, str(os.stat(compiler).st_mtime_ns), *FLAGS, *flags)
+    texts = (path.read_text() for path in (source, *sorted(source.parent.glob("*.h"))))
+    parts = (*texts, compiler, str(os.stat(compiler).st_mtime_ns), *FLAGS, *flags)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -10,6 +10,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "numbers.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -33,20 +36,6 @@ struct matrix {
     int64_t n, k, group, bits;
 };
 
-static float narrow(uint16_t x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-}
-
-static uint16_t rounded(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0; /* NaN */
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 static float get(const void *x, int64_t i, int wide) {
     return wide ? ((const float *)x)[i] : narrow(((const uint16_t *)x)[i]);
 }
@@ -61,25 +50,6 @@ static inline float total(f16 x) {
     union { f8 all; f4 half[2]; } b = {a.half[0] + a.half[1]};
     f4 c = b.half[0] + b.half[1];
     return (c[0] + c[1]) + (c[2] + c[3]);
-}
-
-/* e^x to 1e-6, written so that loops of it become vectors. */
-static inline float exponential(float x) {
-    x = x > 88.0f ? 88.0f : x;
-    x = x < -87.0f ? -87.0f : x;
-    float whole = rintf(x * 1.44269504f);
-    float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    float y = 1.9875691500e-4f;
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
-    int32_t power = ((int32_t)whole + 127) << 23;
-    float scale;
-    memcpy(&scale, &power, 4);
-    return y * scale;
 }
 
 static inline float activated(float x, int act) {
@@ -100,8 +70,7 @@ static void enter(const void *x, float *y, int64_t k, const float *norm, float e
                   float *room) {
     float *from = act ? room : y;
     int64_t count = act ? 2 * k : k;
-    if (wide) memcpy(from, x, 4 * count);
-    else for (int64_t i = 0; i < count; i++) from[i] = narrow(((const uint16_t *)x)[i]);
+    widen(x, from, count, wide);
     if (norm) {
         float sum = 0;
         for (int64_t i = 0; i < k; i++) sum += y[i] * y[i];
@@ -125,12 +94,12 @@ static void enter8(const float *x, int8_t *codes, float *scales, int32_t *sums, 
         float by = most > 0 ? 127.0f / most : 0;
         int32_t sum = 0;
         for (int i = 0; i < BLOCK; i++) {
-            int32_t code = (int32_t)rintf(from[i] * by);
+            float value = from[i] * by; /* infinity times 0 is no number */
+            int32_t code = value == value ? (int32_t)rintf(value) : 0;
             to[i] = (int8_t)code;
             sum += code;
         }
-        /* Not finite: every sum with this block is. */
-        scales[b] = most - most == 0 ? most / 127.0f : most - most;
+        scales[b] = most / 127.0f; /* where it is not finite, no sum with this block is */
         sums[b] = sum;
     }
 }

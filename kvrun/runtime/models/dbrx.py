@@ -62,8 +62,7 @@ def experts(w: "Checkpoint", p: str) -> Experts:
         return w.read(f"{p}.{part}", (count * inner, hidden), (rows, None))
 
     own = last - first
-    gate_up = made(
-        w, p, (count, 2 * own, hidden), lambda e: torch.cat((read("w1", e), read("v1", e)))
-    )
-    down = made(w, p, (count, hidden, own), lambda e: read("w2", e).t())
+    sizes = (count, 2 * own, hidden), (count, hidden, own)
+    gate_up = made(w, f"{p}.w1", sizes[0], lambda e: torch.cat((read("w1", e), read("v1", e))))
+    down = made(w, f"{p}.w2", sizes[1], lambda e: read("w2", e).t())
     return Experts(gate_up, down, f.part("ffn_act_fn").text("name", "silu"), count, hidden)

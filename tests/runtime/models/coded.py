@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kvrun.runtime.config import QUANTIZE
 from kvrun.runtime.kernels import w4a16
 from kvrun.runtime.quant import _round, dense
 from kvrun.runtime.quant._cpu import Int4, Int8
-from tests.runtime.models import zoo
+from tests.runtime.models import every, zoo
 from tests.runtime.quant import formats, writers
 
 Tensors = dict[str, torch.Tensor]
@@ -68,7 +69,7 @@ def either_way(values: Values, matrix: torch.Tensor, back: bool) -> torch.Tensor
     return values(matrix.t()).t() if back else values(matrix)
 
 
-# One or two forms of each format; the others differ in what a single matrix shows.
+# Some forms of each format; the others differ in what a single matrix shows.
 FORMS = {
     "gptq": ["gptq-order", "gptq-sym"],
     "awq": ["awq-gemm"],
@@ -121,25 +122,30 @@ def write(form: str, matrix: torch.Tensor) -> tuple[writers.Tensors, torch.Tenso
     return formats.FORMATS[form][1](matrix)
 
 
-def write_both(folder: Path, place: Path, family: str, how: str) -> tuple[Path, Path, str | None]:
-    """A quantized model, its values plainly, and how it is rounded as it is read, if it is."""
-    plain = Path(shutil.copytree(folder, place / "plain"))
-    if how in _METHODS:
-        save(rounded(folder, family, how), plain)
-        return folder, plain, how
-    said, files, values = stored(folder, family, how)
-    coded = Path(shutil.copytree(folder, place / "coded"))
-    save(values, plain)
-    save(files, coded)
-    zoo.edit_config(coded, quantization_config=said)
-    return coded, plain, None
+def difference(folder: Path, place: Path, family: str, way: str, ranks: int = 1) -> float:
+    """How far the logits of codes, in one of the `FORMS` or rounded as they are read, are from
+    those of their values."""
+    if way in QUANTIZE:
+        said, files, values = None, None, rounded(folder, family, way)
+    else:
+        said, files, values = stored(folder, family, way)
+    plain = every.logits(every.driver(copied(folder, place / "plain", values), family))
+    if files is None:
+        found = [every.logits(every.driver(folder, family, quantize=way))]
+    else:
+        model = copied(folder, place / "coded", files, said)
+        found = every.on_ranks(model, family, ranks)
+    return max(float((logits - plain).abs().max()) for logits in found)
 
 
-_METHODS = ("int8", "int4", "nf4", "fp4", "fp8")
-
-
-def save(tensors: Tensors, folder: Path) -> None:
-    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
+def copied(folder: Path, new: Path, files: Tensors, said: dict[str, Any] | None = None) -> Path:
+    """The model of `folder` in a new one with other tensors, quantized as config.json says."""
+    new.mkdir()
+    shutil.copy(folder / "config.json", new)
+    save_file({n: t.contiguous() for n, t in files.items()}, new / "model.safetensors")
+    if said is not None:
+        zoo.edit_config(new, quantization_config=said)
+    return new
 
 
 def exactly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,15 +12,25 @@ from tests.runtime.lora.adapters import Adapted, ready
 from tests.runtime.models import seq2seq, test_baichuan, zoo
 from tests.runtime.models.compare import prompt
 from tests.runtime.models.seq2seq import EncodedDriver
+from tests.runtime.models.test_ranks import Sum, Threads
 
 ENCODED = sorted({family for family, _ in seq2seq.VARIANTS})
 PROMPTS = [prompt(1, 11), prompt(2, 5)]
+ANSWERS = [[0, 9, 8], [0]]  # what is known of them where an encoder reads the prompts
 
 
 def variants() -> Iterator[tuple[str, str]]:
     yield from zoo.variants()
     yield from seq2seq.VARIANTS
     yield "baichuan", "13b-1"
+
+
+def folder(models: Any, place: Path, family: str, variant: str) -> Path:
+    """A small checkpoint, one that has been made already if there is one."""
+    if family in zoo.VARIANTS:
+        return models(family, variant)[0]  # type: ignore[no-any-return]
+    make(place / "model", family, variant)
+    return place / "model"
 
 
 def make(folder: Path, family: str, variant: str) -> None:
@@ -45,6 +55,18 @@ def driver(folder: Path, family: str, **options: Any) -> Adapted:
     return (AdaptedEncoded if family in ENCODED else Adapted)(folder, **options)
 
 
+def on_ranks(folder: Path, family: str, ranks: int) -> list[torch.Tensor]:
+    """What one rank says, or each of two."""
+    if ranks == 1:
+        return [logits(driver(folder, family))]
+    total = Sum()
+    found = total.both(lambda rank: logits(driver(folder, family, group=Threads(rank, sum=total))))
+    for part in found:
+        if isinstance(part, Exception):
+            raise part
+    return found
+
+
 def logits(runs: Adapted, adapter: str | None = None, form: str = "joined") -> torch.Tensor:
     """Of both prompts and of a step behind each; the first one with the adapter."""
     names = [adapter, None]
@@ -53,9 +75,14 @@ def logits(runs: Adapted, adapter: str | None = None, form: str = "joined") -> t
             runs.begin(number, ids)
             found = runs.bank.find(name)
             runs.sources[number].adapter = ready(runs.bank, found) if found else None
-    starts = [[0, 9, 8], [0]] if isinstance(runs, EncodedDriver) else PROMPTS
     rows = []
-    for parts in (starts, [[7], [9]]):
+    for parts in (ANSWERS if isinstance(runs, EncodedDriver) else PROMPTS, [[7], [9]]):
         work = [(n, ids, names[n]) for n, ids in enumerate(parts)]
         rows += runs.adapted(work, form)
     return torch.cat(rows)
+
+
+def rows_of_the_first(family: str) -> torch.Tensor:
+    """bool [rows]: which rows of `logits` are those of the first prompt."""
+    first, other = map(len, ANSWERS if family in ENCODED else PROMPTS)
+    return torch.tensor([True] * first + [False] * other + [True, False])

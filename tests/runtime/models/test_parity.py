@@ -22,8 +22,13 @@ def test_every_family_of_the_folder_is_compared() -> None:
 
 def test_the_page_of_families_lists_the_folder() -> None:
     page = (Path(__file__).parents[3] / "docs" / "models.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)[1:]  # the first is the heading
-    assert listed == registry.names("kvrun.runtime.models")
+    _, *tables, seeing = page.split("| `model_type` |")
+    assert len(tables) == 3
+    for table in tables:
+        listed = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+        assert listed == registry.names("kvrun.runtime.models")
+    listed = [kind.split("-")[0] for kind in re.findall(r"^\| `([\w-]+)` \|", seeing, re.MULTILINE)]
+    assert set(listed) == set(registry.names("kvrun.runtime.vision.towers"))
     assert "**no**" not in page
 
 

@@ -56,6 +56,30 @@ def test_codes_say_what_their_values_say(
     assert coded.difference(folder, tmp_path, family, way) <= TOLERANCE
 
 
+STORED = WAYS[len(QUANTIZE) :]
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "way"),
+    [
+        (*LAYOUTS[(n * 3 + turn) % len(LAYOUTS)], way)
+        for turn in (0, 1)
+        for n, way in enumerate(STORED)
+    ],
+)
+def test_two_ranks_cut_codes_where_one_would(
+    models: Models,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    variant: str,
+    way: str,
+) -> None:
+    folder = every.folder(models, tmp_path, family, variant)
+    coded.exactly(monkeypatch)
+    assert coded.difference(folder, tmp_path, family, way, ranks=2) <= TOLERANCE
+
+
 def test_every_way_is_met_by_families_in_turns() -> None:
     assert {way for *_, way in cases()} == set(WAYS)
     assert {family for family, *_ in cases()} == {family for family, _ in every.variants()}

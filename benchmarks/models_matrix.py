@@ -244,7 +244,7 @@ def main() -> int:
     results = runs.Results()
     outcomes = Outcomes(results)
     # What is run behind the tests has been imported already.
-    known = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    known = ["-n", "0", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
     code = pytest.main(["-q", *known, *map(str, TESTS)], plugins=[outcomes])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return int(code)

@@ -74,6 +74,7 @@ class Driver:
     scattered: bool = True
     load_format: str = "auto"
     quantize: str | None = None
+    backend_type: type[Backend] = Attention
 
     def built(self) -> Decoder:
         checkpoint = Checkpoint(
@@ -88,7 +89,7 @@ class Driver:
     def __post_init__(self) -> None:
         self.model = self.built()
         cpu = torch.device("cpu")
-        self.backend = Attention(
+        self.backend = self.backend_type(
             KVCache(self.model.specs, self.num_blocks, self.block_size, self.dtype, cpu),
             self.dtype,
         )
@@ -121,9 +122,13 @@ class Driver:
             batch.recurrent = self.states.rows(self.slots, batch.cu_seqlens, batch.context_lens)
         return batch
 
+    def prepared(self, work: Sequence[tuple[int, Sequence[int]]], shift: int = 0) -> Batch:
+        """A batch, and all that must have happened before the model sees it."""
+        return self.batch(work, shift)
+
     @torch.inference_mode()
     def step(self, work: Sequence[tuple[int, Sequence[int]]], shift: int = 0) -> list[torch.Tensor]:
         """Run one step; the logits [tokens, vocab] of each sequence's new tokens."""
-        logits = self.model(self.batch(work, shift))
+        logits = self.model(self.prepared(work, shift))
         self.states.commit(self.slots)
         return list(logits.split([len(ids) for _, ids in work]))

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint, Shard
 
 
+# Formats whose tools turn what a family stores as [in, out], and store it as all other matrices.
+_TURNED = ("gptq", "bitsandbytes")
+
+
 class Weight(Protocol):
     """A matrix [out, in], with a bias or without."""
 
@@ -60,7 +64,7 @@ def read(w: "Checkpoint", shards: Sequence["Shard"], bias: bool) -> Weight:
     if w.quantize is not None:
         return _round.read(w, shards, bias)
     method = w.config.quant_method
-    if method and any(shard.transposed for shard in shards):
+    if method not in (None, *_TURNED) and any(shard.transposed for shard in shards):
         raise Unsupported(
             f"'{method}' of a family that stores its matrices as [in, out] is not read.",
             hint="use the model's version in 16 or 32 bits",
@@ -117,8 +121,8 @@ def experts(w: "Checkpoint", shards: Sequence[Sequence["Shard"]]) -> Stack:
 def stack(w: "Checkpoint", count: int, shard: "Shard", *, alternate: bool = False) -> Stack:
     """Matrices of experts that are one tensor, `shard.name`, whose first dimension they are.
 
-    Each is cut as `shard`; with `alternate` its even rows come first. Raises Unsupported for a
-    format that does not store experts so.
+    Each is cut as `shard`; with `alternate` its even rows come first. In a quantized model they
+    may be plain. Raises Unsupported for a format that does not store experts so.
     """
     method = w.config.quant_method
     read_one = None if method is None else getattr(_format(method), "expert", None)
@@ -153,11 +157,11 @@ def made(
     shape: tuple[int, int],
     one: Callable[[int], torch.Tensor],
 ) -> Stack:
-    """Plain matrices of experts, each [out, in] as `one` reads it.
+    """Plain matrices of experts in the tensor `name`, each [out, in] as `one` reads it.
 
-    Raises Unsupported for a model that is quantized, and where layers are looked at one by one.
+    Raises Unsupported where they are quantized, and where layers are looked at one by one.
     """
-    method = w.config.quant_method
+    method = None if _plain(w, name) else w.config.quant_method
     if method is not None or w.reader is not None:
         what = f"are stored as '{method}'" if method else "lie in one tensor"
         raise Unsupported(
@@ -173,6 +177,13 @@ def made(
         return [matrix if w.quantize is None else _round.coded(matrix.contiguous(), w.quantize)]
 
     return _stack.collect(w, count, shape, find)
+
+
+def _plain(w: "Checkpoint", name: str) -> bool:
+    """Whether the tensor is there and holds values: most tools know no experts in one tensor."""
+    if not w.has(name, otherwise=True):
+        return False
+    return w.find(name, (1,), w.dtype, any_rank=True)[1].itemsize > 1
 
 
 @cache

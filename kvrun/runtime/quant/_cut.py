@@ -97,12 +97,13 @@ def groups_of(w: "Checkpoint", size: int, group: int, cols: Ranges | None) -> to
     return index if cols is None else torch.cat([index[a:b] for a, b in cols])
 
 
-def bits_of(name: str, words: int, columns: int, known: tuple[int, ...]) -> int:
-    """How many bits a code has when `columns` of them take so many words of 32 bits.
+def bits_of(name: str, words: int, columns: int, said: int, known: tuple[int, ...]) -> int:
+    """How many bits a code has when `columns` of them take so many words of 32 bits: those `said`
+    where they fit, as of few columns others may too.
 
     Raises BadCheckpoint when they do not make codes of a `known` number of bits.
     """
-    for bits in known:
+    for bits in sorted(known, key=lambda bits: bits != said):
         per, unit = (32, 3) if bits == 3 else (_WORD // bits, 1)
         if -(-columns // per) * unit == words:
             return bits

@@ -62,7 +62,7 @@ def _packed(w: "Checkpoint", s: "Shard") -> "Coded":
     c = _weights(w.config.quantization())
     bits, group = c.integer("num_bits", 4), c.integer("group_size", k)
     (_, words), _ = w.find(f"{name}.weight_packed", (n, -(-k * bits // 32)), torch.int32)
-    bits = bits_of(name, words, k, BITS)
+    bits = bits_of(name, words, k, bits, BITS)
     (_, groups), dtype = w.find(f"{name}.weight_scale", (n, -(-k // group)), torch.bfloat16)
     codes = packed(w, f"{name}.weight_packed", (n, k), (s.rows, s.cols), 1, bits)
     scale = w.read(f"{name}.weight_scale", (n, groups), (s.rows, None), dtype)

@@ -36,7 +36,7 @@ def decode(w: "Checkpoint", shard: "Shard") -> "Coded | None":
     group = k if c.get("group_size", 128) == -1 else c.integer("group_size", 128)
     int32 = torch.int32
     (words, _), _ = w.find(f"{name}.qweight", (-(-k // (32 // bits)), n), int32)
-    bits = bits_of(name, words, k, BITS)
+    bits = bits_of(name, words, k, bits, BITS)
     (groups, _), dtype = w.find(f"{name}.scales", (-(-k // group), n), torch.float16)
     codes = packed(w, f"{name}.qweight", (k, n), (shard.cols, shard.rows), 0, bits)
     scale = w.read(f"{name}.scales", (groups, n), (None, shard.rows), dtype)

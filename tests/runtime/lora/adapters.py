@@ -112,6 +112,8 @@ class Adapted(Driver):
         for _, ids, choice in work:
             adapter = self.bank.find(choice)
             slots += [ready(self.bank, adapter).slot if adapter else 0] * len(ids)
-        batch = self.batch([(sequence, ids) for sequence, ids, _ in work])
+        batch = self.prepared([(sequence, ids) for sequence, ids, _ in work])
         batch.lora = rows_of(self.bank, slots, form) if any(slots) else None
-        return list(self.model(batch).split([len(ids) for _, ids, _ in work]))
+        logits = self.model(batch)
+        self.states.commit(self.slots)
+        return list(logits.split([len(ids) for _, ids, _ in work]))

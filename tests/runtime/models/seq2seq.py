@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
+from kvrun.runtime.batch import Batch
 from kvrun.runtime.engine.reader import Reader
 from kvrun.runtime.engine.request import Request
 from kvrun.runtime.engine.scheduler import Row
@@ -100,13 +101,12 @@ class EncodedDriver(Driver):
         sequence.source_blocks = [[self.free.pop() for _ in range(-(-len(source) // 4))]]
         sequence.source_hits = [False]
 
-    @torch.inference_mode()
-    def step(self, work: Sequence[tuple[int, Sequence[int]]], shift: int = 0) -> list[torch.Tensor]:
+    def prepared(self, work: Sequence[tuple[int, Sequence[int]]], shift: int = 0) -> Batch:
         rows = [Row(self.sources[n], self.lengths.get(n, 0), len(ids), False) for n, ids in work]
         self.reader.read(rows)
         batch = self.batch(work, shift)
         self.reader.show(rows, batch)
-        return list(self.model(batch).split([len(ids) for _, ids in work]))
+        return batch
 
 
 def stepwise(driver: EncodedDriver, oracle: Any) -> float:

@@ -9,8 +9,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from kvrun.runtime import device
+from kvrun.runtime.attention.triton import Attention as Triton
+from kvrun.runtime.layers import attention, mlp, norm, position
 from kvrun.runtime.models import baichuan
 from tests.runtime.driver import Driver
+from tests.runtime.models import test_ranks
 from tests.runtime.models.compare import TOLERANCE, prompt
 
 HIDDEN, HEADS, INNER, VOCAB, LAYERS, EPS = 96, 6, 80, 128, 2, 1e-5
@@ -87,12 +91,55 @@ def published(t: Tensors, ids: list[int], *, rope: bool, normed: bool) -> torch.
     return rms(x, t["model.norm.weight"]) @ (F.normalize(head) if normed else head).T
 
 
-def difference(folder: Path, expected: torch.Tensor, ids: list[int]) -> float:
-    driver = Driver(folder)
+def difference(driver: Driver, expected: torch.Tensor, ids: list[int]) -> float:
     found = driver.step([(0, ids[:-3])])
     for token in ids[-3:]:
         found += driver.step([(0, [token])])
     return float((torch.cat(found) - expected).abs().max())
+
+
+def test_64_greedy_tokens(tmp_path: Path) -> None:
+    tensors, ids = make(tmp_path), prompt(2, 9)
+    driver, start = Driver(tmp_path), len(ids)
+    rows = driver.step([(0, ids)])
+    found: list[int] = []
+    for _ in range(64):
+        found.append(int(rows[0][-1].argmax()))
+        ids.append(int(published(tensors, ids, rope=False, normed=False)[-1].argmax()))
+        rows = driver.step([(0, found[-1:])])
+    assert found == ids[start:]
+
+
+def test_chunks_beside_decodes_and_a_shared_prefix(tmp_path: Path) -> None:
+    tensors, driver = make(tmp_path), Driver(tmp_path)
+    a, b = prompt(3, 21), prompt(4, 16)
+    c = a[:8] + prompt(5, 9)
+    rows = {n: driver.step([(n, ids[:9])]) for n, ids in enumerate((a, b))}
+    driver.share(0, 2, 8)
+    rows[2] = [published(tensors, c, rope=False, normed=False)[:8]]
+    for work in ([(0, a[9:10]), (1, b[9:]), (2, c[8:13])], [(2, c[13:]), (0, a[10:])]):
+        for (n, _), logits in zip(work, driver.step(work), strict=True):
+            rows[n].append(logits)
+    for n, ids in enumerate((a, b, c)):
+        wanted = published(tensors, ids, rope=False, normed=False)
+        assert (torch.cat(rows[n]) - wanted).abs().max() <= TOLERANCE
+
+
+def test_two_ranks_are_one_model(tmp_path: Path) -> None:
+    make(tmp_path)
+    whole = test_ranks.logits(Driver(tmp_path))
+    for part in test_ranks.ranks(tmp_path):
+        assert (part - whole).abs().max() <= TOLERANCE
+
+
+def test_the_order_of_kernels_gives_the_same_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, ids = make(tmp_path), prompt(1, 23)
+    for module in (attention, mlp, norm, position):
+        monkeypatch.setattr(module, "fused", device.kernel)
+    expected = published(tensors, ids, rope=False, normed=False)
+    assert difference(Driver(tmp_path, backend_type=Triton), expected, ids) <= TOLERANCE
 
 
 @pytest.mark.parametrize("normed", [False, True], ids=["1", "2"])
@@ -104,7 +151,7 @@ def test_published_arithmetic(
     monkeypatch.setattr(baichuan, "ROTATED_HIDDEN", HIDDEN if rope else 4096)
     monkeypatch.setattr(baichuan, "NORMED_VOCAB", VOCAB if normed else 125696)
     expected = published(tensors, ids, rope=rope, normed=normed)
-    assert difference(tmp_path, expected, ids) <= TOLERANCE
+    assert difference(Driver(tmp_path), expected, ids) <= TOLERANCE
     for other in ((not rope, normed), (rope, not normed)):  # mistaken for another
         wrong = published(tensors, ids, rope=other[0], normed=other[1])
-        assert difference(tmp_path, wrong, ids) > 100 * TOLERANCE
+        assert difference(Driver(tmp_path), wrong, ids) > 100 * TOLERANCE

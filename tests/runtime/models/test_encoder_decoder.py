@@ -17,7 +17,7 @@ from kvrun.runtime.layers import attention, cross, encoder, mlp, norm, position
 from kvrun.runtime.layers.position import RelativeBias
 from kvrun.runtime.models import t5
 from tests.runtime.models import seq2seq, zoo
-from tests.runtime.models.compare import TOLERANCE, prompt
+from tests.runtime.models.compare import TOLERANCE, greedy, prompt
 from tests.runtime.models.seq2seq import EncodedDriver, stepwise
 from tests.runtime.models.spoil import replaced, swap_names, without
 from tests.runtime.models.test_ranks import Sum, Threads
@@ -79,7 +79,8 @@ def test_64_greedy_tokens(made: Made, family: str, variant: str) -> None:
         work = [(i, [int(rows[-1].argmax())]) for i, rows in enumerate(driver.step(work))]
         for i, ids in work:
             found[i] += ids
-    assert found == [seq2seq.greedy(oracle, ids, 64) for ids in sources]
+    for source, answer in zip(sources, found, strict=True):
+        assert [answer] == greedy(oracle, [[0]], [answer], input_ids=torch.tensor([source]))
 
 
 @of_every_family

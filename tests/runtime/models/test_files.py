@@ -281,15 +281,13 @@ def test_an_unknown_activation(tmp_path: Path) -> None:
         build(Checkpoint(tmp_path))
 
 
-def test_dummy_weights_of_every_family(tmp_path: Path) -> None:
+def test_dummy_weights_of_every_family(model: tuple[Path, Any], tmp_path: Path) -> None:
     """What the configuration says is enough to know every tensor that files would hold."""
-    for family, variant in zoo.variants():
-        folder = tmp_path / f"{family}-{variant}"
-        zoo.make(folder, family, variant)
-        stored = load_file(folder / "model.safetensors").values()
-        (folder / "model.safetensors").unlink()
-        model = build(Checkpoint(folder, load_format="dummy"))
-        assert model.parameter_bytes >= sum(tensor.numel() * 4 for tensor in stored)
+    folder, _ = model
+    shutil.copy(folder / "config.json", tmp_path)
+    dummy = build(Checkpoint(tmp_path, load_format="dummy"))
+    stored = load_file(folder / "model.safetensors").values()
+    assert dummy.parameter_bytes >= sum(tensor.numel() * 4 for tensor in stored)
 
 
 AUTHORS = {

@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from kvrun.runtime.parallel import Group
 from tests.runtime.driver import Driver
-from tests.runtime.models import zoo
 
 PROMPT = list(range(3, 20))
 
@@ -73,11 +71,10 @@ def ranks(folder: Path) -> list[Any]:
     return total.both(lambda rank: logits(Driver(folder, group=Threads(rank, sum=total))))
 
 
-@pytest.mark.parametrize(("family", "variant"), list(zoo.variants()))
-def test_two_ranks_are_one_model(tmp_path: Path, family: str, variant: str) -> None:
-    zoo.make(tmp_path, family, variant)
-    whole = logits(Driver(tmp_path))
-    for part in ranks(tmp_path):
+def test_two_ranks_are_one_model(model: tuple[Path, Any]) -> None:
+    folder, _ = model
+    whole = logits(Driver(folder))
+    for part in ranks(folder):
         if isinstance(part, Exception):
             raise part
         assert (part - whole).abs().max() <= 1e-4

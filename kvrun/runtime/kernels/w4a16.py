@@ -114,6 +114,13 @@ def dequantise(matrix: Coded, dtype: torch.dtype, out: torch.Tensor | None = Non
     return out
 
 
+def rows(matrix: Coded, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows `ids` [n] of the matrix as `dequantise` makes them, [n, K]."""
+    zero = None if matrix.zero is None else matrix.zero[ids]
+    codes = matrix.codes.view(torch.uint8)[ids].view(matrix.codes.dtype)  # e4m3 has no index
+    return dequantise(matrix._replace(codes=codes, scale=matrix.scale[ids], zero=zero), dtype)
+
+
 def _values(matrix: Coded, rows: slice) -> torch.Tensor:
     """Some rows in fp32, columns as the codes have them."""
     codes, k = matrix.codes[rows], matrix.columns

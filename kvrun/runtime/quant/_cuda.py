@@ -51,7 +51,7 @@ class Fused:
 
     def rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows `ids` of the matrix, as values."""
-        values: torch.Tensor = self._kernel.dequantise(_rows(self._matrix, ids), dtype)
+        values: torch.Tensor = self._kernel.rows(self._matrix, ids, dtype)
         return values
 
     def _many(self, x: torch.Tensor) -> torch.Tensor:
@@ -69,10 +69,9 @@ class Fused:
         return y
 
 
-def _rows(matrix: Coded, some: slice | torch.Tensor) -> Coded:
+def _rows(matrix: Coded, some: slice) -> Coded:
     zero = matrix.zero if matrix.zero is None else matrix.zero[some]
-    codes = matrix.codes.view(torch.int32)[some].view(matrix.codes.dtype)  # e4m3 has no index
-    return matrix._replace(codes=codes, scale=matrix.scale[some], zero=zero)
+    return matrix._replace(codes=matrix.codes[some], scale=matrix.scale[some], zero=zero)
 
 
 class Scaled(Fused):

@@ -154,6 +154,10 @@ def test_values(kind: str, group: int) -> None:
     made = matrix(kind, group=group)
     got = w4a16.dequantise(made, torch.float32)
     assert off(got, twin.dequantise(made, torch.float32)) < 1e-6
+    ids = torch.tensor([N - 1, 0, 3, 3])
+    ref = twin.dequantise(made, torch.float32)[ids]
+    assert torch.equal(twin.rows(made, ids, torch.float32), ref)
+    assert off(w4a16.rows(made, ids, torch.float32), ref) < 1e-6
 
 
 @pytest.mark.parametrize("m", [1, 4, 5, 16, 33, 64, 100, 256])

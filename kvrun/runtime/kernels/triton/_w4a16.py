@@ -361,21 +361,27 @@ def dot(
 
 @triton.jit
 def values(
-    words, scale, zero, table, out, N, groups, word_stride,
+    words, scale, zero, table, ids, out, N, groups, word_stride,
     K: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr,
-    KIND: tl.constexpr, ZERO: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    KIND: tl.constexpr, ZERO: tl.constexpr, CHOSEN: tl.constexpr, BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """The matrix's values [BLOCK_N rows, 32 · FIELDS columns]."""
+    """Values of the matrix's N rows, or of the N rows that are CHOSEN by `ids`: a tile
+    [BLOCK_N rows, 32 · FIELDS columns]."""
     release(PDL)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     j0 = tl.program_id(1) * 32
     own = tl.minimum(n, N - 1)
+    if CHOSEN:
+        wait(PDL)  # for the ids; the matrix is there before
+        own = tl.load(ids + own).to(tl.int64)
     if ZERO:
         zero += own * groups
     value = _spread(
         words + own * word_stride, scale + own * groups, zero, table, j0,
         K, G, WORDS, FIELDS, KIND, ZERO, out.dtype.element_ty,
     )  # fmt: skip
-    wait(PDL)
+    if not CHOSEN:
+        wait(PDL)
     k = j0 * FIELDS + tl.arange(0, 32 * FIELDS)[None, :]
     tl.store(out + n * K + k, value, mask=(n < N) & (k < K))

@@ -101,15 +101,25 @@ def run(
 
 def dequantise(matrix: Coded, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
     """As the twin, of a matrix in the order of its columns."""
-    assert matrix.order is None
     n, k = len(matrix.codes), matrix.columns
     if out is None:
         out = torch.empty((n, k), dtype=dtype, device=matrix.codes.device)
-    options, words = _options(matrix), _words(matrix)
+    return _dequantise(matrix, None, out)
+
+
+def rows(matrix: Coded, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As the twin, of a matrix in the order of its columns."""
+    out = torch.empty((len(ids), matrix.columns), dtype=dtype, device=matrix.codes.device)
+    return _dequantise(matrix, ids, out)
+
+
+def _dequantise(matrix: Coded, ids: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    assert matrix.order is None
+    options, words, n = _options(matrix), _words(matrix), len(out)
     values[(triton.cdiv(n, 32), triton.cdiv(words.shape[1], WORDS))](
-        words, matrix.scale, matrix.zero, matrix.table, out,
+        words, matrix.scale, matrix.zero, matrix.table, ids, out,
         n, matrix.scale.shape[1], words.stride(0),
-        BLOCK_N=32, num_warps=4, **options, **overlap(out.device),
+        CHOSEN=ids is not None, BLOCK_N=32, num_warps=4, **options, **overlap(out.device),
     )  # fmt: skip
     return out
 

@@ -22,14 +22,25 @@ _COPY_BYTES = 64 << 20
 class Embedding:
     """batch.ids [tokens] -> [tokens, hidden].
 
-    `scale` is rounded to the dtype, as families train it.
+    `scale` is rounded to the dtype, as families train it. `more` rows stand behind those of the
+    vocabulary, in a matrix named `additional_embedding`.
     """
 
     def __init__(
-        self, w: "Checkpoint", name: str, vocab: int, hidden: int, scale: float | None = None
+        self,
+        w: "Checkpoint",
+        name: str,
+        vocab: int,
+        hidden: int,
+        scale: float | None = None,
+        more: int = 0,
     ) -> None:
         self.name = name
+        self.more = more
         self.weight = w.read(f"{name}.weight", (vocab, hidden))
+        if more:
+            added = w.read(f"{name}.additional_embedding.weight", (more, hidden))
+            self.weight = torch.cat((self.weight, added))
         self._scale = None if scale is None else float(torch.tensor(scale, dtype=w.dtype))
 
     def __call__(self, batch: "Batch") -> torch.Tensor:
@@ -42,7 +53,8 @@ class Head:
 
     `softcap` c maps them to c·tanh(y / c).
 
-    Logits are in the dtype of x, or fp32 where they are mapped. `bias`: the head has one.
+    Logits are in the dtype of x, or fp32 where they are mapped. `bias`: the head has one. Rows
+    behind the embedding's vocabulary lie in a matrix named `additional_fc`.
     """
 
     def __init__(
@@ -64,10 +76,13 @@ class Head:
         tied = tied if said is None else w.config.flag("tie_word_embeddings")
         self.copy_bytes = 0  # of a second copy of the embedding
         if w.has(f"{name}.weight", otherwise=not tied) or said is False:
-            self._weight = quant.read(w, [Shard(name, self.vocab_size, hidden)], bias)
+            more = embedding.more
+            shards = [Shard(name, self.vocab_size - more, hidden)]
+            shards += [Shard(f"{name}.additional_fc", more, hidden)] if more else []
+            self._weight = quant.read(w, shards, bias)
         elif bias or embedding.weight.nbytes <= _COPY_BYTES:
-            more = w.read(f"{name}.bias", (self.vocab_size,)) if bias else None
-            self._weight = dense.lay_out(embedding.weight, more)
+            biases = w.read(f"{name}.bias", (self.vocab_size,)) if bias else None
+            self._weight = dense.lay_out(embedding.weight, biases)
             if not isinstance(self._weight, dense.Plain):
                 self.copy_bytes = embedding.weight.nbytes
         else:

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 
 from kvrun.errors import Unsupported
 from kvrun.runtime.layers.block import Part
-from kvrun.runtime.layers.cross import CrossBlock
-from kvrun.runtime.layers.decoder import Decoder
+from kvrun.runtime.layers.cross import CrossBlock, CrossDecoder
 from kvrun.runtime.layers.linear import Linear, split_cols
 from kvrun.runtime.layers.norm import Norm, before_product
 from kvrun.runtime.layers.position import RelativeBias
@@ -96,11 +95,10 @@ class EncoderBlock:
         return self._mlp(x, batch, add=x, norm=self._mlp_norm)
 
 
-class EncoderDecoder(Decoder):
+class EncoderDecoder(CrossDecoder):
     """A decoder that attends to what an encoder has made of the prompt.
 
-    `encode` reads prompts, once; a step's `batch.source` then says where each row finds its own.
-    Options are those of Decoder.
+    `encode` reads those in batch.ids. Options are those of Decoder.
     """
 
     def __init__(
@@ -118,17 +116,12 @@ class EncoderDecoder(Decoder):
         self.max_position = None  # positions are distances, and far ones are all alike
         self._encoder = encoder
         self._encoder_norm = encoder_norm
-        self._cross = blocks
 
-    def encode(self, batch: "Batch") -> None:
-        """Read the prompts in batch.ids, each whole, and put the keys and values of every layer of
-        the decoder into the cache at batch.slot_mapping."""
+    def states_of(self, batch: "Batch") -> torch.Tensor:
         x = self.embed(batch)
         for block in self._encoder:
             x = block(x, batch)
-        x = self._encoder_norm(x)
-        for layer in self._cross:
-            layer.remember(x, batch)
+        return self._encoder_norm(x)
 
 
 def refuse_float16(w: "Checkpoint") -> None:

@@ -1,5 +1,5 @@
-"""SourceCache: a prompt that an encoder has read, or an image that eyes have seen -> the blocks with
-its cross keys and values."""
+"""SourceCache: a prompt that an encoder has read, or an image that eyes have seen -> the blocks
+with its cross keys and values."""
 
 from collections.abc import Hashable, Sequence
 

@@ -60,12 +60,12 @@ def known_prefix(
 def known_sources(
     sequence: Sequence, cache: SourceCache | None, block_size: int
 ) -> tuple[list[list[int]], list[int]]:
-    """Of each source of a sequence: the blocks that hold it, and how many it needs where none do."""
+    """Of each source of a sequence: the blocks that hold it; how many it needs where none do."""
     known = [
         cache.lookup(*sequence.source_key(source)) if cache else [] for source in sequence.sources
     ]
     pairs = zip(sequence.sources, known, strict=True)
-    return known, [0 if hit else -(-source.count // block_size) for source, hit in pairs]
+    return known, [0 if hit else -(-source.rows // block_size) for source, hit in pairs]
 
 
 def _waits_for_sibling(sequence: Sequence) -> bool:

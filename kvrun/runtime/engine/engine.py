@@ -238,7 +238,7 @@ class Engine:
         """`max_length`, or less where that has no room beside images, which take room of their
         own."""
         size = self.ready.block_size
-        taken = sum(-(-image.count // size) for image in images)
+        taken = sum(-(-image.rows // size) for image in images)
         room = (self.scheduler.pool.total - taken) * size
         if not taken or max_length <= room:
             return max_length

@@ -68,7 +68,7 @@ class Reader:
             sequence = row.sequence
             for count, which in sequence.runs(row.start, row.count):
                 shown.append((None if which is None else sequence.source_blocks[which], count))
-                lengths.append(0 if which is None else sequence.sources[which].count)
+                lengths.append(0 if which is None else sequence.sources[which].rows)
         old = self._shown
         same = len(old) == len(shown) and all(
             a is b and m == n for (a, m), (b, n) in zip(old, shown, strict=True)
@@ -80,14 +80,14 @@ class Reader:
 
     def _batch_of(self, work: list[_Unread]) -> Batch:
         sources, sequences = [one.source for one in work], [one.sequence for one in work]
-        counts = [source.count for source in sources]
+        counts = [source.rows for source in sources]
         positions = [np.arange(count) for count in counts]
         tables = [np.array(one.blocks, np.int64) for one in work]
         places = [
             table[at // self._size] * self._size + at % self._size
             for table, at in zip(tables, positions, strict=True)
         ]
-        ids = [token for source in sources for token in source.ids or [0] * source.count]
+        ids = [token for source in sources for token in source.ids or [0] * source.rows]
         known, at, to, ends, lengths = self._slots.send(
             ids, np.concatenate(positions), np.concatenate(places), np.cumsum([0, *counts]), counts
         )
@@ -173,10 +173,10 @@ def _passes(schedule: Schedule) -> Iterator[list[_Unread]]:
     rows = 0
     for row in schedule:
         for source, blocks in row.sequence.unread if row.reads else ():
-            if together and rows + source.count > AT_ONCE:
+            if together and rows + source.rows > AT_ONCE:
                 yield together
                 together, rows = [], 0
             together.append(_Unread(row.sequence, source, blocks))
-            rows += source.count
+            rows += source.rows
     if together:
         yield together

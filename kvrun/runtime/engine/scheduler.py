@@ -33,7 +33,7 @@ class Row:
         """Rows of sources that are read before this row: with a sequence's first."""
         if not self.sequence.sources or self.start != self.sequence.begun:
             return 0
-        return sum(source.count for source, _ in self.sequence.unread)
+        return sum(source.rows for source, _ in self.sequence.unread)
 
     @property
     def pools(self) -> bool:

@@ -17,11 +17,11 @@ SCORED_AT_ONCE = 256  # rows of logits; a vocabulary of 150,000 makes each 600 k
 class Source(NamedTuple):
     """What a decoder attends to beside its own tokens: a prompt that an encoder reads, or an image.
 
-    It takes `count` rows of the cache; equal ones have one `key`.
+    It takes so many rows of the cache; equal ones have one `key`.
     """
 
     key: Hashable
-    count: int
+    rows: int
     ids: list[int] | None = None
     image: Image | None = None
 
@@ -38,7 +38,8 @@ class Sequence:
     `tokens` are those the host knows. `in_flight` more have been sampled by steps that have not
     landed, so the sequence is `length` long although its last ids may still be on the device only.
     `scheduled` positions have been handed to the runner; the rest of `length` is work to do.
-    With an encoder, `tokens` and lengths are the decoder's. `sources` are read before the first row.
+    With an encoder, `tokens` and lengths are the decoder's. `sources` are read before
+    its first row.
     """
 
     def __init__(
@@ -197,7 +198,7 @@ class Sequence:
     def found(self) -> int:
         """Tokens of the prompt that it need not compute, as it begins."""
         read = self.encoded and self.source_hits[0]
-        return self.sources[0].count if read else self.begun
+        return self.sources[0].rows if read else self.begun
 
     def restart(self) -> None:
         """Forget everything computed; the tokens stay and are computed again."""

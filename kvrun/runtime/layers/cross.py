@@ -43,7 +43,8 @@ class CrossAttention:
         self._q = Linear(w, qkv[0])
         self._kv = Linear(w, *qkv[1:])
         self._out = Linear(w, split_cols(w, out, qkv[0].in_features, h.heads * h.head_dim))
-        self._q_norm, self._k_norm = norms or (None, None)
+        self._q_norm = None if norms is None else norms[0]
+        self._k_norm = None if norms is None else norms[1]
 
     def remember(self, states: torch.Tensor, batch: "Batch") -> None:
         """Put the keys and values of a source's states [tokens, wide] into the cache."""

@@ -31,7 +31,10 @@ class Places(Protocol):
     options: dict[str, Any]
 
     def count(self, image: Image) -> int:
-        """How many tokens of a prompt stand for an image. Raises InvalidRequest for arrays of wrong shapes."""
+        """How many tokens of a prompt stand for an image.
+
+        Raises InvalidRequest for arrays of wrong shapes.
+        """
 
     def text(self, image: Image, word: str) -> str:
         """What a prompt has in the place of one `word`, the text of `token`."""

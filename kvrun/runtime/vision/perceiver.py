@@ -43,7 +43,7 @@ class PerceiverLayer:
     """x + attention(norm(x), [norm(context); norm(x)]), then x + mlp(norm(x)).
 
     `names` of the matrices of queries, keys, values and the way back; `norms` of latents and of the
-    context. `head_norm` goes over each head of queries, and of keys.
+    context. `head_norms` go over each head of queries, and of keys.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class PerceiverLayer:
         self._out = Linear(w, split_cols(w, out, hidden, size))
         self._latents_norm, self._context_norm = norms
         self._mlp_norm, self._mlp = mlp_norm, mlp
-        self._q_norm, self._k_norm = head_norms or (None, None)
+        self._head_norms = head_norms
 
     def __call__(self, x: torch.Tensor, context: torch.Tensor, batch: Any) -> torch.Tensor:
         h, images = self._heads, batch.count
@@ -78,8 +78,8 @@ class PerceiverLayer:
         q = self._q(latents, batch).view(images, -1, h.count, h.head_dim).transpose(1, 2)
         kv = self._kv(whole.flatten(0, 1), batch).view(images, -1, 2, h.kv_count, h.head_dim)
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        if self._q_norm is not None and self._k_norm is not None:
-            q, k = self._q_norm(q), self._k_norm(k)
+        if self._head_norms is not None:
+            q, k = (norm(x) for norm, x in zip(self._head_norms, (q, k), strict=True))
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=batch.mask, enable_gqa=True)
         x = self._out(seen.transpose(1, 2).reshape(len(x), -1), batch, x)
         return self._mlp(x, batch, add=x, norm=self._mlp_norm)

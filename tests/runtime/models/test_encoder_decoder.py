@@ -168,8 +168,8 @@ def seeing_the_past(monkeypatch: pytest.MonkeyPatch) -> None:
 def biased_cross(monkeypatch: pytest.MonkeyPatch) -> None:
     real = cross.AttentionSpec
 
-    def spec(*args: Any) -> Any:
-        return real(*args, relative=torch.linspace(0, 3, 20).repeat(4, 1))
+    def spec(*args: Any, **options: Any) -> Any:
+        return real(*args, **options, relative=torch.linspace(0, 3, 20).repeat(4, 1))
 
     monkeypatch.setattr(cross, "AttentionSpec", spec)
 

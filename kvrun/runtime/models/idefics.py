@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def build(w: "Checkpoint") -> CrossDecoder:
     c = w.config
     c.defaults(vocab_size=32000, max_position_embeddings=2048, **llama.USUAL)
+    c.replace(num_key_value_heads=c.integer("num_attention_heads"))  # whatever is said
     rope = Rope(c.rope(), llama.heads(w).head_dim, w.dtype, w.device)
     more = c.count("additional_vocab_size", 0)
     vocab, hidden = c.integer("vocab_size"), c.integer("hidden_size")

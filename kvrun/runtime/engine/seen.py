@@ -136,7 +136,8 @@ def look(request: Request, places: Places | None) -> Seen | None:
     if len(positions) != sum(counts):
         what = f"the images have {sum(counts):,} features; the prompt has {len(positions):,} places"
         if places.attended:
-            what = f"there are {len(counts)} images; the prompt has {len(positions):,} places"
+            images = "is 1 image" if len(counts) == 1 else f"are {len(counts)} images"
+            what = f"there {images}; the prompt has {len(positions):,} places"
         raise InvalidRequest(f"{what} for them (tokens {places.token}).")
     return Attended(request, places) if places.attended else Placed(request, counts, positions)
 

@@ -171,9 +171,7 @@ def _attended(seeds: list[int], ids: list[int]) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.stack(shown)[None], "image_attention_mask": mask}
 
 
-def inputs(
-    family: str, seeds: list[int], ids: list[int] | None = None
-) -> dict[str, torch.Tensor]:
+def inputs(family: str, seeds: list[int], ids: list[int] | None = None) -> dict[str, torch.Tensor]:
     """The images as the model in transformers takes them, with one prompt, `ids`."""
     if family.startswith("idefics") and family != "idefics2":
         return _attended(seeds, ids or [TOKEN] * len(seeds))

@@ -48,7 +48,9 @@ def make(folder: Path, family: str, *, weights: bool = False) -> tuple[Any, Any]
     if not weights:
         values = {**eyes.FAMILIES[family], "model_type": family, "image_token_id": WORD}
         (folder / "config.json").write_text(json.dumps(values))
-    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer(), eos_token="</s>", pad_token="</s>")
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer(), eos_token="</s>", pad_token="</s>"
+    )
     square = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
     sides: dict[str, Any] = {"patch_size": 7, "vision_feature_select_strategy": "default"}
     if family == "llava":

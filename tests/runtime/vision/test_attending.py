@@ -1,8 +1,6 @@
-"""Idefics, whose text attends to images beside it, as in transformers; mistakes show."""
+"""Images that are attended to through the whole engine: what is shared, what takes room, faults."""
 
-import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,59 +10,16 @@ from peft import LoraConfig, get_peft_model
 
 from kvrun import LLM, SamplingParams
 from kvrun.errors import InvalidRequest
-from kvrun.runtime import device
 from kvrun.runtime.cache.tensors import bytes_per_block
-from kvrun.runtime.engine.seen import Attended
-from kvrun.runtime.layers import attention, cross, mlp, norm, position
-from kvrun.runtime.models import idefics
 from kvrun.runtime.vision.towers import idefics as tower
-from tests.runtime.models import zoo
-from tests.runtime.models.compare import TOLERANCE
-from tests.runtime.models.spoil import Tensors, replaced, swap_names, without, zeroed
-from tests.runtime.models.test_ranks import Sum, Threads
+from tests.runtime.models.attending import LONG, SHORT, TEXT, SeeingDriver
 from tests.runtime.vision import eyes
-from tests.runtime.vision.attending import LONG, SHORT, TEXT, SeeingDriver, stepwise
 from tests.runtime.vision.conftest import Made
 from tests.runtime.vision.eyes import END, TOKEN
 from tests.runtime.vision.test_engine import wanted
 
 OPTIONS: dict[str, Any] = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
 GREEDY = SamplingParams(**OPTIONS)
-both = pytest.mark.parametrize("family", ["idefics", "idefics-patches"])
-
-
-@pytest.fixture
-def mutant(made: Made, tmp_path: Path) -> Callable[[], tuple[Path, Any]]:
-    folder, oracle = made("idefics")
-    return lambda: (Path(shutil.copytree(folder, tmp_path / "mutant")), oracle)
-
-
-@both
-def test_whole_prompts_and_steps(made: Made, family: str) -> None:
-    folder, oracle = made(family)
-    assert stepwise(SeeingDriver(folder), oracle) <= TOLERANCE
-
-
-@both
-def test_the_order_of_kernels_gives_the_same_logits(
-    made: Made, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in (attention, mlp, norm, position):
-        monkeypatch.setattr(module, "fused", device.kernel)
-    folder, oracle = made(family)
-    assert stepwise(SeeingDriver(folder), oracle) <= TOLERANCE
-
-
-@both
-def test_two_ranks_are_one_model(made: Made, family: str) -> None:
-    folder, oracle = made(family)
-    total = Sum()
-    for part in total.both(
-        lambda rank: stepwise(SeeingDriver(folder, group=Threads(rank, sum=total)), oracle)
-    ):
-        if isinstance(part, Exception):
-            raise part
-        assert part <= 1e-4
 
 
 def test_answers_see_what_the_prompt_ends_with(made: Made) -> None:
@@ -183,90 +138,3 @@ def test_what_an_image_breaks_stays_its_own(made: Made, monkeypatch: pytest.Monk
             llm._engine._runner._features._kept.clear()
             whole = llm.generate(SHORT, GREEDY, images=shown[0])[0]  # nothing bad was kept
             assert list(whole.token_ids) == wanted(oracle, "idefics", SHORT, [1, 3], 12)
-
-
-def no_tanh(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ungated(*args: Any) -> Any:
-        block = cross.GatedCrossBlock(*args)
-        block._cross_gate, block._mlp_gate = args[4]
-        return block
-
-    monkeypatch.setattr(idefics, "GatedCrossBlock", ungated)
-
-
-def seeing(image: Callable[[Attended, int], int]) -> Callable[[pytest.MonkeyPatch], None]:
-    return lambda monkeypatch: monkeypatch.setattr(Attended, "_at", image)
-
-
-def causal(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = cross.AttentionSpec
-    monkeypatch.setattr(cross, "AttentionSpec", lambda *args, causal: real(*args))
-
-
-def unrotated_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images behind the layer instead of before it."""
-
-    def call(self: Any, x: torch.Tensor, batch: Any) -> torch.Tensor:
-        inner, self._block = self._block, lambda x, batch: x
-        try:
-            return real(self, inner(x, batch), batch)
-        finally:
-            self._block = inner
-
-    real = cross.GatedCrossBlock.__call__
-    monkeypatch.setattr(cross.GatedCrossBlock, "__call__", call)
-
-
-CONFIG_MUTATIONS: dict[str, dict[str, Any]] = {
-    "eps × 10": {"rms_norm_eps": 1e-3},
-    "no text ends": {"eos_token_id": 3},
-    "rope theta +1 %": {"rope_parameters": {"rope_theta": 10100.0}},
-    "gelu for silu": {"hidden_act": "gelu"},
-}
-TENSOR_MUTATIONS: dict[str, Callable[[Tensors], Tensors]] = {
-    "gates swapped": swap_names("alpha_cross_attn", "alpha_dense"),
-    "gates shut": zeroed("alpha_cross_attn"),
-    "keys and values of images": swap_names("cross_attn.k_proj", "cross_attn.v_proj"),
-    "norms of queries": zeroed("cross_attn.q_layer_norm.weight"),
-    "norms of keys": zeroed("cross_attn.k_layer_norm.weight"),
-    "norms of attention and MLP": swap_names(
-        "attn_layers.0.input_layernorm", "attn_layers.0.post_attention_layernorm"
-    ),
-    "attention of another layer": swap_names("attn_layers.0.", "attn_layers.1."),
-    "rows of added words": zeroed("additional_embedding.weight"),
-    "logits of added words": zeroed("additional_fc.weight"),
-    "perceiver's norms": swap_names("latents_layer_norm", "context_layer_norm"),
-    "perceiver's head norms": swap_names("0.0.q_layer_norm", "0.0.k_layer_norm"),
-    "perceiver's layers": swap_names("blocks.0.", "blocks.1."),
-    "the tower's class": zeroed("class_embedding"),
-}
-CODE_MUTATIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "gates without tanh": no_tanh,
-    "head norms off": replaced(idefics, "CrossAttention", without("norms")),
-    "images behind the layer": unrotated_order,
-    "rows see features one by one": causal,
-    "all see the first image": seeing(lambda self, position: 0),
-    "all see the last image": seeing(lambda self, position: len(self.sources) - 1),
-    "text before images sees one": seeing(lambda self, p: max(0, self._seen[p])),
-}
-
-
-@pytest.mark.parametrize("name", CONFIG_MUTATIONS)
-def test_config_mutation_shows(name: str, mutant: Callable[[], tuple[Path, Any]]) -> None:
-    folder, oracle = mutant()
-    zoo.edit_config(folder, **CONFIG_MUTATIONS[name])
-    assert stepwise(SeeingDriver(folder), oracle) > TOLERANCE
-
-
-@pytest.mark.parametrize("name", TENSOR_MUTATIONS)
-def test_tensor_mutation_shows(name: str, mutant: Callable[[], tuple[Path, Any]]) -> None:
-    folder, oracle = mutant()
-    zoo.edit_tensors(folder, TENSOR_MUTATIONS[name])
-    assert stepwise(SeeingDriver(folder), oracle) > TOLERANCE
-
-
-@pytest.mark.parametrize("name", CODE_MUTATIONS)
-def test_code_mutation_shows(name: str, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, oracle = made("idefics")
-    CODE_MUTATIONS[name](monkeypatch)
-    assert stepwise(SeeingDriver(folder), oracle) > TOLERANCE

@@ -136,7 +136,7 @@ def test_float16_and_writing_into_a_folder_are_refused(made: Made) -> None:
     folder, _ = made("t5", "v1.0")
     with pytest.raises(Unsupported, match="overflow float16"):
         EncodedDriver(folder, dtype=torch.float16)
-    with pytest.raises(Unsupported, match="a model with an encoder"):
+    with pytest.raises(Unsupported, match="a model with cross-attention"):
         Layers(folder, torch.device("cpu"), torch.float32)
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from kvrun import LLM, SamplingParams
+from kvrun.errors import Unsupported
 from kvrun.runtime import device
+from kvrun.runtime.calibrate.layers import Layers
 from kvrun.runtime.engine.seen import Attended
 from kvrun.runtime.layers import attention, cross, mlp, norm, position
 from kvrun.runtime.models import idefics
@@ -129,6 +131,11 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(
     ours = driver.step([(0, ids)])[0] - exact
     theirs = reference(rounded, ids, seeds) - exact
     assert ours.abs().mean(-1).median() <= 1.25 * theirs.abs().mean(-1).median()
+
+
+def test_writing_into_a_folder_is_refused(made: Made) -> None:
+    with pytest.raises(Unsupported, match="a model with cross-attention"):
+        Layers(made("patches")[0], torch.device("cpu"), torch.float32)
 
 
 def no_tanh(monkeypatch: pytest.MonkeyPatch) -> None:

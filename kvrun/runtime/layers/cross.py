@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvrun.runtime.attention import AttentionSpec
-from kvrun.runtime.layers.block import AttentionPart, Block, Part
+from kvrun.runtime.layers.block import Block, Part, Residual
 from kvrun.runtime.layers.decoder import Decoder, Layer
 from kvrun.runtime.layers.linear import Linear, split_cols
 from kvrun.runtime.layers.norm import Norm, RMSNorm, before_product
@@ -36,7 +36,7 @@ class CrossAttention:
         out: str,
         *,
         scale: float,
-        norms: tuple[RMSNorm, RMSNorm] | None = None,
+        norms: Sequence[RMSNorm] | None = None,
     ) -> None:
         h = heads
         self._spec = AttentionSpec(layer, h.count, h.kv_count, h.head_dim, scale, causal=False)
@@ -82,35 +82,6 @@ def _by_head(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
     return norm(x.reshape(-1, x.shape[-1])).view(x.shape)
 
 
-class CrossBlock:
-    """x + attention(norm(x)), x + cross(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(
-        self,
-        attention_norm: Norm,
-        attention: AttentionPart,
-        cross_norm: Norm,
-        cross: CrossAttention,
-        mlp_norm: Norm,
-        mlp: Part,
-    ) -> None:
-        self._attention_norm = attention_norm
-        self._attention = attention
-        self._cross_norm = cross_norm
-        self.cross = cross
-        self._mlp_norm = mlp_norm
-        self._mlp = mlp
-
-    @property
-    def spec(self) -> "AttentionSpec | StateSpec":
-        return self._attention.spec
-
-    def __call__(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
-        x = self._attention(x, batch, add=x, norm=self._attention_norm)
-        x = self.cross(x, batch, add=x, norm=self._cross_norm)
-        return self._mlp(x, batch, add=x, norm=self._mlp_norm)
-
-
 class GatedCrossBlock:
     """x + tanh(gate)·cross(norm(x)), x + tanh(gate)·mlp(norm(x)), then a block behind both.
 
@@ -145,6 +116,14 @@ class GatedCrossBlock:
         return self._block(torch.addcmul(x, y, self._mlp_gate), batch)
 
 
+def gates(
+    w: "Checkpoint", cross: str, mlp: str, *, vector: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of attention and of the MLP behind it; `vector`: one for each value of a row."""
+    shape = (1, 1, w.config.integer("hidden_size")) if vector else (1,)
+    return w.read(cross, shape).flatten(), w.read(mlp, shape).flatten()
+
+
 class CrossDecoder(Decoder):
     """A decoder some of whose blocks attend to sources beside its own tokens.
 
@@ -160,8 +139,7 @@ class CrossDecoder(Decoder):
         *decoder: Any,
     ) -> None:
         super().__init__(w, embedding, blocks, *decoder)
-        both = (CrossBlock, GatedCrossBlock)
-        self._crossing = [block.cross for block in blocks if isinstance(block, both)]
+        self._crossing = [cross for block in blocks for cross in _crossing(block)]
 
     def encode(self, batch: "Batch") -> None:
         """Put the keys and values of the sources in a batch, each whole, into the cache at
@@ -174,3 +152,10 @@ class CrossDecoder(Decoder):
         """What is attended to, [tokens, wide]: the features of images, batch.image_states."""
         assert batch.image_states is not None
         return batch.image_states
+
+
+def _crossing(block: Layer) -> list[CrossAttention]:
+    if isinstance(block, GatedCrossBlock):
+        return [block.cross]
+    parts = block.parts if isinstance(block, Residual) else []
+    return [part for _, part in parts if isinstance(part, CrossAttention)]

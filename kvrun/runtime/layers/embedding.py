@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from kvrun.runtime import quant
 from kvrun.runtime.checkpoint import Shard
-from kvrun.runtime.layers.linear import Prologue, product
+from kvrun.runtime.layers.linear import Linear, Prologue, product
 from kvrun.runtime.quant import dense
 
 if TYPE_CHECKING:
@@ -102,3 +102,33 @@ class Head:
         logits = product(self._weight, x, before=norm).float()
         logits.div_(self._softcap).tanh_().mul_(self._softcap)
         return logits if out is None else out.copy_(logits)
+
+
+class Widened:
+    """An embedding, projected to the width of the layers."""
+
+    def __init__(self, embedding: Embedding, project: Linear) -> None:
+        self._embedding = embedding
+        self._project = project
+
+    def __call__(self, batch: "Batch") -> torch.Tensor:
+        return self._project(self._embedding(batch), batch)
+
+
+class Narrowed:
+    """A head behind a projection to the width of the embedding."""
+
+    def __init__(self, head: Head, project: Linear) -> None:
+        self._head = head
+        self._project = project
+        self.vocab_size, self.softcapped = head.vocab_size, head.softcapped
+        self.copy_bytes = head.copy_bytes
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        batch: "Batch",
+        norm: Prologue | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self._head(self._project(x, batch, before=norm), batch, None, out)

@@ -175,13 +175,13 @@ def biased_cross(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_last_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = t5._norm
+    real = t5.rms
 
     def read_and_drop(w: Any, name: str) -> Any:
         found = real(w, name)
         return (lambda x: x) if name == "encoder.final_layer_norm" else found
 
-    monkeypatch.setattr(t5, "_norm", read_and_drop)
+    monkeypatch.setattr(t5, "rms", read_and_drop)
 
 
 def first_bias(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -217,7 +217,7 @@ TENSOR_MUTATIONS: dict[str, tuple[str, str, Change]] = {
     ),
 }  # fmt: skip
 CODE_MUTATIONS: dict[str, tuple[str, str, Any]] = {
-    "encoder buckets of a decoder": ("t5", "v1.0", replaced(t5, "RelativeBias", causal)),
+    "encoder buckets of a decoder": ("t5", "v1.0", replaced(position, "RelativeBias", causal)),
     "no bias in the decoder": ("t5", "v1.0", replaced(t5, "Attention", without("relative"))),
     "bias in cross-attention": ("t5", "v1.0", biased_cross),
     "encoder scaled": (

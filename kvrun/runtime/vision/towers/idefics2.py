@@ -13,7 +13,7 @@ from kvrun.runtime.layers.norm import RMSNorm, layer_norm, rms_norm
 from kvrun.runtime.layers.qkv import cut_heads
 from kvrun.runtime.text import places
 from kvrun.runtime.text.places import MASK, PIXELS
-from kvrun.runtime.vision.encoder import Encoder, Patches, prefix_of, values
+from kvrun.runtime.vision.encoder import Encoder, Patches, values
 from kvrun.runtime.vision.perceiver import Perceiver, PerceiverLayer
 
 if TYPE_CHECKING:
@@ -47,14 +47,14 @@ class Idefics2:
         vision.defaults(**USUAL)
         eps = vision.number("layer_norm_eps", 1e-6)
         first = "embeddings.patch_embedding.weight"
-        p = prefix_of(w, first, "model.vision_model.", "vision_model.")
+        p = w.prefix(first, "model.vision_model.", "vision_model.")
         last = vision.integer("num_hidden_layers")
         self._tower = Encoder(
             w, vision, p, wanted=[last], classed=False, act="gelu_pytorch_tanh", eps=eps
         )
         wide = self._tower.hidden
         self._norm = layer_norm(w, f"{p}post_layernorm", wide, eps)
-        p = prefix_of(w, "perceiver_resampler.latents", "model.connector.", "connector.")
+        p = w.prefix("perceiver_resampler.latents", "model.connector.", "connector.")
         self.hidden = hidden = c.integer("hidden_size", 4096)
         inner = c.integer("intermediate_size", 14336)
         own = f"{p}modality_projection."

@@ -5,6 +5,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+# As many tests run side by side as there are processors: more threads would only wait for turns.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # Triton decides when it is imported: without a GPU its kernels run in its interpreter.

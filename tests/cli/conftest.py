@@ -8,8 +8,10 @@ import re
 import select
 import signal
 import struct
+import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from kvrun.cli import main
 
 ROOT = Path(__file__).parents[2]
 SCRIPTED = ROOT / "tests" / "chat" / "scripted.py"
-PATIENCE = 6.0  # seconds until a test gives up, not a time that anything should take
+PATIENCE = 30.0  # seconds until a test gives up, not a time that anything should take
 
 
 @dataclass
@@ -73,12 +75,18 @@ class Terminal:
     def __init__(self, words: list[str], size: tuple[int, int] = (24, 80)) -> None:
         self.seen = ""  # everything, escape codes too
         self._at = 0  # what of it, without them, has been expected
-        self._pid, self._fd = pty.fork()
-        if not self._pid:
-            os.execve(
-                sys.executable, [sys.executable, *words], os.environ | {"PYTHONPATH": str(ROOT)}
-            )
+        self._fd, theirs = pty.openpty()
         fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+        # No `pty.fork`: until the child is another program, it would run Python in a copy of a
+        # process whose other threads are gone, with whatever they held. The shell leads a session
+        # without a terminal, so that the one it opens becomes its own, Ctrl-C included.
+        self._process = subprocess.Popen(
+            ["sh", "-c", 'exec "$@" <"$0" >"$0" 2>&1', os.ttyname(theirs), sys.executable, *words],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdin=theirs,
+            start_new_session=True,
+        )
+        os.close(theirs)
         self.modes = termios.tcgetattr(self._fd)
         self.code: int | None = None
 
@@ -92,17 +100,25 @@ class Terminal:
         self._at = found + len(text)
         return since
 
+    def until(self, event: threading.Event) -> None:
+        """Read on until something outside the program has happened."""
+        end = time.monotonic() + PATIENCE
+        while not event.wait(0.01):
+            assert time.monotonic() < end, f"it never came: {strip(self.seen)[self._at :]!r}"
+            if select.select([self._fd], [], [], 0)[0]:
+                assert self._read(), f"ended before: {strip(self.seen)[self._at :]!r}"
+
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
     def signal(self, number: int) -> None:
-        os.kill(self._pid, number)
+        self._process.send_signal(number)
 
     def wait(self) -> int:
         """The exit code, once everything has been read; a signal as its negative."""
         while self._read():
             pass
-        self.code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        self.code = self._process.wait()
         return self.code
 
     def restored(self) -> bool:
@@ -111,8 +127,8 @@ class Terminal:
 
     def close(self) -> None:
         if self.code is None:
-            os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
+            self._process.kill()
+            self._process.wait()
         os.close(self._fd)
 
     def _read(self) -> bool:

@@ -368,7 +368,7 @@ def test_ctrl_c_says_how_to_go_on(hub: Hub, in_terminal: Callable[..., Terminal]
     gate = threading.Event()
     hub.faults.append(Fault("model.safetensors", hold=gate))
     terminal = in_terminal("pull", "org/m")
-    assert hub.started.wait(30)
+    terminal.until(hub.started)
     terminal.type("\x03")
     try:
         terminal.expect("kvrun pull org/m goes on from here")

@@ -21,7 +21,7 @@ from kvrun.server.service import Service
 from kvrun.server.settings import Settings
 from tests.server.engine import FakeEngine
 
-PATIENCE = 10.0  # seconds until a test gives up, not a time that anything should take
+PATIENCE = 30.0  # seconds until a test gives up, not a time that anything should take
 
 
 @dataclass

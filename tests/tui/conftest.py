@@ -26,7 +26,7 @@ from kvrun.tui.talk import Speaker
 from kvrun.tui.themes import Themes
 from tests.chat import scripted
 
-PATIENCE = 8.0  # seconds until a test gives up, not a time that anything should take
+PATIENCE = 30.0  # seconds until a test gives up, not a time that anything should take
 
 # Escapes of 7 and 8 bits, a title, markup, a link, and a line that reads from right to left.
 EVIL = "[b]bold[/b] <think>no</think> \x1b]0;owned\x07 \x1b[31mred [x](http://b.c) \x9b7m \u202etxt"

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501  (the widest drawing has 200 columns)
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -73,7 +74,8 @@ async def test_the_screen_looks_as_drawn(
         await screen.answered()
         await screen.sees("throughput" if size[0] >= 130 else "KV 0%")
         wanted = drawn.splitlines()
-        await screen.until(lambda: "hello" in screen.lines()[3])
+        with contextlib.suppress(AssertionError):  # the next one says more
+            await screen.until(lambda: screen.lines()[: len(wanted)] == wanted)
         assert screen.lines()[: len(wanted)] == wanted
         assert "f1 Help" in screen.lines()[-1]
 

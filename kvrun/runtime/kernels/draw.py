@@ -13,22 +13,17 @@ def draw(
     keys: torch.Tensor,
     positions: torch.Tensor,
     *,
-    softcap: float | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """ids [S] int64 and finite [S] bool, written to `out` if given.
 
-    logits: [S, vocab] fp32, bf16 or fp16, each row dense; `softcap` c maps them to c·tanh(y / c),
-    except -inf, which stays.
+    logits: [S, vocab] fp32, bf16 or fp16, each row dense.
     temperature: [S] fp32. A row's id is the argmax of logits / temperature + noise, of its logits
     where the temperature is 0; of equals the lowest. keys: [S, 2] int32 of `noise.keys`;
     positions: [S] integers, the index of the drawn token in its sequence. finite is false for a
     row that has NaN or +inf, or nothing but -inf: its id is one of the vocabulary, no more.
     """
     scores = logits.float()
-    if softcap is not None:
-        hidden = scores == -torch.inf
-        scores = (torch.tanh(scores / softcap) * softcap).masked_fill_(hidden, -torch.inf)
     column = temperature[:, None]
     noise = _gumbel(logits.shape[1], logits.device)(keys, positions)
     scores = torch.where(column > 0, scores / column + noise, scores)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from kvrun.runtime import quant
 from kvrun.runtime.checkpoint import Shard
+from kvrun.runtime.device import kernel
 from kvrun.runtime.layers.linear import Linear, Prologue, product
 from kvrun.runtime.quant import dense
 
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
     from kvrun.runtime.checkpoint import Checkpoint
 
-# A tied head multiplies up to 5 times as fast from a second, packed copy of the embedding. Up to
-# this size the copy is cheap; a larger one would take memory that the KV cache needs more.
+# On CPU a tied head multiplies up to 5 times as fast from a second, packed copy of the embedding.
+# Up to this size the copy is cheap; a larger one would take memory that the KV cache needs more.
 _COPY_BYTES = 64 << 20
 
 
@@ -70,6 +71,7 @@ class Head:
     ) -> None:
         self._scale = scale
         self._softcap = softcap
+        self._kernel = kernel("softcap", embedding.weight.device)
         self.softcapped = softcap is not None
         self.vocab_size, hidden = embedding.weight.shape
         said = w.config.get("tie_word_embeddings")
@@ -80,10 +82,10 @@ class Head:
             shards = [Shard(name, self.vocab_size - more, hidden)]
             shards += [Shard(f"{name}.additional_fc", more, hidden)] if more else []
             self._weight = quant.read(w, shards, bias)
-        elif bias or embedding.weight.nbytes <= _COPY_BYTES:
+        elif bias or embedding.weight.is_cuda or embedding.weight.nbytes <= _COPY_BYTES:
             biases = w.read(f"{name}.bias", (self.vocab_size,)) if bias else None
             self._weight = dense.lay_out(embedding.weight, biases)
-            if not isinstance(self._weight, dense.Plain):
+            if isinstance(self._weight, dense.Packed):
                 self.copy_bytes = embedding.weight.nbytes
         else:
             self._weight = dense.Plain(embedding.weight, None)
@@ -99,9 +101,9 @@ class Head:
         if self._softcap is None:
             logits = product(self._weight, x, before=norm, out=out)
             return logits if self._scale is None else logits.mul_(self._scale)
-        logits = product(self._weight, x, before=norm).float()
-        logits.div_(self._softcap).tanh_().mul_(self._softcap)
-        return logits if out is None else out.copy_(logits)
+        logits = product(self._weight, x, before=norm)
+        capped: torch.Tensor = self._kernel.softcap(logits, self._softcap, out=out)
+        return capped
 
 
 class Widened:

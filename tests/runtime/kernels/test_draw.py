@@ -141,37 +141,6 @@ def test_a_temperature_that_overflows_is_no_proper_draw(kernel: ModuleType) -> N
     assert ids[1] == 0
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_softcap(kernel: ModuleType, dtype: torch.dtype) -> None:
-    logits = (torch.randn(6, 1500) * 30).to(dtype)
-    temperature = [1.0, 0.0, 0.5, 2.0, 0.0, 1.0]
-    positions = torch.arange(6)
-    capped = (logits.float() / 5.0).tanh() * 5.0
-    ids, finite = kernel.draw(logits, torch.tensor(temperature), keyed(6), positions, softcap=5.0)
-    wanted = sampled(capped, temperature, positions)
-    assert finite.all()
-    # Capped logits crowd below the cap: where ids differ, by rounding, their logits do not.
-    chosen = [capped.gather(1, of[:, None]) for of in (ids, wanted)]
-    torch.testing.assert_close(*chosen, rtol=0, atol=2e-6)
-    assert torch.equal(ids[[0, 2, 3, 5]], wanted[[0, 2, 3, 5]])
-    logits[0, 9] = INF  # a cap hides nothing
-    bad = kernel.draw(logits, torch.tensor(temperature), keyed(6), positions, softcap=5.0)[1]
-    assert bad.tolist() == [False, True, True, True, True, True]
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_softcap_brings_nothing_back(kernel: ModuleType, temperature: float) -> None:
-    """Neither hidden tokens nor what lies behind a row's end gets the lowest capped value."""
-    logits = torch.full((20, 4), -1e4)
-    logits[:, 1], logits[19] = -INF, -INF
-    column = torch.full((20,), temperature)
-    ids, finite = kernel.draw(logits, column, keyed(20), torch.arange(20), softcap=2.0)
-    assert set(ids[:19].tolist()) == ({0, 2, 3} if temperature else {0})
-    assert finite.tolist() == [True] * 19 + [False]
-    assert 0 <= ids[19] < 4
-
-
 def test_out_and_draws_after_draws(kernel: ModuleType) -> None:
     """What the programs of a row share is as before after each draw, whatever its size."""
     for rows, vocab in ((3, 2100), (1, 5000), (3, 2100)):

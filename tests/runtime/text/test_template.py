@@ -196,7 +196,7 @@ def test_a_template_that_is_no_jinja(make_folder: MakeFolder) -> None:
 @pytest.mark.parametrize(
     "messages",
     [[], "hello", None, [{"content": "x"}], [{"role": 1, "content": "x"}], ["hello"],
-     [{"role": "user", "content": 5}], [{"role": "user", "content": "x", "at": object()}]],
+     [{"role": "user", "content": 5}], [{"role": "user", "content": "x", "at": {1}}]],
     ids=str,
 )  # fmt: skip
 def test_what_is_no_conversation(make_folder: MakeFolder, messages: Any) -> None:

@@ -28,7 +28,6 @@ def draw(
     keys: torch.Tensor,
     positions: torch.Tensor,
     *,
-    softcap: float | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, vocab = logits.shape
@@ -52,9 +51,7 @@ def draw(
         scores,
         places,
         logits.stride(0),
-        0.0 if softcap is None else softcap,
         VOCAB=vocab,
-        SOFTCAP=softcap is not None,
         CHUNK=chunk,
         CHUNKS=chunks,
         CHUNKS_BLOCK=triton.next_power_of_2(chunks),
@@ -97,9 +94,7 @@ def _draw(
     scores_at,
     places_at,
     logits_stride,
-    softcap,
     VOCAB: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNKS_BLOCK: tl.constexpr,
@@ -121,9 +116,6 @@ def _draw(
     # NaN counts as +inf: it wins, and is not finite.
     logits = tl.where(logits == logits, logits, float("inf"))
     broken = tl.max(logits, 0) == float("inf")
-    if SOFTCAP:
-        capped = _tanh(tl.div_rn(logits, softcap)) * softcap
-        logits = tl.where(logits == float("-inf"), logits, capped)
     if temperature > 0:
         best, place = _best_drawn(logits, ids, temperature, first, second)
     else:
@@ -203,10 +195,3 @@ def _rough_log2(x):
     if _LIBDEVICE:
         return libdevice.fast_log2f(x)
     return tl.log2(x)
-
-
-@triton.jit
-def _tanh(x):
-    if _LIBDEVICE:
-        return libdevice.tanh(x)
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0

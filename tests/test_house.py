@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kvrun import folder
+
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "kvrun").rglob("*.py"))
 EVERYWHERE = ("kvrun.folder", "kvrun.errors", "kvrun.http", "kvrun")
@@ -175,6 +177,13 @@ def test_sizes_and_names(path: Path) -> None:
         if isinstance(node, ast.ClassDef):
             assert not node.name.startswith("Base")
             assert not node.name.endswith("Manager")
+
+
+@pytest.mark.parametrize("name", folder.names("kvrun.runtime.models"))
+def test_a_family_is_one_page(name: str) -> None:
+    """What is general about it lies in layers."""
+    lines = MODULES[f"kvrun.runtime.models.{name}"].read_text().splitlines()
+    assert 1 <= len(lines) <= 60
 
 
 @pytest.mark.parametrize("path", FILES, ids=module)

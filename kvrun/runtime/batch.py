@@ -39,7 +39,9 @@ class Batch:
     states: torch.Tensor | None = None  # [P, hidden]: these, once the model has run
     image_rows: torch.Tensor | None = None  # [I] int64: rows that stand for images,
     image_states: torch.Tensor | None = None  # [I, hidden]: and what stands in them
-    # The same rows, each a sequence of its own, over what an encoder has made of its prompt.
+    # Its rows, or `source_rows` [R] int64 of them, as sequences over what they attend to beside
+    # their own tokens: what an encoder has made of a prompt, or eyes of an image.
     source: "Batch | None" = None
+    source_rows: torch.Tensor | None = None
     # What a layer computed once for all layers that share it (rotary tables), by that layer.
     shared: dict[Any, Any] = field(default_factory=dict)

@@ -95,6 +95,20 @@ class Checkpoint:
         """Whether the file holds `name`; `otherwise` where there is no file."""
         return self._source.has(self._stored(name), otherwise)
 
+    def refuse_float16(self) -> None:
+        """Raise Unsupported for a family whose layers reach beyond what float16 can say."""
+        if self.dtype is torch.float16:
+            raise Unsupported(
+                f"layers of '{self.config.text('model_type')}' overflow float16.",
+                hint="dtype='bfloat16' or 'float32'",
+            )
+
+    def prefix(self, tensor: str, *choices: str) -> str:
+        """Which of `choices` stands before `tensor` in the file; the first one where there is no
+        file, or none of them does."""
+        found = (prefix for prefix in choices if self.has(prefix + tensor, otherwise=True))
+        return next(found, choices[0])
+
     def rename(self, prefix: str, stored: str) -> None:
         """Names that begin with `prefix` begin with `stored` in the file."""
         self._renamed[prefix] = stored

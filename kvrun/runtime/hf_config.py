@@ -40,7 +40,10 @@ class HFConfig:
         text = values.get("text_config")
         self._values = {**values, **text} if isinstance(text, dict) else dict(values)
         # What the whole of text part and towers is called.
-        whole = values.get("model_type") if isinstance(text, dict) else None
+        several = any(
+            isinstance(values.get(part), dict) for part in ("text_config", "vision_config")
+        )
+        whole = values.get("model_type") if several else None
         self.whole: str | None = whole if isinstance(whole, str) else None
         self._source = source
         self.context: int | None = None

@@ -19,7 +19,8 @@ class AttentionSpec:
     """What one attention layer asks of a backend, and what its cache must hold.
 
     Key i is visible to query j when 0 <= j - i, and j - i < window, and i // chunk == j // chunk,
-    where there is a window or a chunk. `softcap` c
+    where there is a window or a chunk; unless `causal`, every query sees all keys, and positions
+    of queries are the last key's. `softcap` c
     maps a scaled score s to c·tanh(s / c) before masking. `alibi` [heads] adds slope·(i - j) to the
     scaled score. `sinks` [heads] is one more logit per head in the softmax whose value is dropped.
     `latent`: all heads share one key of `head_dim`, and its first `latent` columns are its value.
@@ -38,6 +39,7 @@ class AttentionSpec:
     sinks: torch.Tensor | None = None
     latent: int | None = None
     relative: torch.Tensor | None = None
+    causal: bool = True
 
     @property
     def row(self) -> int:

@@ -61,7 +61,7 @@ class Group:
         chunk = spec.chunk if spec.chunk is not None and spec.chunk < self.keys else None
         key = (window, chunk, id(spec.alibi), id(spec.relative))
         if key not in self._masks:
-            plain = self.aligned and self.queries in (1, self.keys)
+            plain = self.aligned and (self.queries in (1, self.keys) or not spec.causal)
             bound = window is not None or chunk is not None
             needed = not plain or bound or spec.alibi is not None or spec.relative is not None
             found = self._mask(window, chunk, spec.alibi, spec.relative) if needed else None

@@ -122,7 +122,7 @@ class Attention(Own):
         batch: "Batch",
     ) -> torch.Tensor:
         step: Step | None = batch.shared.get(self)
-        if step is None:
+        if step is None or not spec.causal:
             return super().attend(spec, q, k, v, batch)
         plan: Plan = batch.plan
         cache, options = self.cache.rows(spec.layer), self._options_of(spec)

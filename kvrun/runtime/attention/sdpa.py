@@ -75,7 +75,7 @@ class Attention:
             k,
             v,
             attn_mask=mask,
-            is_causal=mask is None and group.queries > 1,
+            is_causal=spec.causal and mask is None and group.queries > 1,
             scale=spec.scale,
             enable_gqa=share > 1,
         )
@@ -93,7 +93,7 @@ def _scored(
     """Attention with the scores in memory, for what the fused kernel does not know."""
     share = spec.heads // spec.kv_heads
     queries = q.view(group.size, group.queries, spec.kv_heads, share, spec.head_dim)
-    if mask is None and group.queries > 1:
+    if spec.causal and mask is None and group.queries > 1:
         mask = group.causal_mask()
     out = q.new_empty((*queries.shape[:4], v.shape[3]))
     step = max(1, _SCORES // (group.size * spec.heads * k.shape[2]))

@@ -93,7 +93,7 @@ class Attention:
             self._decode(q[:ones], cache, tables[:ones], lengths[:ones], options, out=out[:ones])
         self._kernel.prefill(
             q[ones:], k[ones:], v[ones:], cache, tables[ones:], plan.cu_seqlens, lengths[ones:],
-            options, max_query_len=plan.longest, fresh=plan.fresh, out=out[ones:],
+            options, max_query_len=plan.longest, fresh=plan.fresh and spec.causal, out=out[ones:],
         )  # fmt: skip
         return out
 
@@ -130,5 +130,6 @@ class Attention:
                 softcap=spec.softcap,
                 alibi=spec.alibi,
                 sinks=spec.sinks,
+                causal=spec.causal,
             )
         return self._options[spec]

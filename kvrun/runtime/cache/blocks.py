@@ -8,14 +8,13 @@ class BlockPool:
     """Ids of cache blocks. Block 0 is nobody's: padding reads and writes it.
 
     A block with no owner is free. A free block may still hold a prefix that can be hit (`keep`):
-    such blocks are taken last, the least recently released first, and `evicted` is told.
+    such blocks are taken last, the least recently released first, and whoever keeps one is told.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.total = num_blocks - 1
-        self.evicted: Callable[[int], None] = lambda block: None
         self._owners = [0] * num_blocks
-        self._kept = [False] * num_blocks
+        self._kept: list[Callable[[int], None] | None] = [None] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
 
     @property
@@ -26,7 +25,7 @@ class BlockPool:
     @property
     def kept(self) -> int:
         """How many free blocks still hold a prefix."""
-        return sum(self._kept[block] for block in self._free)
+        return len(self.kept_blocks())
 
     def kept_blocks(self) -> list[int]:
         """The free blocks that still hold a prefix, those that are taken first in front."""
@@ -42,9 +41,9 @@ class BlockPool:
         taken = []
         for _ in range(count):
             block, _ = self._free.popitem(last=False)
-            if self._kept[block]:
-                self._kept[block] = False
-                self.evicted(block)
+            if evicted := self._kept[block]:
+                self._kept[block] = None
+                evicted(block)
             self._owners[block] = 1
             taken.append(block)
         return taken
@@ -71,8 +70,9 @@ class BlockPool:
                 if not self._kept[block]:
                     self._free.move_to_end(block, last=False)
 
-    def keep(self, block: int, kept: bool) -> None:
-        """Say whether the content of `block` is worth keeping once it has no owner."""
-        self._kept[block] = kept
+    def keep(self, block: int, evicted: Callable[[int], None] | None) -> None:
+        """Say that the content of `block` is worth keeping once it has no owner, and whom to tell
+        when it goes; None: it is not."""
+        self._kept[block] = evicted
         if block in self._free:
-            self._free.move_to_end(block, last=kept)
+            self._free.move_to_end(block, last=evicted is not None)

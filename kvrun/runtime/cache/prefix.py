@@ -28,7 +28,6 @@ class PrefixCache:
         self._secret = os.urandom(16)
         self._entries: dict[bytes, _Entry] = {}
         self._keys: dict[int, bytes] = {}
-        pool.evicted = self._forget_key
 
     def root(self, identity: str | None) -> bytes:
         """Where the chain of an adapter (None: the base model) starts."""
@@ -64,7 +63,7 @@ class PrefixCache:
         if key not in self._entries:
             self._entries[key] = _Entry(block, parent, chunk)
             self._keys[block] = key
-            self._pool.keep(block, True)
+            self._pool.keep(block, self._forget_key)
         return key
 
     def forget(self, blocks: Sequence[int]) -> None:
@@ -72,7 +71,7 @@ class PrefixCache:
         for block in blocks:
             if block in self._keys:
                 self._forget_key(block)
-                self._pool.keep(block, False)
+                self._pool.keep(block, None)
 
     def _forget_key(self, block: int) -> None:
         del self._entries[self._keys.pop(block)]

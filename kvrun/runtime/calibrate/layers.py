@@ -15,6 +15,7 @@ from kvrun.runtime.cache.states import StateCache
 from kvrun.runtime.cache.tensors import KVCache
 from kvrun.runtime.checkpoint import Checkpoint, Shard
 from kvrun.runtime.engine.start import choose_backend
+from kvrun.runtime.layers.cross import CrossDecoder
 from kvrun.runtime.quant import dense
 
 _BLOCK = 64  # tokens of a block of the cache
@@ -102,10 +103,10 @@ class Layers:
             raise
         finally:
             whole.close()
-        if self.model.start_id is not None:
+        if isinstance(self.model, CrossDecoder):
             self.files.close()
             raise Unsupported(
-                "a model with an encoder is not quantized into a folder.",
+                "a model with cross-attention is not quantized into a folder.",
                 hint="quantize it as it is read: --quantize of chat and serve",
             )
         self._device = device

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from kvrun.errors import KvrunError
 from kvrun.runtime.cache.prefix import PrefixCache
+from kvrun.runtime.cache.sources import SourceCache
 from kvrun.runtime.engine.sequence import Sequence, State
 from kvrun.runtime.lora.bank import LoraBank, Place
 
@@ -54,6 +55,17 @@ def known_prefix(
         shared = min(sequence.prompt_len - 1, leader.scheduled) // block_size
         return leader.blocks[:shared], []
     return [], []
+
+
+def known_sources(
+    sequence: Sequence, cache: SourceCache | None, block_size: int
+) -> tuple[list[list[int]], list[int]]:
+    """Of each source of a sequence: the blocks that hold it; how many it needs where none do."""
+    known = [
+        cache.lookup(*sequence.source_key(source)) if cache else [] for source in sequence.sources
+    ]
+    pairs = zip(sequence.sources, known, strict=True)
+    return known, [0 if hit else -(-source.rows // block_size) for source, hit in pairs]
 
 
 def _waits_for_sibling(sequence: Sequence) -> bool:

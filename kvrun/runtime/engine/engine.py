@@ -12,7 +12,7 @@ from kvrun.errors import EngineDead, InvalidRequest
 from kvrun.runtime.engine.request import AdapterInfo, Delta, Pages, Ready, Request, Stats
 from kvrun.runtime.engine.scheduler import Row, Schedule, Scheduler
 from kvrun.runtime.engine.seen import look
-from kvrun.runtime.engine.sequence import Sequence
+from kvrun.runtime.engine.sequence import Sequence, Source
 from kvrun.runtime.engine.times import StepTimes
 from kvrun.runtime.lora.bank import LoraBank
 from kvrun.runtime.lora.resident import Adapter
@@ -83,6 +83,7 @@ class Engine:
             raise InvalidRequest(f"a request with the id '{request.id}' is running already.")
         max_length = self._admissible_length(request)
         adapter, seen = self._adapter(request), look(request, self._limits.places)
+        max_length = self._beside(seen.sources if seen else [], request, max_length)
         params = request.params
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
         prefix = self.scheduler.prefix
@@ -232,6 +233,24 @@ class Engine:
                 hint=f"max_tokens={limit - count:,} fits",
             )
         return count + asked + shift
+
+    def _beside(self, images: list[Source], request: Request, max_length: int) -> int:
+        """`max_length`, or less where that has no room beside images, which take room of their
+        own."""
+        size = self.ready.block_size
+        taken = sum(-(-image.rows // size) for image in images)
+        room = (self.scheduler.pool.total - taken) * size
+        if not taken or max_length <= room:
+            return max_length
+        count, asked = len(request.prompt_ids), request.params.max_tokens
+        if asked is None and count < room:
+            return room
+        raise InvalidRequest(
+            f"the images take {taken * size:,} tokens of a cache that has "
+            f"{self.scheduler.pool.total * size:,}; {count + (asked or 1):,} of prompt and answer "
+            "have no room beside them.",
+            hint="fewer images, a shorter prompt or answer, or more kv_memory",
+        )
 
     @property
     def _lora(self) -> LoraBank:

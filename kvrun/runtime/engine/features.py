@@ -29,7 +29,8 @@ class Features:
         """With a share of `free` bytes; None for a model that sees nothing."""
         if model.vision is None:
             return None
-        values = model.vision.places.count(model.vision.largest()) * model.vision.hidden
+        places = model.vision.places
+        values = (places.attended or places.count(model.vision.largest())) * model.vision.hidden
         largest = values * dtype.itemsize
         return cls(model.vision, max(largest, min(int(free * FRACTION), BYTES)))
 
@@ -65,9 +66,10 @@ class Features:
 
 
 def shows(schedule: Schedule) -> bool:
-    """Whether a row of a step stands for an image."""
+    """Whether a row of a step stands for an image, or may attend to one."""
     return any(
-        row.sequence.seen is not None
-        and any(True for _ in row.sequence.seen.between(row.start, row.start + row.count))
+        row.sequence.sources
+        or any(True for _ in row.sequence.seen.between(row.start, row.start + row.count))
         for row in schedule
+        if row.sequence.seen is not None
     )

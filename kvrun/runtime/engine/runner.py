@@ -83,7 +83,7 @@ class ModelRunner:
         self._bank = bank
         self._states = states
         self._features = features
-        self._reader = reader(model, backend, slots, bank, block_size)
+        self._reader = reader(model, backend, slots, bank, block_size, features)
         self._rows: Rows | None = None
         self._rows_for: list[int] = []
         self._prepared: Prepared | None = None
@@ -146,7 +146,10 @@ class ModelRunner:
             return False
         fed = self._slots.fed
         return all(
-            row.count == 1 and row.sample and fed[row.sequence.slot] == row.start + 1
+            row.count == 1
+            and row.sample
+            and fed[row.sequence.slot] == row.start + 1
+            and not row.sequence.sources
             for row in schedule
         )
 
@@ -200,7 +203,8 @@ class ModelRunner:
             self._features.put(schedule, batch, self._slots.send)
         if pooled := [e - 1 for e, r in zip(columns.ends[1:], schedule, strict=True) if r.pools]:
             batch.state_rows = self._slots.send(pooled)[0]
-        batch.source = self._reader.source(schedule) if self._reader else None
+        if self._reader:
+            self._reader.show(schedule, batch)
         self._backend.plan(batch)
         logits = self._model(batch)
         states = None if batch.states is None else normalize(batch.states.float(), dim=-1)

@@ -3,12 +3,13 @@
 from collections import deque
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 from kvrun.runtime.cache.blocks import BlockPool
 from kvrun.runtime.cache.prefix import PrefixCache
 from kvrun.runtime.cache.sources import SourceCache
-from kvrun.runtime.engine.admission import first_ready, known_prefix
+from kvrun.runtime.engine.admission import first_ready, known_prefix, known_sources
 from kvrun.runtime.engine.request import Delta, Logprob, Stats
 from kvrun.runtime.engine.sequence import Sequence, State
 from kvrun.runtime.lora.bank import LoraBank
@@ -29,8 +30,10 @@ class Row:
 
     @property
     def reads(self) -> int:
-        """Tokens of a prompt that an encoder reads before this row: with a sequence's first."""
-        return 0 if self.start or self.sequence.source_hit else len(self.sequence.source)
+        """Rows of sources that are read before this row: with a sequence's first."""
+        if not self.sequence.sources or self.start != self.sequence.begun:
+            return 0
+        return sum(source.rows for source, _ in self.sequence.unread)
 
     @property
     def pools(self) -> bool:
@@ -118,8 +121,9 @@ class Scheduler:
         """End one sequence with an error; what it computed is never offered to others."""
         if sequence.state is State.FINISHED:
             return
-        if cache := self.prefix or self._sources:
-            cache.forget(sequence.own_blocks)
+        for cache in (self.prefix, self._sources):
+            if cache:
+                cache.forget(sequence.own_blocks)
         sequence.failed = True
         self._emit(sequence, [], None, "error", why)
         self._leave(sequence)
@@ -200,7 +204,7 @@ class Scheduler:
             sequence.open_tickets -= 1
             if row.start < sequence.prompt_len:
                 computed = min(row.start + row.count, sequence.prompt_len) - row.start
-                self.stats.prompt_tokens += row.reads or computed
+                self.stats.prompt_tokens += (sequence.encoded and row.reads) or computed
             if draw is not None and draw.prompt:
                 # What was computed before a preemption is known already.
                 known = len(sequence.prompt_logprobs) - row.start
@@ -244,10 +248,7 @@ class Scheduler:
         if token_ids:
             sequence.tokens += token_ids
             self.stats.generated_tokens += len(token_ids)
-            if self.prefix:
-                self._register(sequence, self.prefix)
-            if self._sources and not sequence.source_hit:
-                self._sources.register(*sequence.source_key, sequence.source_blocks)
+            self._register(sequence)
             self._emit(sequence, token_ids, draw.logprob, reason)
         if reason:
             self._leave(sequence)
@@ -258,13 +259,17 @@ class Scheduler:
         if not draw.finite:
             self.fail(sequence, NOT_FINITE)
             return
-        if self.prefix:
-            self._register(sequence, self.prefix)
+        self._register(sequence)
         self._emit(sequence, [], None, "stop", state=draw.state)
         self._leave(sequence)
 
-    def _register(self, sequence: Sequence, prefix: PrefixCache) -> None:
-        """Offer full blocks to others: only now, when a finite draw has vouched for them."""
+    def _register(self, sequence: Sequence) -> None:
+        """Offer sources and full blocks to others: only now, when a finite draw has vouched."""
+        if self._sources:
+            for source, blocks in sequence.unread:
+                self._sources.register(*sequence.source_key(source), blocks)
+        if not (prefix := self.prefix):
+            return
         computed = len(sequence.tokens) - 1
         for index in range(len(sequence.keys) - 1, computed // self._size):
             chunk = sequence.named(index * self._size, (index + 1) * self._size)
@@ -337,24 +342,22 @@ class Scheduler:
         if self._stuck is not None and self._stuck == (sequence, self.pool.free):
             return None  # looking up a long prefix in vain, step after step, would cost
         blocks, keys = known_prefix(sequence, self.prefix, self._size) if self._shares else ([], [])
-        source = self._sources.lookup(*sequence.source_key) if self._sources else []
-        unread = 0 if source else -(-len(sequence.source) // self._size)
-        missing = -(-sequence.length // self._size) - len(blocks) + unread
-        dormant = sum(self.pool.owners(block) == 0 for block in (*blocks, *source))
+        known, unread = known_sources(sequence, self._sources, self._size)
+        missing = -(-sequence.length // self._size) - len(blocks)
+        found = [*blocks, *chain(*known)]
+        dormant = sum(self.pool.owners(block) == 0 for block in found)
         # One block in a hundred stays free, so that what runs does not preempt at once.
         spare = self.pool.total // 100 if self.running else 0
-        if missing + dormant + spare > self.pool.free:
+        if missing + sum(unread) + dormant + spare > self.pool.free:
             self._stuck = (sequence, self.pool.free)
             return None
         self.waiting.remove(sequence)
-        self.pool.share((*blocks, *source))
-        sequence.blocks = blocks + self.pool.take(missing - unread)
-        sequence.source_blocks, sequence.source_hit = source or self.pool.take(unread), bool(source)
-        sequence.keys += keys
-        sequence.hit_blocks = len(blocks)
-        sequence.scheduled = len(blocks) * self._size
+        self.pool.share(found)
+        taken = [hit or self.pool.take(count) for hit, count in zip(known, unread, strict=True)]
+        sequence.place(blocks, keys, self.pool.take(missing), self._size)
+        sequence.source_blocks, sequence.source_hits = taken, [bool(hit) for hit in known]
         if sequence.hit_tokens is None:
-            sequence.hit_tokens = sequence.scheduled or sequence.source_hit * len(sequence.source)
+            sequence.hit_tokens = sequence.found
             self.stats.prefix_hit_tokens += sequence.hit_tokens
         sequence.slot = self._slots.pop()
         sequence.state = State.RUNNING

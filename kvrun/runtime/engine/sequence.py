@@ -1,16 +1,29 @@
 """Sequence: how far one choice of one request has come."""
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from enum import Enum
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
 
-from kvrun.runtime.engine.request import Logprob, Request
+from kvrun.runtime.engine.request import Image, Logprob, Request
 
 if TYPE_CHECKING:
     from kvrun.runtime.engine.seen import Seen
     from kvrun.runtime.lora.resident import Adapter
 
 SCORED_AT_ONCE = 256  # rows of logits; a vocabulary of 150,000 makes each 600 kB
+
+
+class Source(NamedTuple):
+    """What a decoder attends to beside its own tokens: a prompt that an encoder reads, or an image.
+
+    It takes so many rows of the cache; equal ones have one `key`.
+    """
+
+    key: Hashable
+    rows: int
+    ids: list[int] | None = None
+    image: Image | None = None
 
 
 class State(Enum):
@@ -25,7 +38,8 @@ class Sequence:
     `tokens` are those the host knows. `in_flight` more have been sampled by steps that have not
     landed, so the sequence is `length` long although its last ids may still be on the device only.
     `scheduled` positions have been handed to the runner; the rest of `length` is work to do.
-    With an encoder, `tokens` and lengths are the decoder's.
+    With an encoder, `tokens` and lengths are the decoder's. `sources` are read before
+    its first row.
     """
 
     def __init__(
@@ -50,9 +64,14 @@ class Sequence:
         # The device can go on without the host.
         self.plain = request.params.plain and not request.pooling
         # An encoder reads the prompt, and the answer starts from `start_id`; or it goes on from it.
-        self.source = [] if start_id is None else list(request.prompt_ids)
-        self.source_blocks: list[int] = []  # what the encoder makes of it lies here
-        self.source_hit = False  # another sequence had the same prompt read
+        self.encoded = start_id is not None
+        self.sources = seen.sources if seen is not None else []
+        if self.encoded:
+            ids = list(request.prompt_ids)
+            self.sources = [Source(tuple(ids), len(ids), ids=ids)]
+        self.source_blocks: list[list[int]] = []  # where keys and values of each lie
+        self.source_hits: list[bool] = []  # another sequence had it read
+        self.begun = 0  # where its first row is
         self.tokens = list(request.prompt_ids) if start_id is None else [start_id]
         self.prompt_len = len(self.tokens)
         # It goes on from there as if it had been preempted.
@@ -77,19 +96,32 @@ class Sequence:
     @property
     def all_blocks(self) -> list[int]:
         """Every block that it owns, or shares."""
-        return self.source_blocks + self.blocks
+        return [*chain(*self.source_blocks), *self.blocks]
 
     @property
     def own_blocks(self) -> list[int]:
         """Those that it has written."""
-        source = [] if self.source_hit else self.source_blocks
-        return source + self.blocks[self.hit_blocks :]
+        read = (blocks for _, blocks in self.unread)
+        return [*chain(*read), *self.blocks[self.hit_blocks :]]
 
     @property
-    def source_key(self) -> tuple[str, tuple[object, ...]]:
-        """Its request, and what an encoder's work on the prompt depends on."""
-        identity = self.adapter.identity if self.adapter else None
-        return self.request.id, (identity, *self.source)
+    def unread(self) -> Iterator[tuple[Source, list[int]]]:
+        """The sources that it has read itself, and where."""
+        for source, blocks, hit in zip(
+            self.sources, self.source_blocks, self.source_hits, strict=False
+        ):
+            if not hit:
+                yield source, blocks
+
+    def source_key(self, source: Source) -> tuple[str, Hashable]:
+        """Its request, and what keys and values of a source depend on."""
+        return self.request.id, (self.adapter.identity if self.adapter else None, source.key)
+
+    def runs(self, start: int, count: int) -> list[tuple[int, int | None]]:
+        """Its rows from `start` on by what they attend to: (how many, which of `sources`)."""
+        if self.seen is not None:
+            return self.seen.runs(start, start + count)
+        return [(count, 0 if self.sources else None)]
 
     @property
     def length(self) -> int:
@@ -125,7 +157,7 @@ class Sequence:
         """Its known tokens, by what names their content: of an image, more than its places say."""
         if self.seen is None:
             return self.tokens[start:stop]
-        return self.seen.names[start:stop] + self.tokens[max(start, self.prompt_len) : stop]
+        return self.seen.named(self.tokens, start, stop)
 
     @property
     def told_logprobs(self) -> list[Logprob] | None:
@@ -155,11 +187,24 @@ class Sequence:
                 return "length", drawn[:count]
         return None, drawn
 
+    def place(self, known: list[int], keys: list[bytes], more: list[int], block_size: int) -> None:
+        """Begin behind `known` blocks, which hold its first tokens and have these keys."""
+        self.blocks = known + more
+        self.keys += keys
+        self.hit_blocks = len(known)
+        self.scheduled = self.begun = len(known) * block_size
+
+    @property
+    def found(self) -> int:
+        """Tokens of the prompt that it need not compute, as it begins."""
+        read = self.encoded and self.source_hits[0]
+        return self.sources[0].rows if read else self.begun
+
     def restart(self) -> None:
         """Forget everything computed; the tokens stay and are computed again."""
         self.scheduled = 0
         self.blocks = []
-        self.source_blocks, self.source_hit = [], False
+        self.source_blocks, self.source_hits = [], []
         del self.keys[1:]
         self.hit_blocks = 0
         self.slot = -1

@@ -31,6 +31,7 @@ from kvrun.runtime.engine.runner import ModelRunner
 from kvrun.runtime.engine.scheduler import Scheduler
 from kvrun.runtime.engine.slots import Slots
 from kvrun.runtime.hf_config import HFConfig
+from kvrun.runtime.layers.cross import CrossDecoder
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.lora.bank import LoraBank
 from kvrun.runtime.lora.sites import Sites
@@ -114,8 +115,8 @@ def _scheduler(
     eos_ids: tuple[int, ...], bank: LoraBank | None,
 ) -> Scheduler:  # fmt: skip
     blocks = BlockPool(plan.num_blocks)
-    decoder_only = model.start_id is None
-    shares = config.prefix_caching and decoder_only and not model.states
+    shares = config.prefix_caching and model.start_id is None and not model.states
+    crossing = isinstance(model, CrossDecoder)
     return Scheduler(
         blocks,
         PrefixCache(blocks, plan.block_size) if shares else None,
@@ -127,7 +128,7 @@ def _scheduler(
         shares=not model.states,
         eos_ids=frozenset(eos_ids),
         bank=bank,
-        sources=None if decoder_only else SourceCache(blocks, shared=config.prefix_caching),
+        sources=SourceCache(blocks, shared=config.prefix_caching) if crossing else None,
     )
 
 

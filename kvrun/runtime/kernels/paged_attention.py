@@ -17,6 +17,7 @@ class Options:
     """What the layer is; scores are those of `kvrun.runtime.attention.AttentionSpec`.
 
     Key i is visible to query j when 0 <= j - i (and j - i < window, and i // chunk == j // chunk).
+    Unless `causal`, each of a sequence's queries stands where its last key does: they see all keys.
     `softcap` c maps a scaled score s to c·tanh(s / c), before masking. `alibi` [heads] float32 adds
     slope·(i - j) to the score. `sinks` [heads] float32 is one more logit per head whose value is
     dropped.
@@ -31,6 +32,7 @@ class Options:
     alibi: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
     chunk: int | None = None
+    causal: bool = True
 
 
 def decode(
@@ -78,7 +80,8 @@ def prefill(
     cu_seqlens [sequences + 1], block_tables [sequences, pages] and context_lens [sequences] are
     int32. Rows behind the last sequence are padding: zeros. `fresh` promises that no sequence has
     tokens before this step's, so that keys and values are those of k, v [tokens, kv_heads,
-    head_dim], as they were before they were stored. Returns [tokens, heads * head_dim].
+    head_dim], as they were before they were stored; it is for causal layers. Returns [tokens,
+    heads * head_dim].
     """
     out = q.new_empty((len(q), q.shape[1] * q.shape[2])) if out is None else out
     starts = cu_seqlens.tolist()
@@ -116,15 +119,15 @@ def _attend(
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
     positions = torch.arange(len(keys), device=q.device)
-    behind = positions[len(keys) - len(q) :, None] - positions
+    own = positions[len(keys) - len(q) :] if options.causal else positions[-1:].expand(len(q))
+    behind = own[:, None] - positions
     if options.alibi is not None:
         scores = scores - options.alibi.view(heads, 1, 1) * behind
     hidden = behind < 0
     if options.window is not None:
         hidden |= behind >= options.window
     if options.chunk is not None:
-        own = positions // options.chunk
-        hidden |= own[len(keys) - len(q) :, None] != own
+        hidden |= own[:, None] // options.chunk != positions // options.chunk
     scores = scores.masked_fill(hidden, float("-inf"))
     if options.sinks is not None:
         sinks = options.sinks.view(heads, 1, 1).expand(heads, len(q), 1)

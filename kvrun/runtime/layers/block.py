@@ -1,7 +1,8 @@
 """Blocks: attention and MLP on a residual stream, one after the other or side by side, with norms
 before them, behind them or both."""
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
@@ -51,6 +52,30 @@ class Block:
     def __call__(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
         x = self._attention(x, batch, add=x, norm=self._attention_norm)
         return self._mlp(x, batch, add=x, norm=self._mlp_norm)
+
+
+class Residual:
+    """x + part(norm(x)) for one part after the other; where it asks of a cache, the first does."""
+
+    def __init__(self, parts: "Sequence[tuple[Norm, Part]]") -> None:
+        self.parts = parts
+
+    @property
+    def spec(self) -> "AttentionSpec | StateSpec":
+        return cast(AttentionPart, self.parts[0][1]).spec
+
+    def __call__(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
+        for norm, part in self.parts:
+            x = part(x, batch, add=x, norm=norm)
+        return x
+
+
+class PostBlock(Block):
+    """norm(x + attention(x)), then norm(x + mlp(x))."""
+
+    def __call__(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
+        x = self._attention_norm(self._attention(x, batch, add=x))
+        return self._mlp_norm(self._mlp(x, batch, add=x))
 
 
 class ParallelBlock:

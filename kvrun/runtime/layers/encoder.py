@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from kvrun.errors import Unsupported
-from kvrun.runtime.layers.block import Part
-from kvrun.runtime.layers.cross import CrossBlock
-from kvrun.runtime.layers.decoder import Decoder
+from kvrun.runtime.layers.block import Residual
+from kvrun.runtime.layers.cross import CrossDecoder
 from kvrun.runtime.layers.linear import Linear, split_cols
 from kvrun.runtime.layers.norm import Norm, before_product
 from kvrun.runtime.layers.position import RelativeBias
@@ -80,36 +78,19 @@ class EncoderAttention:
             out[first:last] = y[0].transpose(0, 1)
 
 
-class EncoderBlock:
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(
-        self, attention_norm: Norm, attention: EncoderAttention, mlp_norm: Norm, mlp: Part
-    ) -> None:
-        self._attention_norm = attention_norm
-        self._attention = attention
-        self._mlp_norm = mlp_norm
-        self._mlp = mlp
-
-    def __call__(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
-        x = self._attention(x, batch, add=x, norm=self._attention_norm)
-        return self._mlp(x, batch, add=x, norm=self._mlp_norm)
-
-
-class EncoderDecoder(Decoder):
+class EncoderDecoder(CrossDecoder):
     """A decoder that attends to what an encoder has made of the prompt.
 
-    `encode` reads prompts, once; a step's `batch.source` then says where each row finds its own.
-    Options are those of Decoder.
+    `encode` reads those in batch.ids. Options are those of Decoder.
     """
 
     def __init__(
         self,
         w: "Checkpoint",
         embedding: "Callable[[Batch], torch.Tensor]",
-        encoder: Sequence[EncoderBlock],
+        encoder: Sequence[Residual],
         encoder_norm: Norm,
-        blocks: Sequence[CrossBlock],
+        blocks: Sequence[Residual],
         *decoder: Any,
         start_id: int,
     ) -> None:
@@ -118,23 +99,9 @@ class EncoderDecoder(Decoder):
         self.max_position = None  # positions are distances, and far ones are all alike
         self._encoder = encoder
         self._encoder_norm = encoder_norm
-        self._cross = blocks
 
-    def encode(self, batch: "Batch") -> None:
-        """Read the prompts in batch.ids, each whole, and put the keys and values of every layer of
-        the decoder into the cache at batch.slot_mapping."""
+    def states_of(self, batch: "Batch") -> torch.Tensor:
         x = self.embed(batch)
         for block in self._encoder:
             x = block(x, batch)
-        x = self._encoder_norm(x)
-        for layer in self._cross:
-            layer.remember(x, batch)
-
-
-def refuse_float16(w: "Checkpoint") -> None:
-    """Raise Unsupported for a family whose layers reach beyond what float16 can say."""
-    if w.dtype is torch.float16:
-        raise Unsupported(
-            f"layers of '{w.config.text('model_type')}' overflow float16.",
-            hint="dtype='bfloat16' or 'float32'",
-        )
+        return self._encoder_norm(x)

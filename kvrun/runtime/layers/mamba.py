@@ -23,6 +23,27 @@ if TYPE_CHECKING:
 
 Scan = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
+# What the authors' `ssm_cfg` calls what transformers' configurations say.
+_NAMES = {"d_state": "state_size", "d_conv": "conv_kernel", "expand": "expand",
+          "dt_rank": "time_step_rank", "headdim": "head_dim", "ngroups": "n_groups"}  # fmt: skip
+
+
+def adopt(w: "Checkpoint") -> None:
+    """The authors' format, read as if it were transformers'. Raises Unsupported for what the
+    latter does not have."""
+    c = w.config
+    said = c.get("ssm_cfg")
+    if not isinstance(said, dict):
+        return
+    c.refuse("rms_norm", False)
+    for beside in ("attn_layer_idx", "d_intermediate"):  # attention, MLPs
+        if c.get(beside):
+            c.refuse(beside, c.get(beside))
+    multiple = c.integer("pad_vocab_size_multiple", 8)
+    padded = -(-c.integer("vocab_size") // multiple) * multiple
+    c.replace(vocab_size=padded, **{_NAMES[key]: said[key] for key in said if key in _NAMES})
+    w.rename("backbone.embeddings.", "backbone.embedding.")
+
 
 @dataclass(frozen=True)
 class Sizes:

@@ -129,6 +129,16 @@ def gated_mlp(w: "Checkpoint", name: str, inner: int) -> GatedMLP:
     return GatedMLP(w, (gate, up), down, hidden=hidden, inner=inner, act=act)
 
 
+def gated_or_plain(w: "Checkpoint", up: str, down: str, kind: str) -> "MLP | GatedMLP":
+    """What T5's configurations call "relu", with matrices `up` and `down`, or "gated-gelu", where
+    those of gates and ups are numbered; without biases, with the widths of the model."""
+    hidden, inner = w.config.integer("hidden_size"), w.config.integer("intermediate_size")
+    if not kind.startswith("gated-"):
+        return MLP(w, up, down, hidden=hidden, inner=inner, act=kind, bias=False)
+    act = "gelu_new" if kind == "gated-gelu" else kind.removeprefix("gated-")
+    return GatedMLP(w, (f"{up}_0", f"{up}_1"), down, hidden=hidden, inner=inner, act=act)
+
+
 def gate_and_up(w: "Checkpoint", names: Sequence[str], hidden: int, inner: int) -> list["Shard"]:
     """This rank's rows of a gate and an up matrix, in two tensors or in one."""
     if len(names) == 2:

@@ -47,6 +47,12 @@ def top_softmax(count: int) -> Route:
     return route
 
 
+def sigmoid_of_best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Route to the likeliest expert, with the sigmoid of its logit."""
+    best, chosen = logits.max(-1, keepdim=True)
+    return best.sigmoid(), chosen
+
+
 def in_best_groups(scores: torch.Tensor, groups: int, kept: int, best: int) -> torch.Tensor:
     """Scores [tokens, experts], with -inf outside the `kept` groups of experts whose `best` best
     add up to most."""
@@ -154,6 +160,33 @@ def made(
     return quant.made(w, name, shape[0], shape[1:], one)
 
 
+def flat(
+    w: "Checkpoint",
+    name: str,
+    parts: tuple[str, str, str],
+    *,
+    count: int,
+    hidden: int,
+    inner: int,
+    act: str,
+) -> Experts:
+    """Experts in three tensors [count * inner, hidden], a gate, an up and a down; the last is used
+    as it lies, not transposed."""
+    gate, up, down = (f"{name}.{part}" for part in parts)
+    first, last = w.group.cut(inner, name)
+    own = last - first
+
+    def read(part: str, e: int) -> torch.Tensor:
+        rows = ((e * inner + first, e * inner + last),)
+        return w.read(part, (count * inner, hidden), (rows, None))
+
+    sizes = (count, 2 * own, hidden), (count, hidden, own)
+    gate_up = made(w, gate, sizes[0], lambda e: torch.cat((read(gate, e), read(up, e))))
+    return Experts(
+        gate_up, made(w, down, sizes[1], lambda e: read(down, e).t()), act, count, hidden
+    )
+
+
 class MoE:
     """x [tokens, hidden] -> [tokens, hidden], plus `add` if given; `norm` is applied to x first.
 
@@ -220,3 +253,10 @@ class MoE:
             return self._router(x, batch).float()
         assert self._wide is not None
         return F.linear(x.float(), self._wide)
+
+
+class InputScaled(MoE):
+    """The router's weight scales what goes into the expert, not what comes out."""
+
+    def _mixed(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        return super()._mixed(x * weights.to(x.dtype), torch.ones_like(weights), chosen)

@@ -131,6 +131,15 @@ class HeadNorm:
         self._norm(qk, out=qk)
 
 
+class UnitNorm(HeadNorm):
+    """Without weights, so that it may come before the rotation as well as behind it."""
+
+    def __init__(self, head_dim: int, eps: float, device: torch.device) -> None:
+        self.q = self.k = torch.ones(head_dim, device=device)
+        self.eps = eps
+        self._norm = RMSNorm(self.q, eps)
+
+
 class HeadLayerNorm:
     """LayerNorm over each head of [q; k], with a weight of its own for every head.
 

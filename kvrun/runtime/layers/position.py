@@ -153,6 +153,15 @@ class RelativeBias:
         return self._around[:, ahead.clamp_(-self._longest, self._longest) + self._longest]
 
 
+def relative_biases(
+    w: "Checkpoint", name: str, h: "Heads", count: int, *, every: bool, both: bool
+) -> list[RelativeBias]:
+    """One for each of `count` layers, whose numbers go into `name`; unless `every` layer has its
+    own, all share the first one's."""
+    found = [RelativeBias(w, name.format(n), h, both=both) for n in range(count if every else 1)]
+    return found if every else found * count
+
+
 def _bucket(distances: torch.Tensor, buckets: int, longest: int) -> torch.Tensor:
     """The bucket of each distance: half of them for the nearest, the others by logarithm."""
     exact = buckets // 2

@@ -1,4 +1,4 @@
-"""The three ways in which files lay out query, key and value rows, as shards of [q; k; v]."""
+"""The ways in which files lay out query, key and value rows, as shards of [q; k; v]."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -66,6 +66,15 @@ def packed(h: Heads, hidden: int, name: str) -> list[Shard]:
         + h.scaled(h.mine_kv, offset=size + size_kv)
     )
     return [Shard(name, size + 2 * size_kv, hidden, rows=rows)]
+
+
+def in_two(h: Heads, hidden: int, queries: str, kv: str) -> list[Shard]:
+    """Two tensors: all queries, and the only key and value head."""
+    size = h.heads * h.head_dim
+    return [
+        Shard(queries, size, hidden, rows=h.scaled(h.mine)),
+        Shard(kv, 2 * h.head_dim, hidden),
+    ]
 
 
 def grouped(h: Heads, hidden: int, name: str) -> list[Shard]:

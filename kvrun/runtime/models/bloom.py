@@ -10,9 +10,9 @@ from kvrun.runtime.layers.block import Block
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.layers.embedding import Embedding, Head
 from kvrun.runtime.layers.mlp import MLP
+from kvrun.runtime.layers.named import norm
 from kvrun.runtime.layers.position import alibi_slopes
 from kvrun.runtime.layers.qkv import cut_heads, grouped
-from kvrun.runtime.models import gpt2
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 def build(w: "Checkpoint") -> Decoder:
     c = w.config
-    p = gpt2.prefix(w, "word_embeddings", "transformer.", "")
+    p = w.prefix("word_embeddings.weight", "transformer.", "")
     vocab, hidden = c.integer("vocab_size"), c.integer("hidden_size")
     embedding = Embedding(w, f"{p}word_embeddings", vocab, hidden)
-    first = gpt2.norm(w, f"{p}word_embeddings_layernorm")
+    first = norm(w, f"{p}word_embeddings_layernorm")
     slopes = alibi_slopes(c.integer("num_attention_heads"), w.device)
     layers = range(c.integer("num_hidden_layers"))
     blocks = [block(w, n, f"{p}h.{n}", slopes) for n in layers]
     head = Head(w, "lm_head", embedding, tied=True)
-    last = gpt2.norm(w, f"{p}ln_f")
+    last = norm(w, f"{p}ln_f")
     return Decoder(w, lambda batch: first(embedding(batch)), blocks, last, head)
 
 
@@ -43,9 +43,9 @@ def block(w: "Checkpoint", n: int, p: str, slopes: torch.Tensor) -> Block:
     up, down = f"{p}.mlp.dense_h_to_4h", f"{p}.mlp.dense_4h_to_h"
     normed = c.flag("apply_residual_connection_post_layernorm", False)
     return (NormedBlock if normed else Block)(
-        gpt2.norm(w, f"{p}.input_layernorm"),
+        norm(w, f"{p}.input_layernorm"),
         Attention(w, n, h, qkv, out, qkv_bias=True, out_bias=True, alibi=slopes),
-        gpt2.norm(w, f"{p}.post_attention_layernorm"),
+        norm(w, f"{p}.post_attention_layernorm"),
         MLP(w, up, down, hidden=hidden, inner=4 * hidden, act="gelu_pytorch_tanh"),
     )
 

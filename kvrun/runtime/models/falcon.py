@@ -8,9 +8,9 @@ from kvrun.runtime.layers.block import Block, ParallelBlock
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.layers.embedding import Embedding, Head
 from kvrun.runtime.layers.mlp import MLP
+from kvrun.runtime.layers.named import norm
 from kvrun.runtime.layers.position import Rope, alibi_slopes
 from kvrun.runtime.layers.qkv import Heads, cut_heads, grouped
-from kvrun.runtime.models import gpt2
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ def build(w: "Checkpoint") -> Decoder:
     rope = Rope(c.rope(), heads(w).head_dim, w.dtype, w.device)
     blocks = [block(w, n, rope) for n in range(c.integer("num_hidden_layers"))]
     head = Head(w, "lm_head", embedding, tied=True)
-    return Decoder(w, embedding, blocks, gpt2.norm(w, "transformer.ln_f"), head)
+    return Decoder(w, embedding, blocks, norm(w, "transformer.ln_f"), head)
 
 
 def is_new(w: "Checkpoint") -> bool:
@@ -52,9 +52,9 @@ def block(w: "Checkpoint", n: int, rope: Rope | None) -> Block | ParallelBlock:
     inner, act = c.integer("ffn_hidden_size", 4 * hidden), c.text("activation", "gelu")
     mlp = MLP(w, up, down, hidden=hidden, inner=inner, act=act, bias=bias)
     if c.integer("num_ln_in_parallel_attn", 2 if is_new(w) else 1) == 2:
-        first, second = gpt2.norm(w, f"{p}.ln_attn"), gpt2.norm(w, f"{p}.ln_mlp")
+        first, second = norm(w, f"{p}.ln_attn"), norm(w, f"{p}.ln_mlp")
         return ParallelBlock(first, attention, mlp, second)
-    first = gpt2.norm(w, f"{p}.input_layernorm")
+    first = norm(w, f"{p}.input_layernorm")
     if is_new(w) or c.flag("parallel_attn", True):
         return ParallelBlock(first, attention, mlp)
-    return Block(first, attention, gpt2.norm(w, f"{p}.post_attention_layernorm"), mlp)
+    return Block(first, attention, norm(w, f"{p}.post_attention_layernorm"), mlp)

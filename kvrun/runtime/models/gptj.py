@@ -8,9 +8,9 @@ from kvrun.runtime.layers.block import ParallelBlock
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.layers.embedding import Embedding, Head
 from kvrun.runtime.layers.mlp import MLP
+from kvrun.runtime.layers.named import norm
 from kvrun.runtime.layers.position import Rope
 from kvrun.runtime.layers.qkv import cut_heads, separate
-from kvrun.runtime.models import gpt2
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint
@@ -25,7 +25,7 @@ def build(w: "Checkpoint") -> Decoder:
     embedding = Embedding(w, "transformer.wte", vocab, hidden)
     blocks = [block(w, n, rope) for n in range(c.integer("num_hidden_layers"))]
     head = Head(w, "lm_head", embedding, tied=False, bias=True)
-    return Decoder(w, embedding, blocks, gpt2.norm(w, "transformer.ln_f"), head)
+    return Decoder(w, embedding, blocks, norm(w, "transformer.ln_f"), head)
 
 
 def block(w: "Checkpoint", n: int, rope: Rope) -> ParallelBlock:
@@ -34,7 +34,7 @@ def block(w: "Checkpoint", n: int, rope: Rope) -> ParallelBlock:
     h = cut_heads(w, count, count, hidden // count)
     q, k, v, out = (f"{p}.attn.{x}_proj" for x in ("q", "k", "v", "out"))
     return ParallelBlock(
-        gpt2.norm(w, f"{p}.ln_1"),
+        norm(w, f"{p}.ln_1"),
         Attention(w, n, h, separate(h, hidden, q, k, v), out, rope=rope),
         MLP(
             w,

@@ -5,15 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.layers.embedding import Embedding, Head
-from kvrun.runtime.layers.mamba import Mamba, MambaBlock, NarrowNorm, Sizes
+from kvrun.runtime.layers.mamba import Mamba, MambaBlock, NarrowNorm, Sizes, adopt
 from kvrun.runtime.layers.norm import Norm, rms_norm
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint
-
-# What the authors' `ssm_cfg` calls what transformers' configurations say.
-_NAMES = {"d_state": "state_size", "d_conv": "conv_kernel", "expand": "expand",
-          "dt_rank": "time_step_rank", "headdim": "head_dim", "ngroups": "n_groups"}  # fmt: skip
 
 
 def build(w: "Checkpoint") -> Decoder:
@@ -23,23 +19,6 @@ def build(w: "Checkpoint") -> Decoder:
     rank = -(-hidden // 16) if rank == "auto" else c.integer("time_step_rank")
     inner = c.integer("intermediate_size", int(c.number("expand", 2) * hidden))
     return decoder(w, Mamba, inner=inner, state=c.integer("state_size", 16), rank=rank)
-
-
-def adopt(w: "Checkpoint") -> None:
-    """The authors' format, read as if it were transformers'. Raises Unsupported for what the
-    latter does not have."""
-    c = w.config
-    said = c.get("ssm_cfg")
-    if not isinstance(said, dict):
-        return
-    c.refuse("rms_norm", False)
-    for beside in ("attn_layer_idx", "d_intermediate"):  # attention, MLPs
-        if c.get(beside):
-            c.refuse(beside, c.get(beside))
-    multiple = c.integer("pad_vocab_size_multiple", 8)
-    padded = -(-c.integer("vocab_size") // multiple) * multiple
-    c.replace(vocab_size=padded, **{_NAMES[key]: said[key] for key in said if key in _NAMES})
-    w.rename("backbone.embeddings.", "backbone.embedding.")
 
 
 def decoder(w: "Checkpoint", mixer: Any, *, tied: bool = True, **sizes: Any) -> Decoder:

@@ -4,7 +4,7 @@ models/mamba2/modeling_mamba2.py."""
 from typing import TYPE_CHECKING
 
 from kvrun.runtime.layers.decoder import Decoder
-from kvrun.runtime.layers.mamba import Mamba2
+from kvrun.runtime.layers.mamba import Mamba2, adopt
 from kvrun.runtime.models import mamba
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def build(w: "Checkpoint") -> Decoder:
-    mamba.adopt(w)
+    adopt(w)
     c = w.config
     authors = c.get("ssm_cfg") is not None
     inner = int(c.number("expand", 2) * c.integer("hidden_size"))

@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvrun.runtime.layers.attention import Attention
-from kvrun.runtime.layers.block import Block
+from kvrun.runtime.layers.block import Block, PostBlock
 from kvrun.runtime.layers.decoder import Decoder
-from kvrun.runtime.layers.embedding import Embedding, Head
+from kvrun.runtime.layers.embedding import Embedding, Head, Narrowed, Widened
 from kvrun.runtime.layers.linear import Linear
 from kvrun.runtime.layers.mlp import MLP
 from kvrun.runtime.layers.norm import LayerNorm, layer_norm
 from kvrun.runtime.layers.position import LearnedPositions
 from kvrun.runtime.layers.qkv import Shard, cut_heads, separate
-from kvrun.runtime.models import gpt2
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 def build(w: "Checkpoint") -> Decoder:
     c = w.config
-    p = gpt2.prefix(w, "embed_tokens", "model.decoder.", "decoder.")
+    p = w.prefix("embed_tokens.weight", "model.decoder.", "decoder.")
     vocab, hidden = c.integer("vocab_size"), c.integer("hidden_size")
     narrow = c.integer("word_embed_proj_dim", hidden)
     tokens: Any = Embedding(w, f"{p}embed_tokens", vocab, narrow)
@@ -58,35 +57,3 @@ def norm(w: "Checkpoint", name: str) -> LayerNorm:
     if w.config.flag("layer_norm_elementwise_affine", True):
         return layer_norm(w, name, size, 1e-5)
     return LayerNorm(torch.ones(size, dtype=w.dtype, device=w.device), None, 1e-5)
-
-
-class PostBlock(Block):
-    """norm(x + attention(x)), then norm(x + mlp(x))."""
-
-    def __call__(self, x: torch.Tensor, batch: Any) -> torch.Tensor:
-        x = self._attention_norm(self._attention(x, batch, add=x))
-        return self._mlp_norm(self._mlp(x, batch, add=x))
-
-
-class Widened:
-    """An embedding, projected to the width of the layers."""
-
-    def __init__(self, embedding: Embedding, project: Linear) -> None:
-        self._embedding = embedding
-        self._project = project
-
-    def __call__(self, batch: Any) -> torch.Tensor:
-        return self._project(self._embedding(batch), batch)
-
-
-class Narrowed:
-    """A head behind a projection to the width of the embedding."""
-
-    def __init__(self, head: Head, project: Linear) -> None:
-        self._head = head
-        self._project = project
-        self.vocab_size, self.softcapped = head.vocab_size, head.softcapped
-        self.copy_bytes = head.copy_bytes
-
-    def __call__(self, x: torch.Tensor, batch: Any, norm: Any, out: Any = None) -> torch.Tensor:
-        return self._head(self._project(x, batch, before=norm), batch, None, out)

@@ -18,17 +18,7 @@ def build(w: "Checkpoint") -> Decoder:
 
 
 def block(w: "Checkpoint", n: int, rope: Rope) -> Block:
-    p, c = f"model.layers.{n}", w.config
-    every = c.integer("no_rope_layer_interval", 4)
-    usual = [int(i % every != 0) for i in range(1, n + 2)]
-    rotated = c.indices("no_rope_layers", usual, n + 1)  # 1: with rope
+    c, turned = w.config, rope if llama.rotated(w, n) else None
     windows = c.flag("use_sliding_window", False) and c.get("layer_types") is not None
-    attention = llama.attention(
-        w, n, rope=rope if rotated[n] else None, window=c.window(n) if windows else None
-    )
-    return Block(
-        llama.rms(w, f"{p}.input_layernorm"),
-        attention,
-        llama.rms(w, f"{p}.post_attention_layernorm"),
-        llama.mlp(w, n, bias=c.flag("mlp_bias", False)),
-    )
+    attention = llama.attention(w, n, rope=turned, window=c.window(n) if windows else None)
+    return llama.layer(w, n, attention, llama.mlp(w, n, bias=c.flag("mlp_bias", False)))

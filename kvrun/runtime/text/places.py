@@ -21,14 +21,20 @@ CLIP_USUAL = {"image_size": 336, "patch_size": 14}
 
 class Places(Protocol):
     """`token` is the id that stands for one feature, `arrays` what its processor gives when it is
-    asked with `options`."""
+    asked with `options`. Where features are `attended` to, so many of each image, one `token` says
+    from where on; behind a text that `ends` nothing is seen. 0: they stand in the prompt."""
 
     token: int
+    attended: int
+    ends: int
     arrays: tuple[str, ...]
     options: dict[str, Any]
 
     def count(self, image: Image) -> int:
-        """How many features an image has. Raises InvalidRequest for arrays of wrong shapes."""
+        """How many tokens of a prompt stand for an image.
+
+        Raises InvalidRequest for arrays of wrong shapes.
+        """
 
     def text(self, image: Image, word: str) -> str:
         """What a prompt has in the place of one `word`, the text of `token`."""
@@ -79,7 +85,16 @@ def unpadded(size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
     return 0, (columns - int(round(width * (rows / height), 7))) // 2
 
 
-class Llava:
+class _Placed:
+    """Features stand in the prompt."""
+
+    attended, ends = 0, -1
+
+    def tidy(self, text: str) -> str:
+        return text
+
+
+class Llava(_Placed):
     """Every patch is a feature, and the class token where it is kept."""
 
     arrays: tuple[str, ...] = (PIXELS,)
@@ -109,9 +124,6 @@ class Llava:
 
     def text(self, image: Image, word: str) -> str:
         return word * self.count(image)
-
-    def tidy(self, text: str) -> str:
-        return text
 
     def _check(self, shape: tuple[int, ...]) -> None:
         wanted = (3, self.size, self.size)
@@ -155,7 +167,45 @@ class LlavaNext(Llava):
         return self.base + rows * (columns + 1)
 
 
-class Idefics2:
+class Idefics:
+    """One token for each; the text behind it attends to the image's features."""
+
+    arrays: tuple[str, ...] = (PIXELS,)
+    edge = "<fake_token_around_image>"
+
+    def __init__(self, config: HFConfig) -> None:
+        # Two tokens more than Llama's: the one around images, then the image's.
+        self.token = _token(config, config.integer("vocab_size", 32000) + 1)
+        said = config.get("eos_token_id", 2)
+        self.ends = said if isinstance(said, int) else -1
+        self.options: dict[str, Any] = {}
+        vision = config.part("vision_config")
+        self.size = vision.integer("image_size", 224)
+        side = self.size // vision.integer("patch_size", 14)
+        self.attended = side**2 + 1
+        if config.flag("use_resampler", False):
+            perceiver = config.part("perceiver_config")
+            self.attended = perceiver.integer("resampler_n_latents", 64)
+
+    def count(self, image: Image) -> int:
+        shape, wanted = image.shape(PIXELS, 3), (3, self.size, self.size)
+        if shape != wanted:
+            raise InvalidRequest(
+                f"an image was made {list(shape)}; the model takes {list(wanted)}."
+            )
+        return 1
+
+    def text(self, image: Image, word: str) -> str:
+        return self.edge + word + self.edge
+
+    def tidy(self, text: str) -> str:
+        """As the model was trained: no spaces around images, one token between two of them."""
+        edge = re.escape(self.edge)
+        text = re.sub(f" *({edge}) *", self.edge, text)
+        return re.sub(f"({edge}){{2}}", self.edge, text)
+
+
+class Idefics2(_Placed):
     """A fixed number of latents for each part, between two tokens of their own."""
 
     arrays: tuple[str, ...] = (PIXELS, MASK)
@@ -186,7 +236,7 @@ class Idefics2:
         return self._behind.sub(self.edge + " ", text)
 
 
-class Mistral3:
+class Mistral3(_Placed):
     """One for each square of patches, with a token of its own behind each row and the last."""
 
     arrays: tuple[str, ...] = (PIXELS, SIZES)
@@ -219,9 +269,6 @@ class Mistral3:
         rows, columns = self.grid(image)
         return self.row_end.join([word * columns] * rows) + self.end
 
-    def tidy(self, text: str) -> str:
-        return text
-
 
 def _is_pair(pair: object) -> bool:
     ints = isinstance(pair, list) and all(isinstance(n, int) and n > 0 for n in pair)
@@ -231,6 +278,7 @@ def _is_pair(pair: object) -> bool:
 _KINDS: dict[str, Callable[[HFConfig], Places]] = {
     "llava": Llava,
     "llava_next": LlavaNext,
+    "idefics": Idefics,
     "idefics2": Idefics2,
     "mistral3": Mistral3,
 }

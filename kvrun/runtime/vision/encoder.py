@@ -177,8 +177,3 @@ def values(image: Image, name: str, dims: int) -> np.ndarray:
     array = image.arrays[name]
     # A copy: torch does not take what is read-only.
     return np.frombuffer(array.data, array.dtype).reshape(shape).copy()
-
-
-def prefix_of(w: "Checkpoint", tensor: str, *prefixes: str) -> str:
-    """Which of `prefixes` stands before `tensor` in the file; the first one where there is none."""
-    return next((p for p in prefixes if w.has(p + tensor, otherwise=False)), prefixes[0])

@@ -42,7 +42,9 @@ class Processor:
         """The image in a file. Raises InvalidRequest for one that is not taken, and says why."""
         picture = opened(data)
         try:
-            made = self._process(picture, return_tensors="np", **self._options)
+            made: Any = self._process(picture, return_tensors="np", **self._options)
+            if isinstance(made, np.ndarray):  # some give nothing but pixels
+                made = {self._arrays[0]: made}
             # Each has one entry for the only image.
             arrays = {name: np.asarray(made[name])[0] for name in self._arrays}
         except Exception as error:

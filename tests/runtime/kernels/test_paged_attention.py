@@ -327,6 +327,27 @@ def test_fresh_is_the_same_without_the_cache(module: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("module", [twin, fast], ids=["twin", "triton"])
+@pytest.mark.parametrize("heads", [(4, 2, 16), (2, 2, 24)])
+def test_without_causality_every_query_sees_all_keys(
+    module: ModuleType, heads: tuple[int, int, int]
+) -> None:
+    step = Step([(5, 7), (3, 1), (0, 40)], heads=heads, padding=2)
+    data = make(step)
+    data.lengths[2] = 19  # fewer keys than queries
+    found = module.prefill(
+        data.q, data.k, data.v, data.cache, data.tables, data.starts, data.lengths,
+        replace(step.options(), causal=False), max_query_len=40, fresh=False,
+    )  # fmt: skip
+    of_row = torch.tensor([0] * 7 + [1] + [2] * 40)
+    # As the last token of its sequence, each does.
+    alone = twin.decode(
+        data.q[:48], data.cache, data.tables[of_row], data.lengths[of_row], step.options()
+    )
+    assert agree(found[:48], alone)
+    assert not found[48:].any()
+
+
+@pytest.mark.parametrize("module", [twin, fast], ids=["twin", "triton"])
 def test_out_is_written_where_it_lies(module: ModuleType) -> None:
     step = Step(RAGGED)
     data = make(step)

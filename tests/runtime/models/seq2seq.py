@@ -98,13 +98,14 @@ class EncodedDriver(Driver):
         request = Request(id=str(number), prompt_ids=source, params=SamplingParams())
         options: Any = {"seed": 0, "max_length": 99, "root": b"", "start_id": 0}
         sequence = self.sources[number] = Running(request, 0, **options)
-        sequence.source_blocks = [self.free.pop() for _ in range(-(-len(source) // 4))]
+        sequence.source_blocks = [[self.free.pop() for _ in range(-(-len(source) // 4))]]
+        sequence.source_hits = [False]
 
     def prepared(self, work: Sequence[tuple[int, Sequence[int]]], shift: int = 0) -> Batch:
         rows = [Row(self.sources[n], self.lengths.get(n, 0), len(ids), False) for n, ids in work]
         self.reader.read(rows)
         batch = self.batch(work, shift)
-        batch.source = self.reader.source(rows)
+        self.reader.show(rows, batch)
         return batch
 
 

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from kvrun.runtime.layers import named
 from kvrun.runtime.layers.embedding import Embedding
 from kvrun.runtime.layers.moe import softmax_top, top_softmax
 from kvrun.runtime.layers.norm import HeadNorm
 from kvrun.runtime.layers.position import Rope
 from kvrun.runtime.layers.qkv import packed
-from kvrun.runtime.models import llama, qwen3
+from kvrun.runtime.models import qwen3
 
 Tensors = dict[str, torch.Tensor]
 
@@ -69,7 +70,7 @@ def no_biases(tensors: Tensors) -> Tensors:
 
 
 def scale_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama, "Embedding", lambda *args, scale: Embedding(*args))
+    monkeypatch.setattr(named, "Embedding", lambda *args, scale, more: Embedding(*args))
 
 
 def no_head_norm(monkeypatch: pytest.MonkeyPatch) -> None:

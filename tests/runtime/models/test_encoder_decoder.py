@@ -137,7 +137,7 @@ def test_float16_and_writing_into_a_folder_are_refused(made: Made) -> None:
     folder, _ = made("t5", "v1.0")
     with pytest.raises(Unsupported, match="overflow float16"):
         EncodedDriver(folder, dtype=torch.float16)
-    with pytest.raises(Unsupported, match="a model with an encoder"):
+    with pytest.raises(Unsupported, match="a model with cross-attention"):
         Layers(folder, torch.device("cpu"), torch.float32)
 
 
@@ -169,20 +169,20 @@ def seeing_the_past(monkeypatch: pytest.MonkeyPatch) -> None:
 def biased_cross(monkeypatch: pytest.MonkeyPatch) -> None:
     real = cross.AttentionSpec
 
-    def spec(*args: Any) -> Any:
-        return real(*args, relative=torch.linspace(0, 3, 20).repeat(4, 1))
+    def spec(*args: Any, **options: Any) -> Any:
+        return real(*args, **options, relative=torch.linspace(0, 3, 20).repeat(4, 1))
 
     monkeypatch.setattr(cross, "AttentionSpec", spec)
 
 
 def no_last_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = t5._norm
+    real = t5.rms
 
     def read_and_drop(w: Any, name: str) -> Any:
         found = real(w, name)
         return (lambda x: x) if name == "encoder.final_layer_norm" else found
 
-    monkeypatch.setattr(t5, "_norm", read_and_drop)
+    monkeypatch.setattr(t5, "rms", read_and_drop)
 
 
 def first_bias(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -218,7 +218,7 @@ TENSOR_MUTATIONS: dict[str, tuple[str, str, Change]] = {
     ),
 }  # fmt: skip
 CODE_MUTATIONS: dict[str, tuple[str, str, Any]] = {
-    "encoder buckets of a decoder": ("t5", "v1.0", replaced(t5, "RelativeBias", causal)),
+    "encoder buckets of a decoder": ("t5", "v1.0", replaced(position, "RelativeBias", causal)),
     "no bias in the decoder": ("t5", "v1.0", replaced(t5, "Attention", without("relative"))),
     "bias in cross-attention": ("t5", "v1.0", biased_cross),
     "encoder scaled": (

@@ -8,7 +8,7 @@ import pytest
 
 from kvrun.runtime.cache.states import StateCache
 from kvrun.runtime.layers import mamba as mamba_layers
-from kvrun.runtime.layers import shared_moe
+from kvrun.runtime.layers import named, shared_moe
 from kvrun.runtime.layers.moe import MoE
 from kvrun.runtime.models import (
     bloom,
@@ -22,7 +22,6 @@ from kvrun.runtime.models import (
     gpt_oss,
     granitemoe,
     helium,
-    llama,
     llama4_text,
     mpt,
     opt,
@@ -251,9 +250,9 @@ CODE_MUTATIONS = {
     "halves for pairs, ernie": ("ernie4_5", "plain", replaced(ernie4_5, "Rope", halves)),
     "halves for pairs, helium": ("helium", "plain", replaced(helium, "Rope", halves)),
     "one weight for all heads": ("cohere", "plus", replaced(cohere, "HeadLayerNorm", one_weight)),
-    "head norms off, phi": ("phi", "qk norm", replaced(llama, "Attention", without("head_norm"))),
-    "norms off, olmo2": ("olmo2", "plain", replaced(llama, "Attention", without("head_norm"))),
-    "head bias dropped": ("phi", "2", replaced(llama, "Head", headless)),
+    "head norms off, phi": ("phi", "qk norm", replaced(named, "Attention", without("head_norm"))),
+    "norms off, olmo2": ("olmo2", "plain", replaced(named, "Attention", without("head_norm"))),
+    "head bias dropped": ("phi", "2", replaced(named, "Head", headless)),
     "grouped read as packed": ("gpt_neox", "pythia", replaced(gpt_neox, "grouped", as_packed)),
     "grouped read as packed, bloom": ("bloom", "plain", replaced(bloom, "grouped", as_packed)),
     "grouped read as packed, falcon": ("falcon", "40b", replaced(falcon, "grouped", as_packed)),
@@ -281,7 +280,7 @@ CODE_MUTATIONS = {
         "plain",
         replaced(gpt_oss, "top_softmax", by_softmax_top),
     ),
-    "sinks off": ("gpt_oss", "plain", replaced(llama, "Attention", without("sinks"))),
+    "sinks off": ("gpt_oss", "plain", replaced(named, "Attention", without("sinks"))),
     "gates and ups do not alternate": ("gpt_oss", "plain", replaced(gpt_oss, "stacked", halved)),
     "correction in the weights": (
         "deepseek_v3",

@@ -15,8 +15,8 @@ from tests.runtime.models.compare import LONG, TOLERANCE, greedy, prompt, refere
 
 
 def test_every_family_of_the_folder_is_compared() -> None:
-    # test_baichuan.py: transformers does not have it; test_encoder_decoder.py: the others
-    elsewhere = {"baichuan", "t5", "mt5", "umt5"}
+    # test_baichuan.py: transformers does not have it; test_encoder_decoder.py, test_idefics.py
+    elsewhere = {"baichuan", "t5", "mt5", "umt5", "idefics"}
     assert set(zoo.VARIANTS) | elsewhere == set(registry.names("kvrun.runtime.models"))
 
 

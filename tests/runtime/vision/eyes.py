@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.image_processing_utils import select_best_resolution
+from transformers.models.idefics import processing_idefics as packing
 
 from kvrun.runtime.image import Image
 from tests.runtime.models.zoo import SMALL
 
 TOKEN = 127  # stands for an image
+END = 2  # of a text, where that hides images
 CLIP = {
     "model_type": "clip_vision_model", "hidden_size": 48, "intermediate_size": 80,
     "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 7,
@@ -28,6 +30,26 @@ LLAMA = {**SMALL, "model_type": "llama"}
 MISTRAL = {**SMALL, "model_type": "mistral", "sliding_window": None, "head_dim": 16}
 
 FAMILIES: dict[str, dict[str, Any]] = {
+    "idefics": {
+        **SMALL, "num_hidden_layers": 4, "cross_layer_interval": 2, "additional_vocab_size": 2,
+        "eos_token_id": END, "qk_layer_norms": True, "use_resampler": True,
+        "alpha_type": "vector", "alpha_initializer": "ones",
+        "vision_config": {
+            "embed_dim": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "image_size": 28, "patch_size": 7,
+        },
+        "perceiver_config": {
+            "resampler_n_latents": 5, "resampler_depth": 2, "resampler_n_heads": 4,
+            "resampler_head_dim": 16, "qk_layer_norms_perceiver": True,
+        },
+    },
+    "idefics-patches": {
+        **SMALL, "cross_layer_interval": 1, "eos_token_id": END, "alpha_initializer": "ones",
+        "vision_config": {
+            "embed_dim": 48, "intermediate_size": 80, "num_hidden_layers": 1,
+            "num_attention_heads": 4, "image_size": 28, "patch_size": 7,
+        },
+    },
     "llava": {
         "text_config": LLAMA, "vision_config": CLIP, "image_token_index": TOKEN,
         "vision_feature_layer": -2,
@@ -67,12 +89,15 @@ def make(folder: Path, family: str, *, vocab: int = 128, token: int = TOKEN) -> 
     torch.manual_seed(len(family))
     values = {**FAMILIES[family], "image_token_id": token}
     values.pop("image_token_index", None)
-    values["text_config"] = {**values["text_config"], "vocab_size": vocab}
+    if "text_config" in values:
+        values["text_config"] = {**values["text_config"], "vocab_size": vocab}
+    else:
+        values["vocab_size"] = vocab - values.get("additional_vocab_size", 0)
     config = AutoConfig.for_model(family.split("-")[0], **values)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or "alpha" in name:
                 parameter += torch.randn_like(parameter) * (0.3 if "bias" in name else 0.1)
             else:
                 parameter.normal_(0.0, 0.2)
@@ -110,6 +135,7 @@ def _mistral3(seed: int) -> dict[str, np.ndarray]:
 
 
 _PIXELS: dict[str, Callable[[int], dict[str, np.ndarray]]] = {
+    "idefics": _llava,
     "llava": _llava,
     "llava_next": _llava_next,
     "idefics2": _idefics2,
@@ -126,8 +152,31 @@ def image(family: str, seed: int) -> Image:
     return Image.of(pixels(family, seed))
 
 
-def inputs(family: str, seeds: list[int]) -> dict[str, torch.Tensor]:
-    """The images as the model in transformers takes them, with one prompt."""
+class _Words:
+    eos_token_id = END
+
+    def convert_tokens_to_ids(self, word: str) -> int:
+        return TOKEN
+
+
+def _attended(seeds: list[int], ids: list[int]) -> dict[str, torch.Tensor]:
+    """As Idefics' own processor has them; without images there is an empty one."""
+    if not seeds:
+        nothing = torch.zeros(1, len(ids), 1, dtype=torch.bool)
+        return {"pixel_values": torch.zeros(1, 1, 3, 28, 28), "image_attention_mask": nothing}
+    known = torch.tensor([ids])
+    mask, _ = packing.image_attention_mask_for_packed_input_ids(known, _Words(), "pt")
+    mask = packing.incremental_to_binary_attention_mask(mask, "pt", num_classes=len(seeds))
+    shown = [torch.from_numpy(_llava(seed)["pixel_values"]) for seed in seeds]
+    return {"pixel_values": torch.stack(shown)[None], "image_attention_mask": mask}
+
+
+def inputs(family: str, seeds: list[int], ids: list[int] | None = None) -> dict[str, torch.Tensor]:
+    """The images as the model in transformers takes them, with one prompt, `ids`."""
+    if family.startswith("idefics") and family != "idefics2":
+        return _attended(seeds, ids or [TOKEN] * len(seeds))
+    if not seeds:
+        return {}
     each = [pixels(family, seed) for seed in seeds]
     found: dict[str, torch.Tensor] = {}
     for name in each[0]:

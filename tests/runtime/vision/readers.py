@@ -12,6 +12,8 @@ from transformers import (
     CLIPImageProcessorPil,
     Idefics2ImageProcessorPil,
     Idefics2Processor,
+    IdeficsImageProcessorPil,
+    IdeficsProcessor,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     LlavaProcessor,
@@ -46,7 +48,9 @@ def make(folder: Path, family: str, *, weights: bool = False) -> tuple[Any, Any]
     if not weights:
         values = {**eyes.FAMILIES[family], "model_type": family, "image_token_id": WORD}
         (folder / "config.json").write_text(json.dumps(values))
-    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer(), eos_token="</s>")
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer(), eos_token="</s>", pad_token="</s>"
+    )
     square = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
     sides: dict[str, Any] = {"patch_size": 7, "vision_feature_select_strategy": "default"}
     if family == "llava":
@@ -55,6 +59,10 @@ def make(folder: Path, family: str, *, weights: bool = False) -> tuple[Any, Any]
     elif family == "llava_next":
         taken = LlavaNextImageProcessorPil(**square, image_grid_pinpoints=eyes.PINPOINTS)
         processor = LlavaNextProcessor(taken, words, num_additional_image_tokens=1, **sides)
+    elif family == "idefics":
+        taken = IdeficsImageProcessorPil(image_size=28)
+        words.bos_token = ""  # it puts one before all it makes
+        processor = IdeficsProcessor(taken, words)
     else:
         taken = Idefics2ImageProcessorPil(
             size={"shortest_edge": 14, "longest_edge": 40}, do_image_splitting=True

@@ -21,7 +21,7 @@ from tests.runtime.vision import eyes
 from tests.runtime.vision.conftest import Made
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True, logprobs=0)
-SERVED = ("llava", "llava_next", "idefics2", "mistral3")
+SERVED = ("llava", "llava_next", "idefics", "idefics2", "mistral3")
 
 
 def ids_with(folder_model: Any, family: str, seeds: list[int], tail: int = 5) -> list[int]:
@@ -41,15 +41,23 @@ def eye(made: Made) -> Callable[[str], Any]:
 
 @torch.inference_mode()
 def wanted(oracle: Any, family: str, ids: list[int], seeds: list[int], count: int) -> list[int]:
-    shown = eyes.inputs(family, seeds) if seeds else {}
+    shown = eyes.inputs(family, seeds, ids)
     out = oracle.generate(
         input_ids=torch.tensor([ids]),
         attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
         max_new_tokens=count,
+        eos_token_id=None,
         do_sample=False,
         **shown,
     )
     return list(out[0, len(ids) :].tolist())
+
+
+def features(model: Any, shown: dict[str, torch.Tensor]) -> torch.Tensor:
+    if hasattr(model, "get_image_features"):
+        return torch.cat(list(model.get_image_features(**shown).pooler_output))
+    seen = model.vision_model(shown["pixel_values"][0]).last_hidden_state
+    return (model.perceiver_resampler(seen) if model.config.use_resampler else seen)[0]
 
 
 @pytest.mark.parametrize("family", list(eyes.FAMILIES))
@@ -61,10 +69,8 @@ def test_features_are_those_of_transformers(made: Made, family: str) -> None:
         image = eyes.image(family, seed)
         with torch.inference_mode():
             found = vision(image)
-            expected = torch.cat(
-                list(oracle.model.get_image_features(**eyes.inputs(family, [seed])).pooler_output)
-            )
-        assert len(found) == vision.places.count(image)
+            expected = features(oracle.model, eyes.inputs(family, [seed]))
+        assert len(found) == (vision.places.attended or vision.places.count(image))
         assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
@@ -122,7 +128,8 @@ def test_logits_of_whole_prompts_and_chunks(made: Made, family: str) -> None:
     vision: Any = Driver(folder).model.vision
     ids = ids_with(vision, family, [0, 3])
     with torch.inference_mode():
-        logits = oracle(torch.tensor([ids]), use_cache=False, **eyes.inputs(family, [0, 3])).logits
+        shown = eyes.inputs(family, [0, 3], ids)
+        logits = oracle(torch.tensor([ids]), use_cache=False, **shown).logits
     expected = logits[0, :-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     images = [eyes.image(family, seed) for seed in (0, 3)]
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
@@ -145,7 +152,8 @@ def test_64_greedy_tokens_beside_text_in_chunks_and_preempted(made: Made, family
     prompts = [ids_with(vision, family, s) if s else next(texts) for s in shown]
     # The longest prompt with its answer fits, all of them do not.
     longest = max(map(len, prompts)) + 64
-    memory = (longest // 4 + 4) * bytes_per_block(driver.model.specs, 4, torch.float32)
+    beside = 2 * -(-vision.places.attended // 4)
+    memory = (longest // 4 + 4 + beside) * bytes_per_block(driver.model.specs, 4, torch.float32)
     sizes: Any = {"block_size": 4, "max_num_batched_tokens": 9, "max_model_len": longest}
     with LLM(str(folder), kv_memory=memory, max_num_seqs=5, **sizes) as llm:
         images = [[eyes.image(family, seed) for seed in seeds] for seeds in shown]

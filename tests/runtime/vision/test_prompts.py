@@ -45,6 +45,20 @@ def test_prompts_are_those_of_transformers(tmp_path: Path, family: str) -> None:
             assert (got == made[name][0]).all()
 
 
+def test_prompts_that_attend_to_images_are_those_of_transformers(tmp_path: Path) -> None:
+    processor, _ = readers.make(tmp_path, "idefics")
+    text, shown = Text(tmp_path), [picture(seed, size) for seed, size in enumerate(SIZES)]
+    found = text.encode_with("One <image> and<image> <image>\nso: <image>", shown)
+    asked = ["One ", shown[0], " and", shown[1], shown[2], "\nso: ", shown[3]]
+    theirs = processor(text=asked, return_tensors="pt")
+    assert found.ids == theirs["input_ids"][0].tolist()
+    assert found.ids.count(WORD) == 4
+    for image, pixels in zip(found.images, theirs["pixel_values"][0], strict=True):
+        array = image.arrays["pixel_values"]
+        got = np.frombuffer(array.data, array.dtype).reshape(array.shape)
+        assert (got == pixels.numpy()).all()
+
+
 def test_rows_of_features_end_in_words_of_their_own(tmp_path: Path) -> None:
     """Of Mistral 3, whose whole processor wants torchvision; its image processor does not."""
     readers.tokenizer().save(str(tmp_path / "tokenizer.json"))

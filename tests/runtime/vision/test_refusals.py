@@ -24,7 +24,7 @@ from tests.runtime.vision.conftest import Made
 from tests.runtime.vision.eyes import TOKEN
 
 ONE = SamplingParams(max_tokens=1, temperature=0)
-PLACES = {"llava": 16, "llava_next": 60, "idefics2": 5, "mistral3": 6}
+PLACES = {"llava": 16, "llava_next": 60, "idefics": 1, "idefics2": 5, "mistral3": 6}
 
 
 def refused(llm: LLM, ids: list[int], image: Image, why: str) -> None:
@@ -48,9 +48,10 @@ def test_images_that_do_not_fit_their_places(made: Made, family: str) -> None:
     image, count = eyes.image(family, 0), PLACES[family]
     with LLM(str(made(family)[0])) as llm:
         for wrong in (0, count - 1, count + 1):
-            refused(
-                llm, [1, *[TOKEN] * wrong, 2], image, f"{count} features; the prompt has {wrong}"
-            )
+            why = f"{count} features; the prompt has {wrong}"
+            if family == "idefics":
+                why = f"there is {count} image; the prompt has {wrong}"
+            refused(llm, [1, *[TOKEN] * wrong, 2], image, why)
         ids = [1, *[TOKEN] * count, 2]
         assert len(llm.generate(ids, ONE, images=image)[0].token_ids) == 1
         refused(llm, ids, Image(arrays={}, digest=b""), "no array 'pixel_values'")
@@ -67,6 +68,8 @@ def test_images_of_wrong_shapes(made: Made) -> None:
     with LLM(str(made("llava")[0])) as llm:
         small = changed(image, "pixel_values", np.zeros((3, 28, 21), np.float32))
         refused(llm, [TOKEN] * 16, small, r"\[3, 28, 21\]; the model takes \[3, 28, 28\]")
+    with LLM(str(made("idefics")[0])) as llm:
+        refused(llm, [TOKEN], small, r"\[3, 28, 21\]; the model takes \[3, 28, 28\]")
     image = eyes.image("llava_next", 0)
     with LLM(str(made("llava_next")[0])) as llm:
         for sizes in (np.array([0, 4]), np.array([4, 4, 4])):
@@ -162,7 +165,8 @@ def test_a_tower_that_fails_takes_nobody_with_it(
 @pytest.mark.parametrize("family", list(PLACES))
 def test_surplus_and_missing_tensors_of_towers_are_named(tmp_path: Path, family: str) -> None:
     eyes.make(tmp_path, family)
-    part = "connector." if family == "idefics2" else "multi_modal_projector."
+    parts = {"idefics": "perceiver_resampler.", "idefics2": "connector."}
+    part = parts.get(family, "multi_modal_projector.")
     gone: list[str] = []
 
     def spoil(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

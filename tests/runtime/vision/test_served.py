@@ -41,25 +41,46 @@ COUNT = 8
 WORDS = "What is this?"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A LLaVA-NeXT with all it needs, and what it says of three pictures."""
-    made = tmp_path_factory.mktemp("seeing")
-    processor, model = readers.make(made, "llava_next", weights=True)
+Folder = tuple[Path, list[str]]
+
+
+def seeing(made: Path, family: str) -> Folder:
+    """A model with all it needs, and what it says of three pictures."""
+    processor, model = readers.make(made, family, weights=True)
     text, answers = Text(made), []
     for seed in range(3):
-        given = processor(
-            text=[f"user: <image>{WORDS}\nassistant:"], images=[picture(seed)], return_tensors="pt"
-        )
+        words, shown = f"{WORDS}\nassistant:", picture(seed)
+        if family == "idefics":
+            given = processor(text=["user:", shown, words], return_tensors="pt")
+        else:
+            given = processor(text=[f"user: <image>{words}"], images=[shown], return_tensors="pt")
         with torch.inference_mode():
-            out = model.generate(**given, max_new_tokens=COUNT, do_sample=False)
+            out = model.generate(**given, max_new_tokens=COUNT, do_sample=False, eos_token_id=None)
         ids = out[0, given["input_ids"].shape[1] :].tolist()
         answers.append(text.decode(ids))
     assert len(set(answers)) == 3
     return made, answers
 
 
-def test_chats_and_prompts_of_the_library(folder: tuple[Path, list[str]], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def placed(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """Features stand in the prompt."""
+    return seeing(tmp_path_factory.mktemp("placed"), "llava_next")
+
+
+@pytest.fixture(scope="module")
+def attended(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """Features are attended to."""
+    return seeing(tmp_path_factory.mktemp("attended"), "idefics")
+
+
+@pytest.fixture(scope="module", params=["placed", "attended"])
+def folder(request: pytest.FixtureRequest) -> Folder:
+    found: Folder = request.getfixturevalue(request.param)
+    return found
+
+
+def test_chats_and_prompts_of_the_library(folder: Folder, tmp_path: Path) -> None:
     path = tmp_path / "1.png"
     path.write_bytes(png(1))
     greedy = SamplingParams(max_tokens=COUNT, temperature=0, ignore_eos=True)
@@ -79,7 +100,7 @@ def test_chats_and_prompts_of_the_library(folder: tuple[Path, list[str]], tmp_pa
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
-async def http(folder: tuple[Path, list[str]]) -> AsyncIterator[httpx2.AsyncClient]:
+async def http(folder: Folder) -> AsyncIterator[httpx2.AsyncClient]:
     settings = Settings(model=str(folder[0]))
     config = EngineConfig(model=str(folder[0]), threads=1)
     service = Service(settings, config, open_text=Text.open, connect=EngineClient)
@@ -103,15 +124,14 @@ def body(shown: Any, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_image_parts_over_http(
-    http: httpx2.AsyncClient, folder: tuple[Path, list[str]]
-) -> None:
+async def test_image_parts_over_http(http: httpx2.AsyncClient, folder: Folder) -> None:
     for seed, shown in enumerate(({"url": url(png(0)), "detail": "auto"}, url(png(1)))):
         answer = await http.post("/v1/chat/completions", json=body(shown))
         assert answer.status_code == 200, answer.text
         found = answer.json()
         assert found["choices"][0]["message"]["content"] == folder[1][seed]
-        assert found["usage"]["prompt_tokens"] > 70  # with those of the image
+        few = found["usage"]["prompt_tokens"] < 70  # without those of the image
+        assert few == folder[0].name.startswith("attended")
     streamed = await http.post("/v1/chat/completions", json=body({"url": url(png(2))}, stream=True))
     lines = [line[6:] for line in streamed.text.splitlines() if line.startswith("data: {")]
     deltas = [json.loads(line)["choices"][0]["delta"].get("content", "") for line in lines]
@@ -168,7 +188,8 @@ def kvrun(*words: str, stdin: str = "") -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_kvrun_chat_shows_images(folder: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_kvrun_chat_shows_images(attended: Folder, tmp_path: Path) -> None:
+    folder = attended
     path = tmp_path / "an image.png"
     path.write_bytes(png(1))
     words = ("-m", str(folder[0]), "-t", "0", "--max-tokens", str(COUNT), "-o", "ignore_eos=true",
@@ -195,7 +216,7 @@ def test_kvrun_chat_shows_images(folder: tuple[Path, list[str]], tmp_path: Path)
     ],
 )
 def test_images_that_the_command_line_refuses(
-    folder: tuple[Path, list[str]],
+    placed: Folder,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     words: tuple[str, ...],
@@ -206,19 +227,19 @@ def test_images_that_the_command_line_refuses(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
     monkeypatch.setattr(EngineClient, "__init__", None)
     with pytest.raises(SystemExit) as left:
-        main(["chat", *(words if "-m" in words else ("-m", str(folder[0]), *words))])
+        main(["chat", *(words if "-m" in words else ("-m", str(placed[0]), *words))])
     assert left.value.code == code
     assert why in capsys.readouterr().err
 
 
 @pytest.mark.asyncio
 async def test_questions_of_a_conversation_show_the_images_they_name(
-    folder: tuple[Path, list[str]], tmp_path: Path
+    placed: Folder, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(png(1))
     screen = Screen()
-    config = EngineConfig(model=str(folder[0]))
+    config = EngineConfig(model=str(placed[0]))
     made = Session("x", config, open_text=Text.open, connect=ScriptedEngine)  # type: ignore
     async with made as session:
         await session.ready()

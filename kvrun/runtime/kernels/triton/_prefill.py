@@ -86,6 +86,7 @@ def launch(
         BLOCK_SIZE=options.block_size,
         KEYS=tiling.keys,
         FRESH=fresh,
+        CAUSAL=options.causal,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
         **overlap(q.device),
@@ -113,7 +114,8 @@ def _prefill(
     SCALE: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
     KV_HEADS: tl.constexpr, SHARE: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
     ROWS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    KEYS: tl.constexpr, FRESH: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    KEYS: tl.constexpr, FRESH: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """QUERIES queries of one sequence, for GROUP heads: row r is query r // GROUP, head r % GROUP.
 
@@ -153,9 +155,13 @@ def _prefill(
         k_stride = 2 * KV_HEADS * DIM
         v_stride = 2 * KV_HEADS * DIM
         tables_at += sequence.to(tl.int64) * table_stride
+    before, first, last, places = length - (stop - start), query, query + QUERIES, queries
+    if not CAUSAL:
+        # All stand where the last key does, as the only query would.
+        before, first, last, places = length - 1, query * 0, query * 0 + 1, queries * 0
     top, total, acc = _past_keys(
-        q, top, total, acc, k_at, v_at, k_stride, v_stride, tables_at, length - (stop - start),
-        query, tl.minimum(query + QUERIES, stop - start), queries, slopes,
+        q, top, total, acc, k_at, v_at, k_stride, v_stride, tables_at, before, first,
+        tl.minimum(last, stop - start), places, slopes,
         SCALE, UNIT, SOFTCAP, WINDOW, DIM, PADDED, BLOCK_SIZE, KEYS, FRESH, CHUNK,
     )  # fmt: skip
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]

@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from kvrun.runtime.image import Image
 from kvrun.runtime.layers.linear import Linear, split_cols
 from kvrun.runtime.layers.mlp import Gate, GatedMLP, gate_and_up
 from kvrun.runtime.layers.norm import RMSNorm, layer_norm, rms_norm
-from kvrun.runtime.layers.qkv import Shard, cut_heads
+from kvrun.runtime.layers.qkv import cut_heads
 from kvrun.runtime.text import places
 from kvrun.runtime.text.places import MASK, PIXELS
-from kvrun.runtime.vision.encoder import Encoder, Patches, prefix_of, values
+from kvrun.runtime.vision.encoder import Encoder, Patches, values
+from kvrun.runtime.vision.perceiver import Perceiver, PerceiverLayer
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint
@@ -47,14 +47,14 @@ class Idefics2:
         vision.defaults(**USUAL)
         eps = vision.number("layer_norm_eps", 1e-6)
         first = "embeddings.patch_embedding.weight"
-        p = prefix_of(w, first, "model.vision_model.", "vision_model.")
+        p = w.prefix(first, "model.vision_model.", "vision_model.")
         last = vision.integer("num_hidden_layers")
         self._tower = Encoder(
             w, vision, p, wanted=[last], classed=False, act="gelu_pytorch_tanh", eps=eps
         )
         wide = self._tower.hidden
         self._norm = layer_norm(w, f"{p}post_layernorm", wide, eps)
-        p = prefix_of(w, "perceiver_resampler.latents", "model.connector.", "connector.")
+        p = w.prefix("perceiver_resampler.latents", "model.connector.", "connector.")
         self.hidden = hidden = c.integer("hidden_size", 4096)
         inner = c.integer("intermediate_size", 14336)
         own = f"{p}modality_projection."
@@ -62,7 +62,7 @@ class Idefics2:
         self._gate_up = Linear(w, *gate_up)
         self._gate = Gate(c.text("hidden_act", "silu"), w.device)
         self._down = Linear(w, split_cols(w, f"{own}down_proj", hidden, inner))
-        self._resample = Perceiver(w, c.part("perceiver_config"), f"{p}perceiver_resampler.")
+        self._resample = perceiver(w, c.part("perceiver_config"), f"{p}perceiver_resampler.")
 
     def __call__(self, image: Image) -> torch.Tensor:
         self.places.count(image)
@@ -104,68 +104,29 @@ class Idefics2:
         return Image.of({PIXELS: pixels, MASK: np.ones((PARTS, LONGEST, LONGEST), np.uint8)})
 
 
-class Perceiver:
-    """Latents that look at a context and at themselves, layer after layer.
+def perceiver(w: "Checkpoint", c: "HFConfig", p: str) -> Perceiver:
+    hidden, eps = c.integer("hidden_size", 4096), c.number("rms_norm_eps", 1e-6)
+    count, kv = c.integer("resampler_n_heads", 16), c.integer("num_key_value_heads", 4)
+    heads = cut_heads(w, count, kv, c.integer("resampler_head_dim", 96))
+    act = c.text("hidden_act", "silu")
 
-    context [images, patches, hidden], mask [images, patches] -> [images * latents, hidden]
-    """
+    def norm(name: str) -> RMSNorm:
+        return rms_norm(w, p + name, hidden, eps)
 
-    def __init__(self, w: "Checkpoint", c: "HFConfig", p: str) -> None:
-        hidden, eps = c.integer("hidden_size", 4096), c.number("rms_norm_eps", 1e-6)
-        self._latents = w.read(f"{p}latents", (c.integer("resampler_n_latents", 64), hidden))
-        self._layers = [
-            PerceiverLayer(w, c, f"{p}layers.{n}.", hidden, eps)
-            for n in range(c.integer("resampler_depth", 3))
-        ]
-        self._norm = rms_norm(w, f"{p}norm", hidden, eps)
+    def layer(own: str) -> PerceiverLayer:
+        names = [f"{p}{own}.self_attn.{name}_proj" for name in ("q", "k", "v", "o")]
+        mlp = f"{p}{own}.mlp"
+        return PerceiverLayer(
+            w,
+            heads,
+            hidden,
+            names,
+            (norm(f"{own}.input_latents_norm"), norm(f"{own}.input_context_norm")),
+            norm(f"{own}.post_attention_layernorm"),
+            GatedMLP(w, (f"{mlp}.gate_proj", f"{mlp}.up_proj"), f"{mlp}.down_proj",
+                     hidden=hidden, inner=4 * hidden, act=act),
+        )  # fmt: skip
 
-    def __call__(self, context: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        images, count = len(context), len(self._latents)
-        seen = F.pad(mask, (0, count), value=True)[:, None, None, :]
-        batch: Any = Patches(images, seen)
-        x = self._latents.repeat(images, 1)
-        for layer in self._layers:
-            x = layer(x, context, batch)
-        return self._norm(x)
-
-
-class PerceiverLayer:
-    """x + attention(norm(x), [norm(context); norm(x)]), then x + mlp(norm(x))."""
-
-    def __init__(self, w: "Checkpoint", c: "HFConfig", p: str, hidden: int, eps: float) -> None:
-        def norm(name: str) -> RMSNorm:
-            return rms_norm(w, p + name, hidden, eps)
-
-        self._latents_norm, self._context_norm = (
-            norm("input_latents_norm"),
-            norm("input_context_norm"),
-        )
-        heads, kv = c.integer("resampler_n_heads", 16), c.integer("num_key_value_heads", 4)
-        self._heads = h = cut_heads(w, heads, kv, c.integer("resampler_head_dim", 96))
-        size, size_kv = heads * h.head_dim, kv * h.head_dim
-        own = f"{p}self_attn."
-        self._q = Linear(w, Shard(f"{own}q_proj", size, hidden, rows=h.scaled(h.mine)))
-        both = [
-            Shard(f"{own}{x}_proj", size_kv, hidden, rows=h.scaled(h.mine_kv)) for x in ("k", "v")
-        ]
-        self._kv = Linear(w, *both)
-        self._out = Linear(w, split_cols(w, f"{own}o_proj", hidden, size))
-        self._mlp_norm = norm("post_attention_layernorm")
-        names = [f"{p}mlp.gate_proj", f"{p}mlp.up_proj"]
-        act = c.text("hidden_act", "silu")
-        self._mlp = GatedMLP(
-            w, names, f"{p}mlp.down_proj", hidden=hidden, inner=4 * hidden, act=act
-        )
-
-    def __call__(self, x: torch.Tensor, context: torch.Tensor, batch: Any) -> torch.Tensor:
-        h, images = self._heads, batch.count
-        latents = self._latents_norm(x)
-        # Kernels norm rows, of two dimensions.
-        seen = self._context_norm(context.flatten(0, 1)).view_as(context)
-        whole = torch.cat((seen, latents.view(images, -1, x.shape[-1])), 1)
-        q = self._q(latents, batch).view(images, -1, h.count, h.head_dim).transpose(1, 2)
-        kv = self._kv(whole.flatten(0, 1), batch).view(images, -1, 2, h.kv_count, h.head_dim)
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=batch.mask, enable_gqa=True)
-        x = self._out(seen.transpose(1, 2).reshape(len(x), -1), batch, x)
-        return self._mlp(x, batch, add=x, norm=self._mlp_norm)
+    latents = w.read(f"{p}latents", (c.integer("resampler_n_latents", 64), hidden))
+    layers = [layer(f"layers.{n}") for n in range(c.integer("resampler_depth", 3))]
+    return Perceiver(latents, layers, norm("norm"))

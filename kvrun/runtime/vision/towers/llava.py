@@ -8,7 +8,7 @@ import torch
 from kvrun.runtime.image import Image
 from kvrun.runtime.text import places
 from kvrun.runtime.text.places import PIXELS
-from kvrun.runtime.vision.encoder import Encoder, Projector, prefix_of, values
+from kvrun.runtime.vision.encoder import Encoder, Projector, values
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint
@@ -40,8 +40,7 @@ class Llava(Generic[_Places]):
         layers = said if isinstance(said, list) else [said]
         vision = c.part("vision_config")
         vision.defaults(**USUAL)
-        tower = prefix_of(
-            w,
+        tower = w.prefix(
             "embeddings.patch_embedding.weight",
             "vision_tower.vision_model.",
             "model.vision_tower.vision_model.",
@@ -55,9 +54,7 @@ class Llava(Generic[_Places]):
         )  # fmt: skip
         bias = c.flag("multimodal_projector_bias", True)
         wide = self._tower.hidden * len(layers)
-        own = prefix_of(
-            w, "linear_1.weight", "multi_modal_projector.", "model.multi_modal_projector."
-        )
+        own = w.prefix("linear_1.weight", "multi_modal_projector.", "model.multi_modal_projector.")
         act = c.text("projector_hidden_act", "gelu")
         self.hidden = c.integer("hidden_size", 4096)
         self._project = Projector(w, own, wide, self.hidden, act, bias=bias)

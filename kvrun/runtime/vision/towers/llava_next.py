@@ -9,7 +9,7 @@ import torch
 from kvrun.runtime.image import Image
 from kvrun.runtime.text import places
 from kvrun.runtime.text.places import PIXELS, SIZES
-from kvrun.runtime.vision.encoder import prefix_of, values
+from kvrun.runtime.vision.encoder import values
 from kvrun.runtime.vision.towers.llava import Llava
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class LlavaNext(Llava[places.LlavaNext]):
 
     def __init__(self, w: "Checkpoint", where: places.LlavaNext) -> None:
         super().__init__(w, where)
-        name = prefix_of(w, "image_newline", "", "model.") + "image_newline"
+        name = w.prefix("image_newline", "", "model.") + "image_newline"
         self._newline = w.read(name, (self.hidden,))
 
     def __call__(self, image: Image) -> torch.Tensor:

@@ -15,7 +15,7 @@ from kvrun.runtime.layers.norm import rms_norm
 from kvrun.runtime.layers.qkv import Shard
 from kvrun.runtime.text import places
 from kvrun.runtime.text.places import PIXELS, SIZES
-from kvrun.runtime.vision.encoder import FullAttention, Patches, Projector, prefix_of, values
+from kvrun.runtime.vision.encoder import FullAttention, Patches, Projector, values
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint
@@ -45,11 +45,11 @@ class Mistral3:
         self._device, self._dtype = w.device, w.dtype
         vision = c.part("vision_config")
         vision.defaults(**USUAL)
-        tower = prefix_of(w, "patch_conv.weight", "vision_tower.", "model.vision_tower.")
+        tower = w.prefix("patch_conv.weight", "vision_tower.", "model.vision_tower.")
         self._tower = Pixtral(w, vision, tower)
         self._largest = vision.integer("image_size")
         wide, area = self._tower.hidden, self.places.merge**2
-        own = prefix_of(w, "norm.weight", "multi_modal_projector.", "model.multi_modal_projector.")
+        own = w.prefix("norm.weight", "multi_modal_projector.", "model.multi_modal_projector.")
         self._norm = rms_norm(w, f"{own}norm", wide, c.number("rms_norm_eps", 1e-5))
         self._merge = Linear(w, Shard(f"{own}patch_merger.merging_layer", wide, wide * area))
         self.hidden = c.integer("hidden_size", 5120)

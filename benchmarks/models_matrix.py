@@ -218,7 +218,8 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def text_part(kind: str) -> str:
-    return str(eyes.FAMILIES[kind].get("text_config", {}).get("model_type", "its own"))
+    text = eyes.FAMILIES[kind].get("text_config", {})
+    return str(text.get("model_type", kind.split("-")[0]))
 
 
 def seen_with(results: runs.Results, family: str) -> str:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from kvrun.chat.pictures import content, named
+from kvrun.chat.plain import note
 from kvrun.errors import InvalidRequest
 from kvrun.runtime.text.images import NO_EYES, file_at, sees
 
@@ -11,7 +12,7 @@ def with_images(
     question: str | None, typed: str | None, images: list[str], folder: str
 ) -> str | list[dict[str, Any]]:
     """What the message of a question holds: beside `images` those that are named in what of it was
-    `typed`, each looked for before anything is started.
+    `typed`, which a line on stderr says; each is looked for before anything is started.
 
     Raises InvalidRequest or NotFound for images that cannot be shown.
     """
@@ -21,13 +22,15 @@ def with_images(
                 "--image needs a prompt.", hint="in a conversation, write its path in a question"
             )
         return ""
+    found: list[str] = []
     if sees(folder):
         rest, found = named(typed or "")  # what is piped in names no files
         if typed and found:
             question = question.removesuffix(typed) + rest
-        images = images + found
     elif images:
         raise InvalidRequest(NO_EYES, hint="docs/images.md says which models see")
-    for path in images:
+    for path in images + found:
         file_at(path)
-    return content(question, images)
+    for path in found:
+        note(f"with the image {path}")
+    return content(question, images + found)

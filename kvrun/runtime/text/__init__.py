@@ -18,6 +18,7 @@ from kvrun.runtime.text.images import (
     Images,
     Picture,
     Prompt,
+    dialog_of,
     images_of,
     taken_out,
     with_files,
@@ -47,6 +48,10 @@ class Text:
         self._named = _named_tokens(self.folder, self._settings)
         _add_missing(self._tokenizer, self._settings, self._named)
         self._template_source = _template_source(self.folder, self._settings)
+        dialog = None if self._template_source else dialog_of(self.folder, self._tokenizer)
+        self._turn_end = None if dialog is None else dialog[1]  # ends an answer too
+        if dialog is not None:
+            self._template_source = dialog[0]
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
         self._byte_ids = _byte_ids(self._tokenizer)
@@ -194,6 +199,8 @@ class Text:
         ids = [token for token in ids if isinstance(token, int) and not isinstance(token, bool)]
         if "eos_token" in self._named:
             ids.append(self._tokenizer.token_to_id(self._named["eos_token"]))
+        if self._turn_end:
+            ids.append(self._tokenizer.token_to_id(self._turn_end))
         return tuple(dict.fromkeys(token for token in ids if token is not None and token >= 0))
 
     @cached_property

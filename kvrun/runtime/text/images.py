@@ -109,10 +109,22 @@ def images_of(folder: Path, tokenizer: Tokenizer) -> Images | None:
 
 def sees(folder: str | Path) -> bool:
     """Whether the model in a folder takes images, by its config.json; False for a damaged one."""
+    return _places(folder) is not None
+
+
+def dialog_of(folder: Path, tokenizer: Tokenizer) -> tuple[str, str] | None:
+    """A chat template and the token that ends an answer, where a model's makers describe both and
+    its files hold neither; by its config.json, and None for a damaged one."""
+    where = _places(folder)
+    told = None if where is None else where.dialog
+    return told if told and tokenizer.token_to_id(told[1]) is not None else None
+
+
+def _places(folder: str | Path) -> places.Places | None:
     try:
-        return places.of(HFConfig.read(folder)) is not None
+        return places.of(HFConfig.read(folder))
     except KvrunError:
-        return False
+        return None
 
 
 def _size(image: Image) -> int:

@@ -22,11 +22,13 @@ CLIP_USUAL = {"image_size": 336, "patch_size": 14}
 class Places(Protocol):
     """`token` is the id that stands for one feature, `arrays` what its processor gives when it is
     asked with `options`. Where features are `attended` to, so many of each image, one `token` says
-    from where on; behind a text that `ends` nothing is seen. 0: they stand in the prompt."""
+    from where on; behind a text that `ends` nothing is seen. 0: they stand in the prompt. `dialog`
+    is a chat template, and the token that ends an answer, of models whose files hold none."""
 
     token: int
     attended: int
     ends: int
+    dialog: tuple[str, str] | None
     arrays: tuple[str, ...]
     options: dict[str, Any]
 
@@ -89,6 +91,7 @@ class _Placed:
     """Features stand in the prompt."""
 
     attended, ends = 0, -1
+    dialog: tuple[str, str] | None = None
 
     def tidy(self, text: str) -> str:
         return text
@@ -172,6 +175,16 @@ class Idefics:
 
     arrays: tuple[str, ...] = (PIXELS,)
     edge = "<fake_token_around_image>"
+    # Of the instruct versions, by their model card.
+    dialog: tuple[str, str] | None = (
+        "{{ bos_token }}{% for message in messages %}{{ message.role | capitalize }}: "
+        "{% if message.content is string %}{{ message.content }}{% else %}"
+        "{% for part in message.content %}"
+        "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
+        "{% endfor %}{% endif %}<end_of_utterance>\n{% endfor %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}",
+        "<end_of_utterance>",
+    )
 
     def __init__(self, config: HFConfig) -> None:
         # Two tokens more than Llama's: the one around images, then the image's.

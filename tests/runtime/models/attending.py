@@ -42,7 +42,7 @@ class SeeingDriver(Driver):
         assert self.model.vision is not None
         self.features = Features(self.model.vision, 1 << 20)
         slots = Slots(1, 1, torch.device("cpu"))
-        self.reader = Reader(self.model, self.backend, slots, None, 4, self.features)
+        self.reader = Reader(self.model, self.backend, slots, None, self.block_size, self.features)
 
     def begin(self, number: int, ids: list[int], seeds: list[int]) -> None:
         assert self.model.vision is not None

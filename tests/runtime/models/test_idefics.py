@@ -12,6 +12,7 @@ import torch
 from kvrun import LLM, SamplingParams
 from kvrun.errors import Unsupported
 from kvrun.runtime import device
+from kvrun.runtime.attention import triton
 from kvrun.runtime.calibrate.layers import Layers
 from kvrun.runtime.engine.seen import Attended
 from kvrun.runtime.layers import attention, cross, mlp, norm, position
@@ -67,6 +68,15 @@ def test_the_order_of_kernels_gives_the_same_logits(
         monkeypatch.setattr(module, "fused", device.kernel)
     folder, oracle = made(variant)
     assert stepwise(SeeingDriver(folder), oracle) <= TOLERANCE
+
+
+@of_every_variant
+def test_the_backend_of_a_gpu_gives_the_same_logits(made: Made, family: str, variant: str) -> None:
+    folder, oracle = made(variant)
+    driver = SeeingDriver(folder, block_size=16)
+    backend = triton.Attention(driver.backend.cache, torch.float32)
+    driver.backend = driver.reader._backend = backend
+    assert stepwise(driver, oracle) <= TOLERANCE
 
 
 @of_every_variant

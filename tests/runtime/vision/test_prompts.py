@@ -59,6 +59,27 @@ def test_prompts_that_attend_to_images_are_those_of_transformers(tmp_path: Path)
         assert (got == pixels.numpy()).all()
 
 
+def test_instruct_versions_are_asked_as_their_makers_say(tmp_path: Path) -> None:
+    processor, _ = readers.make(tmp_path, "idefics")
+    (tmp_path / "chat_template.jinja").unlink()
+    text, end = Text(tmp_path), "<end_of_utterance>"
+    asked = [
+        {"role": "user", "content": [{"type": "image", "image": png(1)},
+                                     {"type": "text", "text": "Who?"}]},
+        {"role": "assistant", "content": "Idefix."},
+        {"role": "user", "content": "Sure?"},
+    ]  # fmt: skip
+    found = text.converse(asked)
+    words = f"Who?{end}\nAssistant: Idefix.{end}\nUser: Sure?{end}\nAssistant:"
+    theirs = processor(text=["User:", picture(1), words], return_tensors="pt")
+    assert found.ids == theirs["input_ids"][0].tolist()
+    assert text.eos_token_ids[-1] == text.encode(end)[0]
+    # Of the first version, which knows no turns, nobody says how it is asked.
+    tokens = json.loads((tmp_path / "tokenizer.json").read_text().replace(end, "<other>"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokens))
+    assert not Text(tmp_path).chat_template_known
+
+
 def test_rows_of_features_end_in_words_of_their_own(tmp_path: Path) -> None:
     """Of Mistral 3, whose whole processor wants torchvision; its image processor does not."""
     readers.tokenizer().save(str(tmp_path / "tokenizer.json"))

@@ -188,7 +188,9 @@ def kvrun(*words: str, stdin: str = "") -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_kvrun_chat_shows_images(attended: Folder, tmp_path: Path) -> None:
+def test_kvrun_chat_shows_images(
+    attended: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = attended
     path = tmp_path / "an image.png"
     path.write_bytes(png(1))
@@ -200,7 +202,9 @@ def test_kvrun_chat_shows_images(attended: Folder, tmp_path: Path) -> None:
     shown = [{"type": "image", "image": str(path)}, {"type": "text", "text": WORDS}]
     assert with_images(WORDS, WORDS, [str(path)], str(folder[0])) == shown
     typed = f"'{path}' {WORDS}"
+    assert capsys.readouterr().err == ""  # what was asked for needs no word
     assert with_images(typed, typed, [], str(folder[0])) == shown
+    assert capsys.readouterr().err == f"with the image {path}\n"
     # What is piped in names no files.
     assert with_images(typed, None, [], str(folder[0])) == typed
     assert with_images(typed, typed, [], "/no/model") == typed

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from kvrun.runtime.batch import Batch
 from kvrun.runtime.engine.features import Features
 from kvrun.runtime.engine.reader import Reader
 from kvrun.runtime.engine.request import Request
@@ -55,13 +56,12 @@ class SeeingDriver(Driver):
             sequence.source_blocks.append(blocks)
             sequence.source_hits.append(False)
 
-    @torch.inference_mode()
-    def step(self, work: Sequence[tuple[int, Sequence[int]]], shift: int = 0) -> list[torch.Tensor]:
+    def prepared(self, work: Sequence[tuple[int, Sequence[int]]], shift: int = 0) -> Batch:
         rows = [Row(self.shown[n], self.lengths.get(n, 0), len(ids), False) for n, ids in work]
         self.reader.read(rows)
         batch = self.batch(work, shift)
         self.reader.show(rows, batch)
-        return list(self.model(batch).split([len(ids) for _, ids in work]))
+        return batch
 
 
 @torch.inference_mode()

@@ -26,8 +26,8 @@ Values = Callable[[torch.Tensor], torch.Tensor]
 
 _TURNED = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn|kv_attn)\.weight$")  # of GPT-2: [in, out]
 _ROUTER = re.compile(r"\.(gate|router|router\.layer|shared_expert_gate)\.weight$")
-# Tables, norms by head, convolutions, decays: nothing that multiplies rows.
-_NONE = re.compile(r"(relative_attention_bias|norm|conv1d)\.weight$")
+# Tables, norms by head, convolutions, decays: nothing that multiplies rows. Towers stay plain.
+_NONE = re.compile(r"(relative_attention_bias|norm|conv1d)\.weight$|vision_model|perceiver")
 _STACK = re.compile(r"experts\.(gate_up_proj|down_proj)$|(input|output)_linear\.weight$")
 _FLAT = re.compile(r"experts\.mlp\.(w1|v1|w2)$")  # of DBRX: experts one below the other
 

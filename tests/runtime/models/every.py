@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from kvrun.runtime.engine.reader import Reader
-from kvrun.runtime.engine.slots import Slots
 from tests.runtime.lora.adapters import Adapted, ready
-from tests.runtime.models import seq2seq, test_baichuan, zoo
+from tests.runtime.models import seq2seq, test_baichuan, test_idefics, zoo
+from tests.runtime.models.attending import SHOWN, SeeingDriver
 from tests.runtime.models.compare import prompt
 from tests.runtime.models.seq2seq import EncodedDriver
 from tests.runtime.models.test_ranks import Sum, Threads
@@ -24,7 +23,7 @@ def variants() -> Iterator[tuple[str, str]]:
     yield from zoo.variants()
     yield from seq2seq.VARIANTS
     yield "baichuan", "13b-1"
-    yield "idefics", "perceiver"
+    yield from (("idefics", variant) for variant in test_idefics.VARIANTS)
 
 
 def folder(models: Any, place: Path, family: str, variant: str) -> Path:
@@ -41,21 +40,30 @@ def make(folder: Path, family: str, variant: str) -> None:
     if family == "baichuan":
         test_baichuan.make(folder)
     elif family == "idefics":
-        eyes.make(folder, family)
+        eyes.make(folder, test_idefics.VARIANTS[variant])
     else:
         (seq2seq if family in ENCODED else zoo).make(folder, family, variant)
 
 
-class AdaptedEncoded(EncodedDriver, Adapted):
-    """A driver with a bank whose prompts are read by an encoder, with the sequence's adapter."""
+class _Reads:
+    """Has prompts or images read by the sequence's adapter."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        slots = Slots(1, 1, torch.device("cpu"))
-        self.reader = Reader(self.model, self.backend, slots, self.bank, self.block_size)  # type: ignore[arg-type]
+        self.reader._bank = self.bank  # type: ignore[attr-defined]
+
+
+class AdaptedEncoded(_Reads, EncodedDriver, Adapted):
+    """A driver with a bank whose prompts are read by an encoder."""
+
+
+class AdaptedSeeing(_Reads, SeeingDriver, Adapted):
+    """A driver with a bank whose sequences attend to images."""
 
 
 def driver(folder: Path, family: str, **options: Any) -> Adapted:
+    if family == "idefics":
+        return AdaptedSeeing(folder, **options)
     return (AdaptedEncoded if family in ENCODED else Adapted)(folder, **options)
 
 
@@ -74,19 +82,30 @@ def on_ranks(folder: Path, family: str, ranks: int) -> list[torch.Tensor]:
 def logits(runs: Adapted, adapter: str | None = None, form: str = "joined") -> torch.Tensor:
     """Of both prompts and of a step behind each; the first one with the adapter."""
     names = [adapter, None]
+    starts = ANSWERS if isinstance(runs, EncodedDriver) else PROMPTS
     if isinstance(runs, EncodedDriver):
-        for number, (ids, name) in enumerate(zip(PROMPTS, names, strict=True)):
+        for number, ids in enumerate(PROMPTS):
             runs.begin(number, ids)
-            found = runs.bank.find(name)
-            runs.sources[number].adapter = ready(runs.bank, found) if found else None
+        _give(runs, runs.sources[0], adapter)
+    if isinstance(runs, SeeingDriver):
+        starts = [ids for ids, _ in SHOWN[:2]]
+        for number, (ids, seeds) in enumerate(SHOWN[:2]):
+            runs.begin(number, ids, seeds)
+        _give(runs, runs.shown[0], adapter)
     rows = []
-    for parts in (ANSWERS if isinstance(runs, EncodedDriver) else PROMPTS, [[7], [9]]):
+    for parts in (starts, [[7], [9]]):
         work = [(n, ids, names[n]) for n, ids in enumerate(parts)]
         rows += runs.adapted(work, form)
     return torch.cat(rows)
 
 
+def _give(runs: Adapted, sequence: Any, adapter: str | None) -> None:
+    found = runs.bank.find(adapter)
+    sequence.adapter = ready(runs.bank, found) if found else None
+
+
 def rows_of_the_first(family: str) -> torch.Tensor:
     """bool [rows]: which rows of `logits` are those of the first prompt."""
-    first, other = map(len, ANSWERS if family in ENCODED else PROMPTS)
+    shown = [ids for ids, _ in SHOWN[:2]] if family == "idefics" else PROMPTS
+    first, other = map(len, ANSWERS if family in ENCODED else shown)
     return torch.tensor([True] * first + [False] * other + [True, False])

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from kvrun.runtime.config import QUANTIZE
 from kvrun.runtime.kernels import w4a16
 from kvrun.runtime.quant import _round, dense
-from kvrun.runtime.quant._cpu import Int4, Int8
+from kvrun.runtime.quant._cpu import Int4, Int8, Native
 from tests.runtime.models import every, zoo
 from tests.runtime.quant import formats, writers
 
@@ -28,6 +28,9 @@ _TURNED = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn|kv_attn)\.weight$")  # of GP
 _ROUTER = re.compile(r"\.(gate|router|router\.layer|shared_expert_gate)\.weight$")
 # Tables, norms by head, convolutions, decays: nothing that multiplies rows. Towers stay plain.
 _NONE = re.compile(r"(relative_attention_bias|norm|conv1d)\.weight$|vision_model|perceiver")
+_HEAD = re.compile(r"(lm_head|embed_out)\.weight$")
+# What makes logits where there is no head.
+_TABLE = re.compile(r"(embed_tokens|wte|word_embeddings|shared|embed_in|embeddings)\.weight$")
 _STACK = re.compile(r"experts\.(gate_up_proj|down_proj)$|(input|output)_linear\.weight$")
 _FLAT = re.compile(r"experts\.mlp\.(w1|v1|w2)$")  # of DBRX: experts one below the other
 
@@ -53,6 +56,11 @@ def rounded(folder: Path, family: str, method: str) -> Tensors:
         return w4a16.dequantise(_round.coded(matrix.contiguous(), method), torch.float32)
 
     tensors = load_file(folder / "model.safetensors")
+    if method != "fp8":  # of which a CPU has no product
+        head = next((n for n in tensors if _HEAD.search(n)), None)
+        head = head or next(n for n in tensors if _TABLE.search(n))
+        codes = _round.coded(tensors[head], "int8")
+        tensors[head] = w4a16.dequantise(codes, torch.float32)
     for name in [n for n in matrices(tensors) if not routes(n)]:
         tensors[name] = either_way(values, tensors[name], turned(name, family))
     for name, stack in tensors.items():
@@ -149,11 +157,13 @@ def copied(folder: Path, new: Path, files: Tensors, said: dict[str, Any] | None 
 
 
 def exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU's kernels of codes round rows to bf16; here they multiply the values of the codes."""
+    """A CPU's kernels of codes round rows; here they multiply the values of the codes."""
 
     def lay_out(self: Any, matrix: w4a16.Coded, bias: torch.Tensor | None) -> None:
         values = w4a16.dequantise(matrix._replace(order=None), torch.float32)
-        self.matmul = dense.Plain(values, bias).matmul
+        self.matmul, self.nbytes = dense.Plain(values, bias).matmul, matrix.nbytes
+        self.rows = lambda ids, dtype: values[ids].to(dtype)
+        self.takes_in = lambda rows: False
 
-    for kernel in (Int4, Int8):
+    for kernel in (Native, Int4, Int8):
         monkeypatch.setattr(kernel, "__init__", lay_out)

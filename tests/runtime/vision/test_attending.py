@@ -11,6 +11,8 @@ from peft import LoraConfig, get_peft_model
 from kvrun import LLM, SamplingParams
 from kvrun.errors import InvalidRequest
 from kvrun.runtime.cache.tensors import bytes_per_block
+from kvrun.runtime.engine.request import Request
+from kvrun.runtime.layers.cross import CrossDecoder
 from kvrun.runtime.vision.towers import idefics as tower
 from tests.runtime.models.attending import LONG, SHORT, TEXT, SeeingDriver
 from tests.runtime.vision import eyes
@@ -42,13 +44,19 @@ def test_answers_see_what_the_prompt_ends_with(made: Made) -> None:
 def test_images_are_seen_once_whoever_asks(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, oracle = made("idefics")
     looked: list[bytes] = []
-    real = tower.Idefics.__call__
+    kept: list[int] = []  # rows of keys and values
+    real, encode = tower.Idefics.__call__, CrossDecoder.encode
 
     def look(self: Any, image: Any) -> torch.Tensor:
         looked.append(image.digest)
         return real(self, image)
 
+    def count(self: CrossDecoder, batch: Any) -> None:
+        kept.append(len(batch.ids))
+        encode(self, batch)
+
     monkeypatch.setattr(tower.Idefics, "__call__", look)
+    monkeypatch.setattr(CrossDecoder, "encode", count)
     twice = [TOKEN, 5, TOKEN, 6]
     with LLM(str(folder), block_size=4) as llm:
         asked = [(LONG, [0, 1, 2]), (SHORT, [1, 3]), (twice, [3, 3])]
@@ -60,6 +68,7 @@ def test_images_are_seen_once_whoever_asks(made: Made, monkeypatch: pytest.Monke
         # Five features of four images, in blocks of four: nothing is kept twice.
         assert len(llm._engine.scheduler._sources._entries) == 4
         assert len(looked) == len(set(looked)) == 4
+        assert sum(kept) == 4 * 5
         assert pool.free == pool.total
 
 
@@ -114,6 +123,22 @@ def test_images_need_room_of_their_own(made: Made) -> None:
         with pytest.raises(InvalidRequest, match=r"take 16 tokens of a cache that has 48; 33 of"):
             llm.generate(SHORT, few, images=images)
         assert len(llm.generate(SHORT[2:], unbound)[0].token_ids) == 35
+
+
+def test_what_fails_later_takes_its_images_along(made: Made) -> None:
+    folder, oracle = made("idefics")
+    images = [eyes.image("idefics", seed) for seed in (1, 3)]
+    with LLM(str(folder), block_size=4) as llm:
+        engine = llm._engine
+        engine.add(Request(id="x", prompt_ids=SHORT, params=GREEDY, images=images))
+        deltas = engine.step() + engine.step()
+        assert sum(len(delta.token_ids) for delta in deltas) == 2
+        engine.scheduler.fail(engine.scheduler.running[0], "on purpose")
+        while not engine.idle:
+            engine.step()
+        # Its blocks are cleared, and no longer what others find.
+        again = llm.generate(SHORT, GREEDY, images=images)[0].token_ids
+        assert list(again) == wanted(oracle, "idefics", SHORT, [1, 3], 12)
 
 
 def test_what_an_image_breaks_stays_its_own(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

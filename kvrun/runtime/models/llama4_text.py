@@ -10,7 +10,7 @@ from kvrun.runtime.layers.attention import Attention
 from kvrun.runtime.layers.block import Block, Part
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.layers.mlp import GatedMLP
-from kvrun.runtime.layers.moe import Experts, MoE, stacked
+from kvrun.runtime.layers.moe import Changes, Experts, MoE, stacked
 from kvrun.runtime.layers.norm import HeadNorm, RMSNorm
 from kvrun.runtime.layers.position import GrowingQueries, Rope
 from kvrun.runtime.layers.qkv import Heads
@@ -106,5 +106,7 @@ def experts(w: "Checkpoint", p: str) -> Experts:
 class InputScaled(MoE):
     """The router's weight scales what goes into the expert, not what comes out."""
 
-    def _mixed(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        return super()._mixed(x * weights.to(x.dtype), torch.ones_like(weights), chosen)
+    def _mixed(
+        self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, more: Changes = None
+    ) -> torch.Tensor:
+        return super()._mixed(x * weights.to(x.dtype), torch.ones_like(weights), chosen, more)

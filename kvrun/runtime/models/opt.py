@@ -11,7 +11,7 @@ from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.layers.embedding import Embedding, Head
 from kvrun.runtime.layers.linear import Linear
 from kvrun.runtime.layers.mlp import MLP
-from kvrun.runtime.layers.norm import LayerNorm, layer_norm
+from kvrun.runtime.layers.norm import LayerNorm, adapted, layer_norm
 from kvrun.runtime.layers.position import LearnedPositions
 from kvrun.runtime.layers.qkv import Shard, cut_heads, separate
 from kvrun.runtime.models import gpt2
@@ -64,8 +64,8 @@ class PostBlock(Block):
     """norm(x + attention(x)), then norm(x + mlp(x))."""
 
     def __call__(self, x: torch.Tensor, batch: Any) -> torch.Tensor:
-        x = self._attention_norm(self._attention(x, batch, add=x))
-        return self._mlp_norm(self._mlp(x, batch, add=x))
+        x = adapted(self._attention_norm, batch)(self._attention(x, batch, add=x))
+        return adapted(self._mlp_norm, batch)(self._mlp(x, batch, add=x))
 
 
 class Widened:

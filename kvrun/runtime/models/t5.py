@@ -27,7 +27,8 @@ def build(w: "Checkpoint", *, scaled: bool = True, every: bool = False) -> Encod
     refuse_float16(w)
     old = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias."
     w.skip("encoder.embed_tokens.", "decoder.embed_tokens.", old)
-    embedding = Embedding(w, "shared", c.integer("vocab_size"), size)
+    # Encoder and decoder each have it under a name of their own.
+    embedding = Embedding(w, "shared", c.integer("vocab_size"), size, several=True)
     counts = c.integer("num_layers"), c.integer("num_decoder_layers", c.integer("num_layers"))
     biases = [_biases(w, "encoder", counts[0], every), _biases(w, "decoder", counts[1], every)]
     encoder = [_read(w, n, bias) for n, bias in enumerate(biases[0])]

@@ -33,6 +33,7 @@ Out = Annotated[
 def command(model: Model, adapter: Adapter, output: Out) -> None:
     """Add a LoRA adapter to a model's weights: W + scale · B · A, stored as the model is.
 
+    DoRA, biases, saved modules, embeddings and experts too.
     Tokenizer and configuration are copied. Serving the adapter beside others needs none of this.
     """
     from kvrun.chat.plain import note

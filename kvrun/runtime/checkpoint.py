@@ -1,9 +1,9 @@
 """Checkpoint, Shard: named tensors on disk, cut for this rank, straight to device and dtype."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 
@@ -40,6 +40,31 @@ class Shard:
         return kept(self.out_features, self.rows), kept(self.in_features, self.cols)
 
 
+class Product(tuple[Shard, ...]):
+    """A matrix that adapters can change, as the shards whose rows are its output.
+
+    `role` is "linear", "by head" (multiplied in parts, see layers/mla.py), "embedding" (its input
+    are ids; [hidden, vocab]), "head" (its input are the rows that are wanted) "experts" (`copies`
+    matrices of this shape; where each is stored in `parts`, they are named "N.part"), or a vector:
+    "norm", or "gain" where it has no bias.
+    """
+
+    role: str
+    copies: int
+    parts: tuple[str, ...]
+
+    def __new__(
+        cls,
+        shards: Iterable[Shard],
+        role: str = "linear",
+        copies: int = 1,
+        parts: tuple[str, ...] = (),
+    ) -> Self:
+        product = super().__new__(cls, shards)
+        product.role, product.copies, product.parts = role, copies, parts
+        return product
+
+
 class Checkpoint:
     """A model's folder: its configuration, and its tensors by the names in the file.
 
@@ -73,7 +98,7 @@ class Checkpoint:
         self.dtype = dtype
         self.group = group
         self.parameter_bytes = 0  # of what was read, as this rank holds it
-        self.products: list[tuple[Shard, ...]] = []  # what adapters can change, by its shards
+        self.products: list[Product] = []  # what adapters can change
         self.dummy = dummy = load_format == "dummy"
         self._renamed: dict[str, str] = {}
         self._source: Source = RandomSource(seed) if dummy else FileSource(Path(folder))

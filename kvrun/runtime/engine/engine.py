@@ -334,7 +334,7 @@ def _info(adapter: Adapter) -> AdapterInfo:
         name=adapter.name,
         path=str(adapter.source.path),
         bytes=adapter.bytes,
-        ranks=sorted(set(adapter.source.ranks.values())),
+        ranks=list(adapter.source.layout.ranks),
         state=adapter.state,
         load_seconds=adapter.load_seconds,
         running=adapter.users,

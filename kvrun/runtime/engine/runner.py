@@ -142,7 +142,7 @@ class ModelRunner:
 
     def _replayable(self, schedule: Schedule) -> bool:
         """Whether all get one token, each behind the one that the device has drawn for it."""
-        if not self.graphs or not self.graphs.takes(len(schedule)):
+        if not self.graphs or not self.graphs.takes(len(schedule)) or _apart(schedule):
             return False
         fed = self._slots.fed
         return all(
@@ -181,6 +181,7 @@ class ModelRunner:
         sequences = [row.sequence for row in schedule if row.sample]
         taken = self.mixed is not None and self.mixed.takes(len(columns.ids), len(schedule))
         plain = not (columns.targets or shows(schedule) or any(row.pools for row in schedule))
+        plain = plain and not _apart(schedule)
         if taken and plain:
             mixed = cast(MixedGraphs, self.mixed)
             mixed.replay(columns, _assigned(schedule))
@@ -372,6 +373,12 @@ def _wanted(schedule: Schedule, ends: list[int]) -> list[list[int]]:
 
 def _assigned(schedule: Schedule) -> Assigned | None:
     return assigned([row.sequence.adapter for row in schedule])
+
+
+def _apart(schedule: Schedule) -> bool:
+    """Whether an adapter of the step changes what captured steps do not ask about."""
+    found = [row.sequence.adapter for row in schedule]
+    return any(a is not None and a.source.layout.apart for a in found)
 
 
 def _most(schedule: Schedule) -> int:

@@ -9,6 +9,8 @@ from kvrun.runtime.kernels import w4a16
 from kvrun.runtime.kernels.gated import ACTIVATIONS
 from kvrun.runtime.kernels.w4a16 import Coded
 
+# What is added to the products of some rows [tokens, in] with the matrix of one expert.
+More = Callable[[torch.Tensor, int], torch.Tensor]
 Gate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # Matrices [experts, out, in]; the same as codes, whose tensors have that dimension more; or what
 # multiplies [tokens, in] by each of them, which the Triton kernel does not take.
@@ -26,6 +28,7 @@ def experts(
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
     limit: float = 0.0,
+    more: tuple[More | None, More | None] = (None, None),
 ) -> torch.Tensor:
     """The sum over k of weights[t, k] · mlp(x[t]) of expert chosen[t, k]: [tokens, hidden].
 
@@ -33,6 +36,7 @@ def experts(
     [experts, hidden, inner]; chosen: [tokens, K] int64; weights: [tokens, K] fp32. `act` is one of
     the activations of a gated MLP, or "clamped" (gpt-oss): gate · sigmoid(1.702 · gate) · (up + 1)
     with gate at most `limit` and up within ±limit. Biases: [experts, 2 * inner], [experts, hidden].
+    `more` (of adapters) belongs to `gate_up` and `down`; the Triton kernel does not take it.
     """
     tokens, count = chosen.shape
     flat = chosen.reshape(-1)
@@ -44,16 +48,22 @@ def experts(
         if size == 0:
             continue
         mine = slice(start, start + size)
-        both = _linear(rows[mine], gate_up, gate_up_bias, expert)
+        both = _linear(rows[mine], gate_up, gate_up_bias, expert, more[0])
         gate, up = both.chunk(2, dim=1)
-        found[mine] = _linear(_gated(gate, up, act, limit), down, down_bias, expert)
+        found[mine] = _linear(_gated(gate, up, act, limit), down, down_bias, expert, more[1])
         start += size
     each = torch.empty_like(found).index_copy_(0, order, found).view(tokens, count, -1)
     return (each.float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
 
-def _linear(x: torch.Tensor, stack: Stack, bias: torch.Tensor | None, expert: int) -> torch.Tensor:
-    own = None if bias is None else bias[expert]
+def _linear(
+    x: torch.Tensor, stack: Stack, bias: torch.Tensor | None, expert: int, more: More | None
+) -> torch.Tensor:
+    y = _product(x, stack, None if bias is None else bias[expert], expert)
+    return y if more is None else y + more(x, expert)
+
+
+def _product(x: torch.Tensor, stack: Stack, own: torch.Tensor | None, expert: int) -> torch.Tensor:
     if isinstance(stack, Coded):
         return F.linear(x, w4a16.dequantise(one(stack, expert), x.dtype), own)
     if isinstance(stack, torch.Tensor):

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
+from kvrun.runtime.layers.norm import adapted
+
 if TYPE_CHECKING:
     from kvrun.runtime.attention import AttentionSpec
     from kvrun.runtime.batch import Batch
@@ -44,14 +46,15 @@ class Block:
         self._attention = attention
         self._mlp_norm = mlp_norm
         self._mlp = mlp
+        self.norms = attention_norm, mlp_norm  # that adapters may change
 
     @property
     def spec(self) -> "AttentionSpec | StateSpec":
         return self._attention.spec
 
     def __call__(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
-        x = self._attention(x, batch, add=x, norm=self._attention_norm)
-        return self._mlp(x, batch, add=x, norm=self._mlp_norm)
+        x = self._attention(x, batch, add=x, norm=adapted(self._attention_norm, batch))
+        return self._mlp(x, batch, add=x, norm=adapted(self._mlp_norm, batch))
 
 
 class Residual:
@@ -74,8 +77,8 @@ class PostBlock(Block):
     """norm(x + attention(x)), then norm(x + mlp(x))."""
 
     def __call__(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
-        x = self._attention_norm(self._attention(x, batch, add=x))
-        return self._mlp_norm(self._mlp(x, batch, add=x))
+        x = adapted(self._attention_norm, batch)(self._attention(x, batch, add=x))
+        return adapted(self._mlp_norm, batch)(self._mlp(x, batch, add=x))
 
 
 class ParallelBlock:
@@ -88,14 +91,16 @@ class ParallelBlock:
         self._attention = attention
         self._mlp_norm = mlp_norm
         self._mlp = mlp
+        self.norms = norm, mlp_norm
 
     @property
     def spec(self) -> "AttentionSpec | StateSpec":
         return self._attention.spec
 
     def __call__(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
-        y = self._norm(x)
-        z = y if self._mlp_norm is None else self._mlp_norm(x)  # before x is overwritten
+        y = adapted(self._norm, batch)(x)
+        # Before x is overwritten.
+        z = y if self._mlp_norm is None else adapted(self._mlp_norm, batch)(x)
         return self._mlp(z, batch, add=self._attention(y, batch, add=x))
 
 
@@ -117,16 +122,19 @@ class Sandwich:
         self._before_mlp = before_mlp
         self._mlp = mlp
         self._after_mlp = after_mlp
+        self.norms = before_attention, after_attention, before_mlp, after_mlp
 
     @property
     def spec(self) -> "AttentionSpec | StateSpec":
         return self._attention.spec
 
     def __call__(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
-        y = self._attention(x, batch, norm=self._before_attention)
-        x = self._after_attention.add_to(x, y)
-        y = self._mlp(x, batch, norm=self._before_mlp)
-        return self._after_mlp.add_to(x, y)
+        before = self._before_attention
+        y = self._attention(x, batch, norm=before and adapted(before, batch))
+        x = adapted(self._after_attention, batch).add_to(x, y)
+        before = self._before_mlp
+        y = self._mlp(x, batch, norm=before and adapted(before, batch))
+        return adapted(self._after_mlp, batch).add_to(x, y)
 
 
 class Scaled:

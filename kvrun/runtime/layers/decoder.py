@@ -7,7 +7,7 @@ import torch
 
 from kvrun.runtime.attention import AttentionSpec
 from kvrun.runtime.cache.states import StateSpec
-from kvrun.runtime.layers.norm import Norm, before_product
+from kvrun.runtime.layers.norm import Norm, adapted, before_product, let_adapt
 
 if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
@@ -56,6 +56,8 @@ class Decoder:
         self.vocab_size = head.vocab_size
         self.softcapped = head.softcapped  # logits are fp32 then
         self.parameter_bytes = w.parameter_bytes + head.copy_bytes
+        let_adapt(w, (norm for block in blocks for norm in getattr(block, "norms", ())))
+        let_adapt(w, [norm])
         self.products = w.products
         self.vision: Vision | None = None  # the part that sees, of a model that does
         known = w.config.get("max_position_embeddings") is not None
@@ -69,8 +71,9 @@ class Decoder:
         for block in self.blocks:
             x = block(x, batch)
         if batch.state_rows is not None:
-            states = x.index_select(0, batch.state_rows)
-            batch.states = states if self._norm is None else self._norm(states)
+            states, norm = x.index_select(0, batch.state_rows), self._norm
+            norm = None if norm is None else adapted(norm, batch, batch.state_rows)
+            batch.states = states if norm is None else norm(states)
         return self.logits(x, batch, out)
 
     def embed(self, batch: "Batch") -> torch.Tensor:
@@ -90,5 +93,6 @@ class Decoder:
             return x.new_empty((0, self.vocab_size))
         if wanted < len(x):  # else every row is wanted, in order
             x = x.index_select(0, batch.last_rows)
-        x, before = before_product(self._norm, x)
+        norm = None if self._norm is None else adapted(self._norm, batch, batch.last_rows)
+        x, before = before_product(norm, x)
         return self._head(x, batch, before, out)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from kvrun.runtime import quant
-from kvrun.runtime.checkpoint import Shard
+from kvrun.runtime.checkpoint import Product, Shard
 from kvrun.runtime.device import kernel
 from kvrun.runtime.layers.linear import Linear, Prologue, product
 from kvrun.runtime.quant import dense
@@ -24,7 +24,8 @@ class Embedding:
     """batch.ids [tokens] -> [tokens, hidden].
 
     `scale` is rounded to the dtype, as families train it. `more` rows stand behind those of the
-    vocabulary, in a matrix named `additional_embedding`.
+    vocabulary, in a matrix named `additional_embedding`. Adapters find it by its name, unless it
+    has such rows or stands for `several` modules, which they would change one by one.
     """
 
     def __init__(
@@ -35,26 +36,38 @@ class Embedding:
         hidden: int,
         scale: float | None = None,
         more: int = 0,
+        *,
+        several: bool = False,
     ) -> None:
         self.name = name
         self.more = more
-        self.shape, self._dtype = (vocab + more, hidden), w.dtype
+        self.shape, self._dtype, self._device = (vocab + more, hidden), w.dtype, w.device
         self.weight: torch.Tensor | None = w.read(f"{name}.weight", (vocab, hidden))
         self._shared: quant.TableWeight | None = None
         if more:
             added = w.read(f"{name}.additional_embedding.weight", (more, hidden))
             self.weight = torch.cat((self.weight, added))
         self._scale = None if scale is None else float(torch.tensor(scale, dtype=w.dtype))
+        self.site = None if several or more else len(w.products)
+        if self.site is not None:
+            w.products.append(Product((Shard(name, hidden, vocab),), "embedding"))
 
     def share(self, head: "quant.TableWeight") -> None:
         """Look rows up in the head that is tied to this, and forget them here."""
         self._shared, self.weight = head, None
+
+    def _rows(self, first: int, last: int) -> torch.Tensor:
+        if self._shared is None:
+            return cast(torch.Tensor, self.weight)[first:last]
+        return self._shared.rows(torch.arange(first, last, device=self._device), self._dtype)
 
     def __call__(self, batch: "Batch") -> torch.Tensor:
         if self._shared is not None:
             x = self._shared.rows(batch.ids, self._dtype)
         else:
             x = F.embedding(batch.ids, cast(torch.Tensor, self.weight))
+        if batch.lora is not None and batch.lora.extra is not None and self.site is not None:
+            batch.lora.extra.embed(self.site, batch.ids, x, self._rows, self.shape[0])
         return x if self._scale is None else x.mul_(self._scale)
 
 
@@ -86,11 +99,15 @@ class Head:
         said = w.config.get("tie_word_embeddings")
         tied = tied if said is None else w.config.flag("tie_word_embeddings")
         self.copy_bytes = 0
+        self._site = len(w.products)
+        self._tied_to: int | None = embedding.site
+        w.products.append(Product((Shard(name, self.vocab_size, hidden),), "head"))
         if w.has(f"{name}.weight", otherwise=not tied) or said is False:
             more = embedding.more
             shards = [Shard(name, self.vocab_size - more, hidden)]
             shards += [Shard(f"{name}.additional_fc", more, hidden)] if more else []
             self._weight = quant.head(w, shards, bias)
+            self._tied_to = None
         else:
             added = w.read(f"{name}.bias", (self.vocab_size,)) if bias else None
             self._weight = self._tied(w, embedding, added)
@@ -117,12 +134,19 @@ class Head:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`norm` is applied to x first; `out` [rows, vocab], if given, gets the logits."""
-        if self._softcap is None:
-            logits = product(self._weight, x, before=norm, out=out)
-            return logits if self._scale is None else logits.mul_(self._scale)
-        logits = product(self._weight, x, before=norm)
-        capped: torch.Tensor = self._kernel.softcap(logits, self._softcap, out=out)
-        return capped
+        extra = None if batch.lora is None else batch.lora.extra
+        if extra is None:
+            logits = product(self._weight, x, None, norm, out if self._softcap is None else None)
+        else:
+            x = x if norm is None else norm(x)
+            logits = product(self._weight, x)
+            known = self._weight, self._tied_to
+            logits = extra.head(self._site, x, logits, batch.last_rows, *known)
+        if self._softcap is not None:
+            capped: torch.Tensor = self._kernel.softcap(logits, self._softcap, out=out)
+            return capped
+        logits = logits if self._scale is None else logits.mul_(self._scale)
+        return logits if extra is None or out is None else out.copy_(logits)
 
 
 class Widened:

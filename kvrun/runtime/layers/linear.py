@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from kvrun.runtime import quant
-from kvrun.runtime.checkpoint import Shard
+from kvrun.runtime.checkpoint import Product, Shard
+from kvrun.runtime.lora.settle import matrix_of
 
 if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
     from kvrun.runtime.checkpoint import Checkpoint
+    from kvrun.runtime.lora.beyond import Change
+    from kvrun.runtime.lora.rows import Rows
 
 
 class Prologue(Protocol):
@@ -36,7 +39,7 @@ class Linear:
         self._weight = quant.read(w, shards, bias and not last)
         self._late_bias = w.vector(shards[0]) if last else None
         self._site = len(w.products)
-        w.products.append(shards)
+        w.products.append(Product(shards))
 
     def __call__(
         self,
@@ -52,6 +55,10 @@ class Linear:
         y = self._group.all_reduce(self._product(x, batch, None, before))
         if self._late_bias is not None:
             y = y + self._late_bias
+        if batch.lora is not None and batch.lora.extra is not None:
+            change = batch.lora.extra.at(self._site)
+            if change is not None:
+                change.finish(y, scaled=False)
         return y if add is None else y + add
 
     def _product(
@@ -64,6 +71,8 @@ class Linear:
         rows = batch.lora
         if rows is None:
             return product(self._weight, x, add, before)
+        if rows.extra is not None and (change := rows.extra.at(self._site)) is not None:
+            return self._changed(x, rows, change, add, before)
         if before is not None and not (rows.takes_in and self._weight.takes_in(x.shape[0])):
             x, before = before(x), None  # once for both
         prologue = {} if before is None else before.prologue
@@ -72,6 +81,27 @@ class Linear:
         if low is not None:
             rows.expand(self._site, low, y, prologue)
         return y
+
+    def _changed(
+        self,
+        x: torch.Tensor,
+        rows: "Rows",
+        change: "Change",
+        add: torch.Tensor | None,
+        before: Prologue | None,
+    ) -> torch.Tensor:
+        """The same where adapters scale, shift or replace what the product gives."""
+        if before is not None:
+            x = before(x)
+        low = rows.shrink(self._site, x, {})
+        y = product(self._weight, x)
+        if low is not None:
+            rows.expand(self._site, low, y, {})
+        change.replace(x, y)
+        reduce = self._group.all_reduce if self._partial else None
+        change.settle(lambda: matrix_of(self._weight, x, self._late_bias, reduce))
+        change.finish(y, shifted=not self._partial)
+        return y if add is None else y + add
 
 
 def product(

@@ -8,15 +8,18 @@ import torch.nn.functional as F
 from kvrun.errors import Unsupported
 from kvrun.runtime import quant
 from kvrun.runtime.attention import AttentionSpec
+from kvrun.runtime.checkpoint import Product
 from kvrun.runtime.layers.linear import Linear, split_cols, split_rows
 from kvrun.runtime.layers.norm import before_product, rms_norm
 from kvrun.runtime.layers.qkv import Shard
+from kvrun.runtime.lora.settle import Matrix
 
 if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
     from kvrun.runtime.checkpoint import Checkpoint
     from kvrun.runtime.layers.norm import Norm
     from kvrun.runtime.layers.position import Rope
+    from kvrun.runtime.lora.beyond import Change
 
 _EPS = 1e-6  # of the norms of latents, whatever the model's own is
 
@@ -129,13 +132,16 @@ class Absorbed:
         matrix = quant.read(w, (shard,), False).matmul(eye).t().contiguous()
         w.settle(before, matrix.nbytes)
         self._site = len(w.products)
-        w.products.append((shard,))
-        self._nope = nope
+        w.products.append(Product((shard,), "by head"))
+        self._nope, self._rank, self._matrix = nope, rank, matrix
         by_head = matrix.view(heads, -1, rank)
         self._keys, self._values = by_head[:, :nope], by_head[:, nope:].transpose(1, 2)
 
     def queries(self, q: torch.Tensor, batch: "Batch", out: torch.Tensor) -> None:
         """q [tokens, heads, nope] · keys, written to out [tokens, heads, rank]."""
+        change = self._change(batch)
+        if change is not None:
+            q = change.by_head(q.clone(), first=0, shifted=False)
         out.copy_(torch.bmm(q.transpose(0, 1), self._keys).transpose(0, 1))
         if batch.lora is not None:
             batch.lora.by_head(self._site, q, out, first=0, back=True)
@@ -145,4 +151,13 @@ class Absorbed:
         out = torch.bmm(y.transpose(0, 1), self._values).transpose(0, 1).contiguous()
         if batch.lora is not None:
             batch.lora.by_head(self._site, y, out, first=self._nope, back=False)
-        return out.flatten(1)
+        change = self._change(batch)
+        return (out if change is None else change.by_head(out, first=self._nope)).flatten(1)
+
+    def _change(self, batch: "Batch") -> "Change | None":
+        """What adapters do to kv_b beyond B · A. A shift of all keys moves no result."""
+        extra = None if batch.lora is None else batch.lora.extra
+        change = None if extra is None else extra.at(self._site)
+        if change is not None:
+            change.settle(lambda: Matrix(lambda a, b: self._matrix[:, a:b].t(), self._rank))
+        return change

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from kvrun.runtime import quant
+from kvrun.runtime.checkpoint import Product
 from kvrun.runtime.device import kernel
-from kvrun.runtime.kernels.moe import Stack
+from kvrun.runtime.kernels import moe
+from kvrun.runtime.kernels.moe import More, Stack
 from kvrun.runtime.kernels.w4a16 import Coded
 from kvrun.runtime.layers.linear import Linear, split_cols
 from kvrun.runtime.layers.mlp import KERNEL_NAMES, gate_and_up
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 # A router's logits [tokens, experts] fp32 -> weights [tokens, K] fp32 and experts [tokens, K].
 Route = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# What an adapter adds to the products with gate_up and down.
+Changes = tuple[More | None, More | None] | None
 
 
 def softmax_top(count: int, *, normalise: float = 0.0) -> Route:
@@ -93,6 +97,7 @@ class Experts:
     [experts, hidden, inner]; biases [experts, ...] if any.
 
     `act` is an activation of a gated MLP, or "clamped" with a `limit` (see kernels/moe.py).
+    `sites`: the two among the products that adapters can change; None: they cannot.
     """
 
     gate_up: Stack
@@ -103,6 +108,7 @@ class Experts:
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
     limit: float = 0.0
+    sites: tuple[int, int] | None = None
 
 
 def listed(
@@ -122,7 +128,28 @@ def listed(
         for n in range(count)
     ]
     cols = [[split_cols(w, f"{name}.{n}.{down}", hidden, inner)] for n in range(count)]
-    return Experts(quant.experts(w, rows), quant.experts(w, cols), act, count, hidden)
+    stacks = quant.experts(w, rows), quant.experts(w, cols)
+    first, last = w.group.cut(inner, name)
+    halves = (first, last), (inner + first, inner + last)
+    both = Shard(f"{name}.gate_up_proj", 2 * inner, hidden, halves)
+    back = Shard(f"{name}.down_proj", hidden, inner, None, ((first, last),))
+    sites = _adaptable(w, count, both, back, (gate, up), (down,))
+    return Experts(*stacks, act, count, hidden, sites=sites)
+
+
+def _adaptable(
+    w: "Checkpoint",
+    count: int,
+    both: Shard,
+    back: Shard,
+    halves: tuple[str, ...] = (),
+    whole: tuple[str, ...] = (),
+) -> tuple[int, int]:
+    """Let adapters find experts by these names; the two places."""
+    for shard, parts in ((both, halves), (back, whole)):
+        known = replace(shard, name=shard.name.removesuffix(".weight"))
+        w.products.append(Product((known,), "experts", count, parts))
+    return len(w.products) - 2, len(w.products) - 1
 
 
 def stacked(
@@ -144,13 +171,11 @@ def stacked(
     rows = ((2 * first, 2 * last),) if alternate else halves
     both = Shard(gate_up, 2 * inner, hidden, rows, None, transposed)
     back = Shard(down, hidden, inner, None, ((first, last),), transposed)
-    return Experts(
-        quant.stack(w, count, both, alternate=alternate),
-        quant.stack(w, count, back),
-        act,
-        count,
-        hidden,
-    )
+    stacks = quant.stack(w, count, both, alternate=alternate), quant.stack(w, count, back)
+    if alternate:  # here the gates come first
+        both = replace(both, rows=tuple((n, n + 1) for k in (0, 1) for n in range(*rows[0])[k::2]))
+    sites = _adaptable(w, count, both, back)
+    return Experts(*stacks, act, count, hidden, sites=sites)
 
 
 def made(
@@ -228,14 +253,21 @@ class MoE:
     ) -> torch.Tensor:
         x = x if norm is None else norm(x)
         weights, chosen = self._route(self._logits(x, batch))
-        y = self._group.all_reduce(self._mixed(x, weights, chosen))
+        y = self._mixed(x, weights, chosen)
+        if batch.lora is not None and batch.lora.extra is not None and self._experts.sites:
+            for rows, more in batch.lora.extra.experts(*self._experts.sites):
+                own = self._mixed(x[rows], weights[rows], chosen[rows], more)
+                y.index_copy_(0, rows, own)
+        y = self._group.all_reduce(y)
         if add is not None:
             y = add.add_(y)
         return y if self._shared is None else self._shared(x, batch, add=y)
 
-    def _mixed(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        e = self._experts
-        y: torch.Tensor = self._kernel.experts(
+    def _mixed(
+        self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, more: Changes = None
+    ) -> torch.Tensor:
+        e, options = self._experts, {} if more is None else {"more": more}
+        y: torch.Tensor = (self._kernel if more is None else moe).experts(
             x,
             e.gate_up,
             e.down,
@@ -245,6 +277,7 @@ class MoE:
             gate_up_bias=e.gate_up_bias,
             down_bias=e.down_bias,
             limit=e.limit,
+            **options,
         )
         return y
 
@@ -258,5 +291,7 @@ class MoE:
 class InputScaled(MoE):
     """The router's weight scales what goes into the expert, not what comes out."""
 
-    def _mixed(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        return super()._mixed(x * weights.to(x.dtype), torch.ones_like(weights), chosen)
+    def _mixed(
+        self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, more: Changes = None
+    ) -> torch.Tensor:
+        return super()._mixed(x * weights.to(x.dtype), torch.ones_like(weights), chosen, more)

@@ -1,10 +1,12 @@
 """RMSNorm and LayerNorm, over a row or over each head of queries and keys."""
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 
+from kvrun.runtime.checkpoint import Product, Shard
 from kvrun.runtime.device import fused
 
 if TYPE_CHECKING:
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint
     from kvrun.runtime.layers.linear import Prologue
     from kvrun.runtime.layers.qkv import Heads
+    from kvrun.runtime.lora.beyond import NormChange
 
 
 class Norm(Protocol):
@@ -22,6 +25,45 @@ class Norm(Protocol):
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """residual + norm(x), written to `residual`."""
+
+
+class Changed:
+    """A norm with other weights for some rows: their adapters'."""
+
+    def __init__(self, norm: "RMSNorm | LayerNorm", changes: "Sequence[NormChange]") -> None:
+        self._norm = norm
+        self._changes = changes
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        y = self._norm(x)
+        for rows, weight, bias in self._changes:
+            if rows.dtype is torch.bool:  # which ones only the device knows
+                y = torch.where(rows, self._norm.with_weights(x, weight, bias), y)
+            else:
+                y.index_copy_(0, rows, self._norm.with_weights(x[rows], weight, bias))
+        return y if out is None else out.copy_(y)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return residual.add_(self(x))
+
+
+def adapted(norm: Norm, batch: "Batch", rows: torch.Tensor | None = None) -> Norm:
+    """What a norm is for a step; `rows` are those of its input, where these are not all."""
+    if batch.lora is None or batch.lora.extra is None:
+        return norm
+    if not isinstance(norm, RMSNorm | LayerNorm) or norm.site is None:
+        return norm
+    changes = batch.lora.extra.norms(norm.site, rows)
+    return Changed(norm, changes) if changes else norm
+
+
+def let_adapt(w: "Checkpoint", norms: "Iterable[Norm | None]") -> None:
+    """Let adapters find norms by their names. Who calls these must ask `adapted` for them."""
+    for norm in norms:
+        if isinstance(norm, RMSNorm | LayerNorm) and norm.name and norm.site is None:
+            norm.site = len(w.products)
+            shard = Shard(norm.name, norm.weight.shape[-1], 1)
+            w.products.append(Product((shard,), "norm" if norm.bias is not None else "gain"))
 
 
 def before_product(norm: Norm | None, x: torch.Tensor) -> tuple[torch.Tensor, "Prologue | None"]:
@@ -38,13 +80,19 @@ class RMSNorm:
     Source: Zhang & Sennrich 2019. `weight` broadcasts against x; it is [size], or [heads, size].
     """
 
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+    bias = None
+    site: int | None = None  # among the products that adapters can change
+
+    def __init__(
+        self, weight: torch.Tensor, eps: float, *, name: str = "", offset: float = 0.0
+    ) -> None:
         # With n = |x| the divisor is sqrt(n² + size·eps) / sqrt(size): two small operators on one
         # value per row, and sqrt(size) moves into the weight. Torch's own rms_norm takes twice
         # the time on CPU.
         size = weight.shape[-1]
         self.weight = weight
         self.eps = eps
+        self.name, self._offset = name, offset
         self._weight = weight * size**0.5
         self._floor = torch.full((1,), (size * eps) ** 0.5, device=weight.device)
         self._kernel = fused("norm", weight.device)
@@ -61,6 +109,12 @@ class RMSNorm:
             out = torch.empty_like(x)
         return torch.mul(y, self._weight, out=out)
 
+    def with_weights(
+        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The same with another weight, as files have it; fp32."""
+        return self(x) if weight is None else RMSNorm(weight + self._offset, self.eps)(x)
+
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """residual + norm(x), written to `residual`."""
         if self._kernel is not None:
@@ -76,7 +130,8 @@ class RMSNorm:
 
 def rms_norm(w: "Checkpoint", name: str, size: int, eps: float, *, offset: float = 0.0) -> RMSNorm:
     """A norm over rows; `offset` is 1 in families that store their weight minus one."""
-    return RMSNorm(w.read(f"{name}.weight", (size,), dtype=torch.float32) + offset, eps)
+    weight = w.read(f"{name}.weight", (size,), dtype=torch.float32) + offset
+    return RMSNorm(weight, eps, name=name, offset=offset)
 
 
 class LayerNorm:
@@ -85,14 +140,33 @@ class LayerNorm:
     weight, bias: [size] in the model's dtype; without a bias nothing is added.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> None:
-        self._weight = weight
-        self._bias = bias
+    site: int | None = None  # among the products that adapters can change
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        eps: float,
+        *,
+        name: str = "",
+        offset: float = 0.0,
+    ) -> None:
+        self.weight = weight
+        self.bias = bias
         self._eps = eps
+        self.name, self._offset = name, offset
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        y = F.layer_norm(x, self._weight.shape, self._weight, self._bias, self._eps)
+        y = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self._eps)
         return y if out is None else out.copy_(y)
+
+    def with_weights(
+        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The same with another weight, as files have it, or bias; fp32."""
+        own = self.weight if weight is None else (weight + self._offset).to(x.dtype)
+        shift = self.bias if bias is None else bias.to(x.dtype)
+        return F.layer_norm(x, own.shape, own, shift, self._eps)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return residual.add_(self(x))
@@ -107,6 +181,8 @@ def layer_norm(
         weight + offset if offset else weight,
         w.read(f"{name}.bias", (size,)) if bias else None,
         eps,
+        name=name,
+        offset=offset,
     )
 
 

@@ -48,17 +48,18 @@ def bits(flat: torch.Tensor) -> Bits:
     return flat.view(_BITS[flat.dtype.itemsize]).numpy()
 
 
-def lay_in(file: int, matrices: Sequence[Matrix], dtype: torch.dtype) -> list[bytes]:
-    """Bring all matrices of an open file to their targets, which are of `dtype`.
+def lay_in(
+    file: int, matrices: Sequence[Matrix], dtype: torch.dtype, *, header: int
+) -> list[bytes]:
+    """Bring matrices of an open file to their targets, which are of `dtype`.
 
-    The matrices lie end to end behind the header. They are rounded once, when they are scaled.
-    Returns hashes of all bytes, in order. Raises EOFError if the file is shorter, OverflowError for
-    values that are not finite in `dtype`, and OSError.
+    They are rounded once, when they are scaled. Returns hashes of the first `header` bytes and of
+    all matrices, in order. Raises EOFError if the file is shorter, OverflowError for values that
+    are not finite in `dtype`, and OSError.
     """
     pieces = list(_pieces(sorted(matrices, key=lambda matrix: matrix.stored.start)))
-    header = np.empty(pieces[0][0].stored.start, np.uint8)
-    hashes = [_read(file, header, 0)] + [b""] * len(pieces)
-    most = max(_size(piece) for piece in pieces)
+    hashes = [_read(file, np.empty(header, np.uint8), 0)] + [b""] * len(pieces)
+    most = max((_size(piece) for piece in pieces), default=0)
     left = iter(range(len(pieces)))
 
     def work() -> None:
@@ -69,11 +70,18 @@ def lay_in(file: int, matrices: Sequence[Matrix], dtype: torch.dtype) -> list[by
             hashes[1 + number] = _read(file, part, piece[0].stored.start)
             _spread(part, piece, dtype)
 
-    workers = min(_THREADS, os.cpu_count() or 1, len(pieces))
+    workers = max(1, min(_THREADS, os.cpu_count() or 1, len(pieces)))
     with ThreadPoolExecutor(workers) as pool:
         for done in [pool.submit(work) for _ in range(workers)]:
             done.result()
     return hashes
+
+
+def tensor(file: int, stored: Stored) -> tuple[torch.Tensor, bytes]:
+    """One tensor of an open file, and the hash of its bytes. Raises as `lay_in`."""
+    buffer = np.empty(stored.nbytes, np.uint8)
+    hashed = _read(file, buffer, stored.start)
+    return torch.from_numpy(buffer).view(DTYPES[stored.dtype]).view(stored.shape), hashed
 
 
 def _pieces(matrices: Iterable[Matrix]) -> Iterator[list[Matrix]]:
@@ -82,13 +90,18 @@ def _pieces(matrices: Iterable[Matrix]) -> Iterator[list[Matrix]]:
     size = 0
     for matrix in matrices:
         more = matrix.stored.nbytes
-        if piece and (size + more > _PIECE or matrix.stored.dtype != piece[0].stored.dtype):
+        if piece and (size + more > _PIECE or not _joins(piece, size, matrix.stored)):
             yield piece
             piece, size = [], 0
         piece.append(matrix)
         size += more
     if piece:
         yield piece
+
+
+def _joins(piece: Sequence[Matrix], size: int, stored: Stored) -> bool:
+    first = piece[0].stored
+    return stored.dtype == first.dtype and stored.start == first.start + size
 
 
 def _size(piece: Sequence[Matrix]) -> int:
@@ -125,7 +138,7 @@ def _spread(part: Bits, piece: Sequence[Matrix], dtype: torch.dtype) -> None:
     if values.dtype != dtype:
         values = _cast(values, dtype)
     whole = bits(values)
-    _check_finite(whole, dtype)
+    check_finite(whole, dtype)
     for matrix, begin, stop in found:
         tensor = whole[begin:stop].reshape(matrix.stored.shape)
         for target, dim, ranges in matrix.targets:
@@ -133,7 +146,7 @@ def _spread(part: Bits, piece: Sequence[Matrix], dtype: torch.dtype) -> None:
             np.copyto(target, kept if dim else kept.T)
 
 
-def _check_finite(whole: Bits, dtype: torch.dtype) -> None:
+def check_finite(whole: Bits, dtype: torch.dtype) -> None:
     """Infinities and what is beyond them have every bit of the exponent."""
     infinity = int(bits(torch.tensor([torch.inf], dtype=dtype))[0])
     if (whole & np.iinfo(whole.dtype).max).max() >= infinity:

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ class Adapter:
     pins: int = 0  # those of them that may not lose its place on the device
     retired: bool = False
     load_seconds: float | None = None
+    settled: set[int] = field(default_factory=set)  # sites whose extras on the device are final
 
     @property
     def size(self) -> int:
@@ -106,6 +107,14 @@ class Resident:
         self._free.append(adapter.slot)
         adapter.slot = adapter.placement = 0
 
+    def adapter(self, slot: int) -> Adapter:
+        """The one that lies there."""
+        return self._in_slot[slot]
+
+    def stretch(self, adapter: Adapter) -> torch.Tensor:
+        """Its part of the arena."""
+        return self.arena[adapter.start : adapter.start + adapter.size]
+
     def matrices(self, slot: int, site: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """A [ranks, in], and B transposed [rank, out] of each part; ranks may be 0."""
         adapter, inner = self._in_slot[slot], self.sites.inner[site]
@@ -145,6 +154,7 @@ class Resident:
             adapter.landed = self._transfer.send(parts)
             self._underway.append(adapter.landed)
         self.copies += 1
+        adapter.settled.clear()
         adapter.slot, adapter.placement = slot, self.copies
         self._placed[adapter] = None
         self._in_slot[slot] = adapter

@@ -1,6 +1,6 @@
 """Which rows of a step use which adapters, and what that adds to a product."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -9,11 +9,11 @@ import torch
 from kvrun.runtime.device import kernel
 from kvrun.runtime.kernels.lora_heads import change_by_head
 from kvrun.runtime.lora.adapter import LARGEST_RANK
+from kvrun.runtime.lora.beyond import Beyond, Send, beyond
 
 if TYPE_CHECKING:
     from kvrun.runtime.lora.resident import Adapter, Resident
 
-Send = Callable[..., Sequence[torch.Tensor]]
 CROWD = 4  # rows for each tile from which on tiles are few
 HEIGHT = 16  # rows of a tile where sequences decode: the least that tensor cores multiply
 TALL = 64  # where prompts are computed
@@ -42,17 +42,23 @@ def assigned(adapters: "Sequence[Adapter | None]") -> Assigned | None:
 
 def rows_of(resident: "Resident", of_row: np.ndarray, send: Send) -> "Rows":
     """The adapters of a step by row: slots [T], 0 for none. `send` brings columns to the device."""
+    extra = beyond(resident, of_row, send)
     if resident.arena.device.type == "cpu":
-        return Grouped(resident, of_row)
+        return Grouped(resident, of_row, extra)
     height = TALL if len(of_row) > _MANY else HEIGHT
     rows, tiles = tiled(of_row, height)
     sent = send(rows, tiles.reshape(-1))
     slots = np.unique(of_row[of_row > 0]).tolist()
-    return Tiled(resident, sent[0].int(), sent[1].int().view(-1, 3), height, slots)
+    return Tiled(resident, sent[0].int(), sent[1].int().view(-1, 3), height, slots, extra)
 
 
 class Rows(Protocol):
-    """The adapters of a step. Between `shrink` and `expand` lies the product itself."""
+    """The adapters of a step. Between `shrink` and `expand` lies the product itself.
+
+    `extra` is what they change beyond that, None where there is no such thing.
+    """
+
+    extra: Beyond | None
 
     @property
     def takes_in(self) -> bool:
@@ -85,7 +91,9 @@ class Tiled:
         tiles: torch.Tensor,
         height: int,
         slots: Sequence[int] | None = None,
+        extra: Beyond | None = None,
     ) -> None:
+        self.extra = extra
         self._resident, self._rows, self._tiles, self._height = resident, rows, tiles, height
         self._kernel = kernel("lora", rows.device)
         self._heads = kernel("lora_heads", rows.device)
@@ -218,8 +226,11 @@ class Grouped:
 
     takes_in = False
 
-    def __init__(self, resident: "Resident", of_row: np.ndarray) -> None:
+    def __init__(
+        self, resident: "Resident", of_row: np.ndarray, extra: Beyond | None = None
+    ) -> None:
         self._resident = resident
+        self.extra = extra
         slots = np.unique(of_row[of_row > 0])
         self._slots: list[int] = slots.tolist()
         self._of_row = torch.from_numpy(of_row)

@@ -11,7 +11,7 @@ import torch
 
 from kvrun.errors import InvalidRequest, Unsupported
 from kvrun.runtime.lora.adapter import LARGEST_RANK, AdapterFolder
-from kvrun.runtime.lora.sites import ALIGN, Layout, Place, Sites
+from kvrun.runtime.lora.sites import ALIGN, LAYERED, Layout, Place, Sites
 
 RANDOM = "dummy:"
 _PERIOD = 1 << 20  # values
@@ -48,7 +48,7 @@ class RandomAdapter:
             (site, part): int(rank)
             for site, shards in enumerate(sites.shards)
             for part, shard in enumerate(shards)
-            if shard.name.endswith(endings)
+            if shard.name.endswith(endings) and sites.roles[site] in LAYERED
         }
         self.layout = sites.lay_out(self.ranks)
 
@@ -80,6 +80,13 @@ class Blend:
         for source, weight in parts:
             if not math.isfinite(weight):
                 raise InvalidRequest(f"an adapter's weight is {weight}.", hint="a finite number")
+            stacked = [site for site, _ in source.ranks if sites.roles[site] == "experts"]
+            if source.layout.extras or stacked:
+                raise InvalidRequest(
+                    f"the adapter {source.path} cannot be a part of a weighted sum.",
+                    hint="it changes experts, or scales or replaces something (DoRA, biases, "
+                    "modules_to_save)",
+                )
             for place, rank in source.ranks.items():
                 self.ranks[place] = self.ranks.get(place, 0) + rank
         if max(self.ranks.values(), default=0) > LARGEST_RANK:

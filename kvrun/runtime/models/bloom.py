@@ -11,6 +11,7 @@ from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.layers.embedding import Embedding, Head
 from kvrun.runtime.layers.mlp import MLP
 from kvrun.runtime.layers.named import norm
+from kvrun.runtime.layers.norm import adapted
 from kvrun.runtime.layers.position import alibi_slopes
 from kvrun.runtime.layers.qkv import cut_heads, grouped
 
@@ -54,6 +55,6 @@ class NormedBlock(Block):
     """The residual stream goes on from what the norms make of it."""
 
     def __call__(self, x: torch.Tensor, batch: Any) -> torch.Tensor:
-        x = self._attention_norm(x)
-        x = self._mlp_norm(self._attention(x, batch, add=x))
+        x = adapted(self._attention_norm, batch)(x)
+        x = adapted(self._mlp_norm, batch)(self._attention(x, batch, add=x))
         return self._mlp(x, batch, add=x)

@@ -36,6 +36,9 @@ class Plain:
         self._turned = weight.t()
         self._bias = bias
 
+    def plain(self) -> torch.Tensor:
+        return self.weight
+
     def takes_in(self, rows: int) -> bool:
         return False
 
@@ -62,6 +65,9 @@ class Cuda:
         self._weight = weight
         self._bias = bias
         self._skinny = kernel("skinny", weight.device)
+
+    def plain(self) -> torch.Tensor:
+        return self._weight
 
     def takes_in(self, rows: int) -> bool:
         n, k = self._weight.shape
@@ -101,6 +107,11 @@ class Packed:
         self._bias = bias
         self._product = torch.ops.mkldnn._linear_pointwise.default
         self._sum = torch.ops.mkldnn._linear_pointwise.binary
+
+    def plain(self) -> torch.Tensor:
+        """A copy [out, in]."""
+        copy: torch.Tensor = self._weight.to_dense()
+        return copy
 
     def takes_in(self, rows: int) -> bool:
         return False

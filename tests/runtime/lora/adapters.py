@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from kvrun.runtime.lora.bank import LoraBank
 from kvrun.runtime.lora.bank import Place as Answer
+from kvrun.runtime.lora.beyond import beyond
 from kvrun.runtime.lora.resident import Adapter
 from kvrun.runtime.lora.rows import Grouped, Rows, Tiled, tiled
 from kvrun.runtime.lora.sites import Sites
@@ -26,13 +27,25 @@ def peft_model(base: Any, seed: int, **config: Any) -> Any:
     torch.manual_seed(seed)
     values = {"r": 4, "lora_alpha": 8, "target_modules": ALL, **config}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers in an old way
+        warnings.simplefilter("ignore")  # of merging, of names, of how PEFT asks transformers
         model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **values)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "magnitude" in name:
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
+            elif "lora_" in name or "modules_to_save" in name:
                 parameter.normal_(0.0, 0.2)
+            elif "trainable_tokens_delta" in name:
+                parameter.normal_(0.0, 0.5)
+            elif parameter.requires_grad:  # biases
+                parameter += torch.randn_like(parameter) * 0.3
     return model
+
+
+def save(model: Any, folder: Path, **options: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of base weights in the file, of biases
+        model.save_pretrained(folder, **options)
 
 
 def edit(folder: Path, change: Any = None, **config: Any) -> Path:
@@ -87,13 +100,14 @@ def ready(bank: LoraBank, adapter: Adapter, pinned: bool = False) -> Adapter:
 def rows_of(bank: LoraBank, slots: Sequence[int], form: str) -> Rows:
     """The rows of a step in a form for CPU, or in the kernels' (small tiles make many)."""
     of_row = np.array(slots)
+    extra = beyond(bank.resident, of_row, lambda *columns: [torch.tensor(c) for c in columns])
     if form in ("joined", "apart"):
-        grouped = Grouped(bank.resident, of_row)
+        grouped = Grouped(bank.resident, of_row, extra)
         grouped._joined = form == "joined"  # else a matter of size
         return grouped
     rows, tiles = tiled(of_row, 3)
     known = None if form == "captured" else sorted(set(slots) - {0})
-    return Tiled(bank.resident, torch.from_numpy(rows), torch.from_numpy(tiles), 3, known)
+    return Tiled(bank.resident, torch.from_numpy(rows), torch.from_numpy(tiles), 3, known, extra)
 
 
 class Adapted(Driver):

@@ -71,6 +71,21 @@ def test_a_batch_without_adapters_replays_plain_steps(graphed: Any) -> None:
 
 
 @pytest.mark.parametrize("run_ahead", [0, 2])
+def test_kinds_that_no_graph_knows_take_steps_of_their_own(
+    graphed: Any, config: Make, kinds: dict[str, str], run_ahead: int
+) -> None:
+    """And what comes before and behind them is replayed."""
+    several = work(16, ["four", None, "dora", "tables", "four", None, None, "saved"])
+    expected = run(start(config(adapters=kinds)), several)
+    engine, replays = graphed(2, run_ahead=run_ahead, adapters=kinds)
+    assert run(engine, several, every=5) == expected
+    assert replays
+    replays.clear()
+    run(engine, work(4, ["dora"]))
+    assert not replays
+
+
+@pytest.mark.parametrize("run_ahead", [0, 2])
 def test_evictions_reach_the_captured_steps(graphed: Any, config: Make, run_ahead: int) -> None:
     """One adapter after the other in the same slot of the table, in the same place of a batch."""
     expected = run(start(config()), work(16))

@@ -1,17 +1,25 @@
 """Adapters on the products of latent attention, kv_b included, say what PEFT says."""
 
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.runtime.driver import Driver
-from tests.runtime.lora.adapters import Adapted, peft_model
+from tests.runtime.lora.adapters import Adapted, peft_model, save
 from tests.runtime.lora.test_parity import FORMS, prompts
 from tests.runtime.models import zoo
 
 LATENT = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
-TARGETS = [LATENT, ["kv_b_proj"], ["kv_a_proj_with_mqa"]]
+KINDS: list[dict[str, Any]] = [
+    {"target_modules": LATENT},
+    {"target_modules": ["kv_b_proj"]},
+    {"target_modules": ["kv_a_proj_with_mqa"]},
+    {"target_modules": LATENT, "use_dora": True},
+    {"target_modules": ["kv_b_proj"], "lora_bias": True},
+]
 Made = tuple[Path, list[Path], list[list[int]], list[torch.Tensor]]
 
 
@@ -19,12 +27,12 @@ Made = tuple[Path, list[Path], list[list[int]], list[torch.Tensor]]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """The base's folder, the adapters', a text for each and one more, and PEFT's logits."""
     folder = tmp_path_factory.mktemp("base")
-    texts, folders, expected = prompts(len(TARGETS) + 1), [], []
-    for seed, targets in enumerate(TARGETS):
-        base = zoo.make(folder, "deepseek_v3", "plain")
-        model = peft_model(base, seed, target_modules=targets, r=3 + 8 * seed)
+    texts, folders, expected = prompts(len(KINDS) + 1), [], []
+    base = zoo.make(folder, "deepseek_v3", "plain")
+    for seed, kind in enumerate(KINDS):
+        model = peft_model(deepcopy(base), seed, r=3 + 8 * (seed % 3), **kind)
         folders.append(folder / f"adapter {seed}")
-        model.save_pretrained(folders[-1], save_embedding_layers=False)
+        save(model, folders[-1])
         with torch.no_grad():
             expected.append(model(torch.tensor([texts[seed]])).logits[0])
     (base_logits,) = Driver(folder).step([(0, texts[-1])])

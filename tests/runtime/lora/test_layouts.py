@@ -46,9 +46,11 @@ class Alone(Group):
         return x
 
 
-def linear(folder: Path, shards: Any, group: Group, adapter: Path, x: torch.Tensor) -> torch.Tensor:
+def linear(
+    folder: Path, shards: Any, group: Group, adapter: Path, x: torch.Tensor, **options: Any
+) -> torch.Tensor:
     """One product of this rank, all rows with the adapter but the last."""
-    w = Checkpoint(folder, group=group)
+    w = Checkpoint(folder, group=group, **options)
     layer = Linear(w, *shards(w))
     w.close()
     bank = make_bank(w.products)
@@ -129,6 +131,39 @@ def test_two_halves_of_one_matrix(tmp_path: Path) -> None:
     torch.testing.assert_close(found[:3], expected, atol=1e-4, rtol=1e-4)
 
 
+def dora(folder: Path, magnitudes: dict[str, torch.Tensor]) -> Path:
+    """Make an adapter DoRA's."""
+    names = {f"base_model.model.{n}.lora_magnitude_vector": m for n, m in magnitudes.items()}
+    return edit(folder, lambda tensors: {**tensors, **names}, use_dora=True)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4", "nf4"])
+def test_norms_are_those_of_what_is_multiplied(tmp_path: Path, quantize: str | None) -> None:
+    """q has magnitudes, k has none; of rounded weights, the norm is that of the rounded ones."""
+    weights = base(tmp_path / "base", {"q": (64, 128), "k": (32, 128)})
+    deltas = write(tmp_path / "adapter", {"q": (64, 128)}, rank=3)
+    magnitude = torch.rand(64) + 0.5
+    dora(tmp_path / "adapter", {"q": magnitude})
+    shards = [Shard("q", 64, 128), Shard("k", 32, 128)]
+
+    def found(x: torch.Tensor, adapter: Path) -> torch.Tensor:
+        options: Any = {"quantize": quantize}
+        return linear(tmp_path / "base", lambda w: shards, Alone(), adapter, x, **options)
+
+    plain = write(tmp_path / "none", {"q": (64, 128)}, spread=0.0)
+    assert not plain["q"].any()
+    rounded = found(torch.eye(128), tmp_path / "none").t()
+    assert (rounded[:64] - weights["q"]).abs().max() < 0.5
+    changed = rounded[:64] + deltas["q"]
+    factor = magnitude / changed.norm(dim=1)
+    x = torch.randn(3, 128)
+    y = found(x, tmp_path / "adapter")
+    close: Any = {"atol": 2e-2 if quantize == "int8" else 1e-3, "rtol": 1e-3}
+    torch.testing.assert_close(y[:2, :64], x[:2] @ (factor[:, None] * changed).t(), **close)
+    torch.testing.assert_close(y[:2, 64:], x[:2] @ rounded[64:].t(), **close)
+    torch.testing.assert_close(y[2:], x[2:] @ rounded.t(), **close)
+
+
 def test_rows_of_a_grouped_layout_in_plain_order_would_be_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,12 +187,6 @@ def test_key_rows_that_are_not_repeated_would_be_seen(
 SITES = Sites([(Shard("model.layers.0.q_proj", 16, 8),)])
 A, B = (f"base_model.model.model.layers.0.q_proj.lora_{side}.weight" for side in "AB")
 BEYOND: dict[str, Any] = {
-    "bias": "all",
-    "use_dora": True,
-    "modules_to_save": ["lm_head"],
-    "lora_bias": True,
-    "trainable_token_indices": [1, 2],
-    "target_parameters": ["mlp.experts.gate_up_proj"],
     "alora_invocation_tokens": [5],
     "use_qalora": True,
     "layer_replication": [[0, 2]],
@@ -166,7 +195,7 @@ BEYOND: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("key", BEYOND)
-def test_what_is_beyond_a_and_b_is_refused_by_its_key(tmp_path: Path, key: str) -> None:
+def test_what_no_step_can_do_is_refused_by_its_key(tmp_path: Path, key: str) -> None:
     write(tmp_path, {"model.layers.0.q_proj": (16, 8)}, **{key: BEYOND[key]})
     with pytest.raises(Unsupported, match="cannot be served") as caught:
         AdapterFolder(tmp_path, SITES)
@@ -197,8 +226,8 @@ def _damage(kind: str, folder: Path) -> None:
         edit(folder, lambda t: {A: t[A].int(), B: t[B]})
     elif kind == "vector":
         edit(folder, lambda t: {A: t[A].flatten(), B: t[B]})
-    elif kind == "magnitudes":
-        name = "base_model.model.model.layers.0.q_proj.lora_magnitude_vector"
+    elif kind == "unknown tensor":
+        name = "base_model.model.model.layers.0.q_proj.lora_C"
         edit(folder, lambda t: {**t, name: torch.ones(16)})
     elif kind == "twice":
         edit(folder, lambda t: {**t, A.replace(".weight", ".x.weight"): t[A].clone()})
@@ -219,7 +248,7 @@ DAMAGE: dict[str, tuple[type[KvrunError], str]] = {
     "nothing": (BadCheckpoint, "empty"),
     "integers": (BadCheckpoint, "I32"),
     "vector": (BadCheckpoint, "not a matrix"),
-    "magnitudes": (Unsupported, "lora_magnitude_vector"),
+    "unknown tensor": (Unsupported, "lora_C"),
     "twice": (BadCheckpoint, "twice"),
     "large": (Unsupported, "512 is the largest"),
 }

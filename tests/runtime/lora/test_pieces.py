@@ -106,9 +106,9 @@ def test_a_file_that_ends_or_changes_while_it_is_read(
     folder = AdapterFolder(stored_as(tmp_path, torch.float32), SITES)
     real = adapter.lay_in
 
-    def touched(*args: Any) -> Any:
+    def touched(*args: Any, **options: Any) -> Any:
         os.utime(tmp_path / adapter.WEIGHTS, (1, 1))
-        return real(*args)
+        return real(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", lambda *args: 0)

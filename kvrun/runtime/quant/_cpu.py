@@ -57,11 +57,7 @@ class Native:
         if add is not None and (add.dtype is not x.dtype or not add.is_contiguous()):
             add, late = None, add
         y: torch.Tensor = self._stored.linear(x, add=add, out=add, **prologue)
-        return (
-            y
-            if late is None and out is None and y.dtype is dtype
-            else _sum(y.to(dtype), None, late, out)
-        )
+        return _sum(y.to(dtype), None, late, out)
 
     def _many(self, x: torch.Tensor) -> torch.Tensor:
         """Rows beyond which values are made first, a part of them at a time."""

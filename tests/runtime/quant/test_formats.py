@@ -122,7 +122,7 @@ def test_products_without_a_compiler(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rows_and_sums_of_other_types(tmp_path: Path, dtype: torch.dtype) -> None:
     """A sum may be wider than the rows, or lie between others; float16 has no kernel."""
-    ref = stored(tmp_path / "m", "packed-4bit")
+    ref = stored(tmp_path / "m", "int-quantized")
     w = Checkpoint(tmp_path / "m")
     weight = quant.read(w, [Shard("a", N, K)], False)
     w.close()

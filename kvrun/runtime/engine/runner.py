@@ -29,6 +29,8 @@ from kvrun.runtime.lora.rows import Assigned, Rows, assigned, rows_of
 from kvrun.runtime.sampling.params import SamplingParams
 from kvrun.runtime.sampling.sampler import Prepared, Sampled, Sampler, SampleRow
 
+_NOTHING = torch.empty(0, dtype=torch.int64)
+
 
 class _Drawing(NamedTuple):
     """The sequences of a step that draw a token, its place in each, and their slots."""
@@ -180,9 +182,8 @@ class ModelRunner:
         columns = self._columns(schedule)
         sequences = [row.sequence for row in schedule if row.sample]
         taken = self.mixed is not None and self.mixed.takes(len(columns.ids), len(schedule))
-        plain = not (columns.targets or shows(schedule) or any(row.pools for row in schedule))
-        plain = plain and not _apart(schedule)
-        if taken and plain:
+        other = columns.targets or shows(schedule) or any(row.pools for row in schedule)
+        if taken and not (other or _apart(schedule)):
             mixed = cast(MixedGraphs, self.mixed)
             mixed.replay(columns, _assigned(schedule))
             sampled = self._drawn(mixed, sequences, columns.drawing) if sequences else None
@@ -216,7 +217,7 @@ class ModelRunner:
             logits = logits.index_select(0, scoring.drawn)
         if drawing is None:
             nothing = prompt is None and states is None
-            return None if nothing else Sampled(_nothing(), _nothing(), None, prompt, states)
+            return None if nothing else Sampled(_NOTHING, _NOTHING, None, prompt, states)
         sampled = replace(self._sample(logits, drawing), prompt=prompt, states=states)
         state = self._slots.state
         state.last.index_copy_(0, drawing.slots, sampled.ids)
@@ -384,10 +385,6 @@ def _apart(schedule: Schedule) -> bool:
 def _most(schedule: Schedule) -> int:
     """How many tokens beside each scored one."""
     return max(row.sequence.request.params.prompt_logprobs or 0 for row in schedule)
-
-
-def _nothing() -> torch.Tensor:
-    return torch.empty(0, dtype=torch.int64)
 
 
 def _ids(schedule: Schedule) -> tuple[list[int], list[tuple[int, int]]]:

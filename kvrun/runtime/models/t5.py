@@ -24,7 +24,6 @@ def build(w: "Checkpoint", *, scaled: bool = True, every: bool = False) -> Encod
     c.defaults(rms_norm_eps=c.number("layer_norm_epsilon", 1e-6))
     old = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias."
     w.skip("encoder.embed_tokens.", "decoder.embed_tokens.", old)
-    # Encoder and decoder each have it under a name of their own.
     embedding = Embedding(w, "shared", c.integer("vocab_size"), size, several=True)
     encoder, decoder = stack(w, "encoder", every), stack(w, "decoder", every)
     first, last = (rms(w, f"{half}.final_layer_norm") for half in ("encoder", "decoder"))

@@ -177,21 +177,16 @@ def keep(
 ) -> "Native | Int4 | Int8 | Fused | Gathered | None":
     """A weight that multiplies by the codes; None where its device cannot."""
     if matrix.codes.device.type == "cuda":
-        eight = matrix.codes.dtype is torch.float8_e4m3fn
-        # The kernel takes a code for NaN for a number; as a value it is seen.
-        if not fuses(matrix, dtype) or (eight and _has_nan(matrix.codes)):
+        if not fuses(matrix, dtype):
             return None
         one = matrix.group >= matrix.columns
+        eight = matrix.codes.dtype is torch.float8_e4m3fn
         return (Scaled if eight and one else Fused)(matrix, bias)
     kind = next((kind for kind in (Native, Int4, Int8) if kind.takes(matrix)), None)
     if kind is None:
         return None
     found = kind(matrix, bias)
     return found if matrix.order is None else Gathered(found, matrix.order)
-
-
-def _has_nan(codes: torch.Tensor) -> bool:
-    return bool((codes.view(torch.uint8) & 127 == 127).any())
 
 
 def fuses(matrix: Coded, dtype: torch.dtype) -> bool:

@@ -44,12 +44,12 @@ def test_what_comes_before_is_taken_in_where_it_can_be() -> None:
     made = _round.coded(torch.randn(N, K), "int4")
     weight = Fused(made, None)
     values, norm = w4a16.dequantise(made, torch.float32), torch.rand(K) + 0.5
-    x = torch.randn(3, K)
-    assert weight.takes_in(3)
+    x = torch.randn(1, K)
+    assert weight.takes_in(1)
     got = weight.matmul(x, norm=norm, eps=1e-5)
     assert off(got, F.rms_norm(x, (K,), norm, 1e-5) @ values.t()) < 2e-4
-    assert not weight.takes_in(30)
-    assert not Fused(made._replace(order=torch.randperm(K)), None).takes_in(3)
+    assert not weight.takes_in(2)  # tensor cores are faster
+    assert not Fused(made._replace(order=torch.randperm(K)), None).takes_in(1)
 
 
 def test_more_rows_than_a_weight_wants_are_multiplied_as_values() -> None:

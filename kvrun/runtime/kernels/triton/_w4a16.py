@@ -147,48 +147,21 @@ def _turn(
     return sums, squares
 
 
-# Four e4m3 in a word -> fp32, times 2^-120: sign, exponent and mantissa moved to where fp32 has
-# theirs, which takes less than half of what converting does. A code for NaN would be a number.
-_E4M3_ASM = tl.constexpr("""
-{
-.reg .b32 a;
-shl.b32 a, $4, 24; shr.s32 a, a, 4; and.b32 $0, a, 0x87f00000;
-shl.b32 a, $4, 16; shr.s32 a, a, 4; and.b32 $1, a, 0x87f00000;
-shl.b32 a, $4, 8; shr.s32 a, a, 4; and.b32 $2, a, 0x87f00000;
-shr.s32 a, $4, 4; and.b32 $3, a, 0x87f00000;
-}""")
-# Applied to rows and to sums, so that nothing between them is too small for fp32.
-_HALFWAY = tl.constexpr(2.0**60)
-
-
 @triton.jit
 def _turn_e4m3(
     sums, squares, tile, x, norm, scale, j0,
-    K: tl.constexpr, G: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr,
-    ASM: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr
 ):  # fmt: skip
-    """`_turn` where columns follow each other: a thread holds 8 or 16 of them."""
-    SIZE: tl.constexpr = tile.shape[2] * (4 if ASM else 1)  # a tile is words, or bytes
-    FOLD: tl.constexpr = 8 if ASM else 16
-    k = j0 * 4 + tl.arange(0, SIZE)[None, None, :]
+    """`_turn` where columns follow each other: a thread holds 16 of them."""
+    k = j0 * 4 + tl.arange(0, tile.shape[2])[None, None, :]
     row = _input(x + k, k < K, K, ACT, EVEN).to(tl.float32)
     if NORM:
-        squares += _fold(row * row, FOLD)
+        squares += _fold(row * row, 16)
         row *= tl.load(norm + k) if EVEN else tl.load(norm + k, mask=k < K, other=0.0)
-    first = j0 * 4 + tl.arange(0, SIZE // FOLD)[None, None, :] * FOLD
+    first = j0 * 4 + tl.arange(0, tile.shape[2] // 16)[None, None, :] * 16
     factor = tl.load(scale + first // G, mask=first < K, other=0.0).to(tl.float32)
-    if ASM:
-        row, factor = row * _HALFWAY, factor * _HALFWAY
-        a, b, c, d = tl.inline_asm_elementwise(
-            _E4M3_ASM, "=r,=r,=r,=r,r", [tile],
-            (tl.float32, tl.float32, tl.float32, tl.float32), True, 1,
-        )  # fmt: skip
-        code = tl.reshape(
-            tl.join(tl.join(a, c), tl.join(b, d)), [tile.shape[0], tile.shape[1], SIZE]
-        )
-    else:
-        code = tile.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    return sums + _fold(row * code, FOLD) * factor, squares
+    code = tile.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    return sums + _fold(row * code, 16) * factor, squares
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -205,16 +178,11 @@ def fma(
     release(PDL)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     own = tl.minimum(n, N - 1).to(tl.int64)[None, :, None]
-    BYTES: tl.constexpr = KIND == "fp8" and not ASM
-    PER: tl.constexpr = 4 if BYTES else 1  # what is loaded of a word
-    j = tl.arange(0, BLOCK_W * PER)
-    if KIND == "fp8" and ASM:
-        # Two words make as many columns as a thread loads of x at once: then no value moves.
-        j = tl.max_contiguous(j, 2)
-    j = j[None, None, :]
+    PER: tl.constexpr = 4 if KIND == "fp8" else 1  # what is loaded of a word
+    j = tl.arange(0, BLOCK_W * PER)[None, None, :]
     EVEN: tl.constexpr = WORDS % BLOCK_W == 0 and WORDS * FIELDS == K
     words += own * word_stride
-    if BYTES:
+    if KIND == "fp8":
         words = words.to(tl.pointer_type(tl.int8))
     words += j
     scale += own * groups
@@ -222,9 +190,8 @@ def fma(
         zero += own * groups
     # The first words before the wait, and each turn's while the one before it computes.
     tile = tl.load(words, mask=j < WORDS * PER, other=0, eviction_policy="evict_first")
-    FOLDED: tl.constexpr = BLOCK_W // (2 if KIND == "fp8" and ASM else 4)
-    sums = tl.zeros([ROWS, BLOCK_N, FOLDED], tl.float32)
-    squares = tl.zeros([ROWS, 1, FOLDED], tl.float32)
+    sums = tl.zeros([ROWS, BLOCK_N, BLOCK_W // 4], tl.float32)
+    squares = tl.zeros([ROWS, 1, BLOCK_W // 4], tl.float32)
     m = tl.arange(0, ROWS)[:, None]
     x += tl.minimum(m, M - 1)[:, :, None] * x_stride
     wait(PDL)
@@ -240,7 +207,7 @@ def fma(
             )
         if KIND == "fp8":
             sums, squares = _turn_e4m3(
-                sums, squares, tile, x, norm, scale, j0, K, G, NORM, ACT, EVEN, ASM
+                sums, squares, tile, x, norm, scale, j0, K, G, NORM, ACT, EVEN
             )
         else:
             sums, squares = _turn(

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from kvrun.runtime.kernels.triton import w4a16
-from kvrun.runtime.kernels.triton._codes import multiply_codes
 from kvrun.runtime.kernels.triton._softmax import INTERPRETED, product
 from kvrun.runtime.kernels.triton._w4a16 import _multiply
 from kvrun.runtime.kernels.triton.gated import _act
@@ -80,10 +79,9 @@ def _stored(stack: torch.Tensor | Coded) -> tuple[torch.Tensor | None, ...]:
 def _form(stack: torch.Tensor | Coded) -> dict[str, Any]:
     """How a stack lies in memory; K is 0 of plain values."""
     if not isinstance(stack, Coded):
-        return {"K": 0, "G": 1, "WORDS": 0, "FIELDS": 1, "PARTS": 1, "KIND": "plain",
+        return {"K": 0, "G": 1, "WORDS": 0, "FIELDS": 1, "KIND": "plain",
                 "ZERO": False, "GROUPS": 1}  # fmt: skip
-    groups = stack.scale.shape[-1]
-    return {**w4a16._options(stack), "PARTS": w4a16._parts(stack), "GROUPS": groups}
+    return {**w4a16._options(stack), "GROUPS": stack.scale.shape[-1]}
 
 
 @triton.jit
@@ -119,26 +117,17 @@ def _tile(
 def _coded(
     x_at, words_at, scale_at, zero_at, table, own,
     K: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr,
-    PARTS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, GROUPS: tl.constexpr,
+    KIND: tl.constexpr, ZERO: tl.constexpr, GROUPS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """x [ROWS, K] at `x_at` times rows `own` [COLUMNS] of a stack of codes: [ROWS, COLUMNS]."""
     dtype: tl.constexpr = tl.float32 if INTERPRETED else x_at.dtype.element_ty
-    ASM: tl.constexpr = not INTERPRETED and x_at.dtype.element_ty.primitive_bitwidth == 16
     rows = own[:, None]
-    words_at, scale_at = words_at + rows * WORDS, scale_at + rows * GROUPS
-    if ZERO:
-        zero_at += rows * GROUPS
-    if KIND == "int4" or KIND == "int8":
-        y = multiply_codes(
-            x_at[None, :], words_at, scale_at, zero_at, 0, WORDS,
-            K, G, WORDS, FIELDS, PARTS, KIND, ZERO, ROWS, COLUMNS, 3, ASM, dtype,
-        )  # fmt: skip
-    else:
-        y = _multiply(
-            x_at[None, :], words_at, scale_at, zero_at, table, 0, WORDS,
-            K, G, WORDS, FIELDS, KIND, ZERO, ROWS, COLUMNS, 3, dtype,
-        )  # fmt: skip
+    y = _multiply(
+        x_at[None, :], words_at + rows * WORDS, scale_at + rows * GROUPS,
+        zero_at + rows * GROUPS if ZERO else zero_at, table, 0, WORDS,
+        K, G, WORDS, FIELDS, KIND, ZERO, ROWS, COLUMNS, 3, dtype,
+    )  # fmt: skip
     return tl.trans(y)
 
 
@@ -150,7 +139,7 @@ def _up(
     ACT: tl.constexpr, COUNT: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
     ROWS: tl.constexpr, ALONE: tl.constexpr,
     K: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr,
-    PARTS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, GROUPS: tl.constexpr,
+    KIND: tl.constexpr, ZERO: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """act(gate) · up of a tile of choices, for COLUMNS of the inner width."""
     expert, pair, real = _tile(order_at, ends_at, pairs, EXPERTS, SLOTS, ROWS, ALONE)
@@ -176,11 +165,11 @@ def _up(
         own = expert.to(tl.int64) * 2 * INNER + tl.minimum(columns, INNER - 1)
         gate = _coded(
             rows_at, weight_at, scale_at, zero_at, table_at, own,
-            K, G, WORDS, FIELDS, PARTS, KIND, ZERO, GROUPS, ROWS, COLUMNS,
+            K, G, WORDS, FIELDS, KIND, ZERO, GROUPS, ROWS, COLUMNS,
         )  # fmt: skip
         up = _coded(
             rows_at, weight_at, scale_at, zero_at, table_at, own + INNER,
-            K, G, WORDS, FIELDS, PARTS, KIND, ZERO, GROUPS, ROWS, COLUMNS,
+            K, G, WORDS, FIELDS, KIND, ZERO, GROUPS, ROWS, COLUMNS,
         )  # fmt: skip
     if bias_at is not None:
         bias_at += expert * 2 * INNER + columns
@@ -204,7 +193,7 @@ def _down(
     COUNT: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
     ALONE: tl.constexpr,
     K: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr,
-    PARTS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, GROUPS: tl.constexpr,
+    KIND: tl.constexpr, ZERO: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """A tile of choices back to COLUMNS of the hidden width, times the router's weights."""
     expert, pair, real = _tile(order_at, ends_at, pairs, EXPERTS, SLOTS, ROWS, ALONE)
@@ -228,7 +217,7 @@ def _down(
         own = expert.to(tl.int64) * HIDDEN + tl.minimum(columns, HIDDEN - 1)
         y = _coded(
             rows_at, weight_at, scale_at, zero_at, table_at, own,
-            K, G, WORDS, FIELDS, PARTS, KIND, ZERO, GROUPS, ROWS, COLUMNS,
+            K, G, WORDS, FIELDS, KIND, ZERO, GROUPS, ROWS, COLUMNS,
         )  # fmt: skip
     if bias_at is not None:
         bias = tl.load(bias_at + expert * HIDDEN + columns, mask=inside, other=0.0)

@@ -47,6 +47,7 @@ def linear(
     """As the twin. `norm` and `act` up to FEW rows; not on two streams of a device at once."""
     n, k = len(matrix.codes), matrix.columns
     form = config(len(x), n, k, _kind(matrix), skinny.sm_count(x.device))
+    form = fitting(form, matrix.bits, _room(x.device))
     return run(form, x, matrix, bias=bias, add=add, norm=norm, eps=eps, act=act, out=out)
 
 
@@ -92,7 +93,7 @@ def run(
     dot[(tiles * m_tiles, splits)](
         x, *stored, bias, add, out, parts, counters, m, n, *strides, span, splits,
         SPLIT=splits > 1, STAGES=form.stages,
-        ASM=device.type == "cuda" and x.element_size() == 2,
+        ASM=x.element_size() == 2 and _hopper(device),
         # Triton's interpreter multiplies the bits of bf16 as integers.
         WIDE=device.type == "cpu", **options,
     )  # fmt: skip
@@ -171,6 +172,36 @@ def config(m: int, n: int, k: int, kind: str, sm_count: int) -> Form:
     splits = max(1, min(round(per_sm * sm_count / tiles), words // WORDS // 2, 8))
     stages = 2 if kind == "int8" and rows == 128 and splits == 1 else 3
     return Form(True, block_n, block_n // 16, rows=rows, stages=stages, splits=splits)
+
+
+def fitting(form: Form, bits: int, room: int) -> Form:
+    """A form of `dot` whose tiles in flight fit into `room` bytes of shared memory, with fewer
+    stages first and then fewer rows."""
+    while form.dot:
+        words = 2 * form.block_n * 4 * WORDS
+        if words + form.stages * 2 * block(bits) * form.rows <= room or form.rows == 16:
+            break
+        if form.stages > 2:
+            form = form._replace(stages=form.stages - 1)
+        else:
+            form = form._replace(rows=form.rows // 2, splits=1)
+    return form
+
+
+@cache
+def _room(device: torch.device) -> int:
+    """Bytes of shared memory that a program can have. Source: CUDA programming guide, table of
+    technical specifications by compute capability."""
+    if device.type != "cuda":
+        return 1 << 30
+    large = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+    return large.get(torch.cuda.get_device_capability(device), 99) << 10
+
+
+@cache
+def _hopper(device: torch.device) -> bool:
+    """Whether there is arithmetic on pairs of bf16, which the assembly of `_codes` uses."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _words(matrix: Coded) -> torch.Tensor:

@@ -170,7 +170,9 @@ def test_learned_positions(tmp_path: Path) -> None:
     w = stored(tmp_path, e__weight=table, p__weight=places)
     embed = LearnedPositions(w, Embedding(w, "e", 8, 4), "p", 5, 4, offset=2)
     w.close()
-    batch: Any = SimpleNamespace(ids=torch.tensor([1, 3, 3]), positions=torch.tensor([0, 4, 9]))
+    batch: Any = SimpleNamespace(
+        ids=torch.tensor([1, 3, 3]), positions=torch.tensor([0, 4, 9]), lora=None
+    )
     assert torch.equal(embed(batch), table[[1, 3, 3]] + places[[2, 6, 6]])
 
 
@@ -292,7 +294,7 @@ def test_logits_are_fp32_and_capped(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_embedding_scale_is_rounded_to_the_dtype(tmp_path: Path) -> None:
     w = stored(tmp_path, torch.bfloat16, e__weight=torch.ones(4, 8))
-    batch: Any = SimpleNamespace(ids=torch.tensor([1, 3]))
+    batch: Any = SimpleNamespace(ids=torch.tensor([1, 3]), lora=None)
     x = Embedding(w, "e", 4, 8, scale=3072**0.5)(batch)
     w.close()
     assert float(x[0, 0]) == 55.5  # sqrt(3072) = 55.43

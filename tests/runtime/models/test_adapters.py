@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kvrun.errors import Unsupported
 from tests.runtime.lora import adapters
 from tests.runtime.lora.test_parity import FORMS
 from tests.runtime.models import coded, every
@@ -55,11 +54,3 @@ def test_all_products_change_beside_the_base(
     off, moved = difference(folder, tmp_path, family, form)
     assert off <= TOLERANCE
     assert moved > 0.1
-
-
-def test_experts_take_no_adapters(models: Models, tmp_path: Path) -> None:
-    folder, _ = models("mixtral", "plain")
-    write(folder, tmp_path, "mixtral", experts=True)
-    runs = every.driver(folder, "mixtral")
-    with pytest.raises(Unsupported, match=r"changes model.layers.0.\S*experts"):
-        runs.bank.register("it", str(tmp_path / "adapter"))

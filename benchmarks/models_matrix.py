@@ -116,7 +116,7 @@ ATTENTION = """
   a stand-in for the package. Sizes of heads are apart from that: Triton takes {low} to {high}
   dimensions, FlashInfer {sizes}.
 * **LoRA**: an adapter on every product of the layers says what weights with its changes say, beside
-  rows without it; one on experts is refused.
+  rows without it. Those on experts, embeddings and heads are compared with PEFT's own forward.
 * **two ranks**: two ranks that keep their cut of every tensor give the logits that one gives.
 * **images**: which models that see have it as their text part, in the tests; see below.
 

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from kvrun.errors import KvrunError
 from kvrun.folder import load, names
@@ -22,8 +21,7 @@ from kvrun.runtime.attention import _compiled, triton
 from kvrun.runtime.calibrate.job import Recipe, quantize
 from kvrun.runtime.config import QUANTIZE
 from tests.runtime.attention import fake_flashinfer
-from tests.runtime.lora import adapters
-from tests.runtime.models import coded, every, test_adapters
+from tests.runtime.models import coded, every
 from tests.runtime.models.compare import TOLERANCE
 from tests.runtime.quant import test_experts
 
@@ -74,7 +72,6 @@ class Results:
 def plainly(error: KvrunError) -> str:
     """Its words without paths, and with one layer's name for all."""
     words = re.sub(r" in /\S+", "", error.in_one_line)
-    words = re.sub(r"changes [^\s,]*experts[^\s,]*", "changes an expert", words)
     words = re.sub(r"the experts \S+", "the experts", words)
     words = re.sub(r"^'[\w-]+' of a family", "this format of a family", words)
     return re.sub(r"[^\s(]+ is not stored as .*", "they are stored as [in, out])", words)
@@ -98,7 +95,6 @@ def run_all(results: Results) -> None:
             coded.exactly(patch)
             _quantized(results, place, family)
             _written(results, place, family)
-            _adapted_experts(results, place, family)
 
 
 def _quantized(results: Results, place: Path, family: str) -> None:
@@ -140,25 +136,6 @@ def _written(results: Results, place: Path, family: str) -> None:
         return float((found - wanted).abs().max())
 
     results.add(family, WRITTEN, difference)
-
-
-def _adapted_experts(results: Results, place: Path, family: str) -> None:
-    """What is said to an adapter of experts, where there are any."""
-    with safe_open(place / "model" / "model.safetensors", "pt") as file:
-        experts = [name for name in file.keys() if "expert" in name]  # noqa: SIM118
-    if any(re.search(r"\.experts\.\d+\.", name) for name in experts):
-        test_adapters.write(place / "model", place / "experts", family, experts=True)
-    elif experts or "moe" in family:
-        what = {"target_parameters": ["experts.gate_up_proj"]}
-        adapters.write(place / "experts" / "adapter", {"experts": (8, 8)}, **what)
-    else:
-        return
-
-    def served() -> float:
-        every.driver(place / "model", family).bank.register("it", str(place / "experts/adapter"))
-        return 0.0
-
-    results.add(family, "LoRA", served)
 
 
 def _attend(results: Results, place: Path, family: str) -> None:

@@ -157,10 +157,11 @@ def test_the_engine_waits_for_what_is_being_sent(
     bank.register("one", "dummy:4:1:0.q_proj")
     adapter = bank.find("one")
     assert adapter
-    while not adapter.slot:
-        bank.place(adapter, False)
+    bank.place(adapter, False)
+    while not adapter.slot:  # it is read first
         bank.wait(10)
         bank.poll()
+        bank.place(adapter, False)
     assert bank.loading
     assert bank.place(adapter, True) is Place.LOADING
     gate.set()

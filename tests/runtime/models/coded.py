@@ -28,7 +28,7 @@ _TURNED = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn|kv_attn)\.weight$")  # of GP
 _ROUTER = re.compile(r"\.(gate|router|router\.layer|shared_expert_gate)\.weight$")
 # Tables, norms by head, convolutions, decays: nothing that multiplies rows. Towers stay plain.
 _NONE = re.compile(r"(relative_attention_bias|norm|conv1d)\.weight$|vision_model|perceiver")
-_HEAD = re.compile(r"(lm_head|embed_out)\.weight$")
+_HEAD = re.compile(r"(lm_head|embed_out|additional_fc)\.weight$")
 # What makes logits where there is no head.
 _TABLE = re.compile(r"(embed_tokens|wte|word_embeddings|shared|embed_in|embeddings)\.weight$")
 _STACK = re.compile(r"experts\.(gate_up_proj|down_proj)$|(input|output)_linear\.weight$")
@@ -57,10 +57,10 @@ def rounded(folder: Path, family: str, method: str) -> Tensors:
 
     tensors = load_file(folder / "model.safetensors")
     if method != "fp8":  # of which a CPU has no product
-        head = next((n for n in tensors if _HEAD.search(n)), None)
-        head = head or next(n for n in tensors if _TABLE.search(n))
-        codes = _round.coded(tensors[head], "int8")
-        tensors[head] = w4a16.dequantise(codes, torch.float32)
+        heads = [n for n in tensors if _HEAD.search(n)]
+        for head in heads or [next(n for n in tensors if _TABLE.search(n))]:
+            codes = _round.coded(tensors[head], "int8")
+            tensors[head] = w4a16.dequantise(codes, torch.float32)
     for name in [n for n in matrices(tensors) if not routes(n)]:
         tensors[name] = either_way(values, tensors[name], turned(name, family))
     for name, stack in tensors.items():

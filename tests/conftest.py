@@ -1,6 +1,7 @@
 """What the rooms above the engine share: the scripted engine, and a model folder for it."""
 
 import os
+import signal
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +17,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.chat import scripted as module
+
+# A shell that runs tests in the background has them ignore Ctrl+C, and what they start as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from kvrun.runtime.checkpoint import Shard
+from kvrun.runtime.kernels.lora import CROWD
 from kvrun.runtime.kernels.triton import lora
-from kvrun.runtime.lora.rows import CROWD, tiled
+from kvrun.runtime.lora.rows import tiled
 from kvrun.runtime.lora.sites import Sites
 
 RANK, LAYERS, RATE = 16, 8, 3.2e12

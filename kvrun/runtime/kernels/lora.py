@@ -14,6 +14,8 @@ import torch
 
 from kvrun.runtime.kernels.skinny import activate
 
+CROWD = 4  # rows for each tile from which on tiles are few, and many rows share one adapter
+
 
 def shrink(
     x: torch.Tensor,

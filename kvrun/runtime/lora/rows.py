@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from kvrun.runtime.device import kernel
+from kvrun.runtime.kernels.lora import CROWD
 from kvrun.runtime.kernels.lora_heads import change_by_head
 from kvrun.runtime.lora.adapter import LARGEST_RANK
 from kvrun.runtime.lora.beyond import Beyond, Send, beyond
@@ -14,7 +15,6 @@ from kvrun.runtime.lora.beyond import Beyond, Send, beyond
 if TYPE_CHECKING:
     from kvrun.runtime.lora.resident import Adapter, Resident
 
-CROWD = 4  # rows for each tile from which on tiles are few
 HEIGHT = 16  # rows of a tile where sequences decode: the least that tensor cores multiply
 TALL = 64  # where prompts are computed
 _MANY = 512  # tokens of a step from which on it is taller

@@ -172,7 +172,7 @@ def test_other_cpus(level: str, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_without_a_compiler(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_build, "_compiler", lambda: None)
-    assert _build.library(SOURCE) is None
+    assert _build.compiled(SOURCE) is None
     assert not own_cache.exists()
 
 
@@ -180,7 +180,7 @@ def test_without_a_compiler(own_cache: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_with_a_compiler_that_fails(own_cache: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.c"
     broken.write_text("this is not C\n")
-    assert _build.library(broken) is None
+    assert _build.compiled(broken) is None
     assert not list(own_cache.iterdir())
 
 
@@ -191,6 +191,6 @@ def test_a_home_that_cannot_be_written_to(
     own_cache.parent.write_text("a file where the folder would be")
     source = tmp_path / "one.c"
     source.write_text("int one(void) { return 1; }\n")
-    found = _build.library(source)
+    found = _build.compiled(source)
     assert found is not None
     assert found.one() == 1

@@ -17,7 +17,7 @@ FLAGS = (
 SECONDS = 120.0  # that a compiler may take
 
 
-def library(source: Path) -> ctypes.CDLL | None:
+def compiled(source: Path) -> ctypes.CDLL | None:
     """`source`, compiled; None where there is no compiler, or one that cannot."""
     compiler = _compiler()
     if compiler is None or platform.system() != "Linux":

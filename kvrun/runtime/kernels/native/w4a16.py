@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kvrun.runtime.kernels import w4a16
-from kvrun.runtime.kernels.native._build import library
+from kvrun.runtime.kernels.native._build import compiled
 from kvrun.runtime.kernels.w4a16 import Coded
 
 BLOCK, TILE = 64, 4  # columns, rows
@@ -33,7 +33,7 @@ def available() -> bool:
 
 @cache
 def _library() -> Any:
-    found = library(Path(__file__).with_suffix(".c"))
+    found = compiled(Path(__file__).with_suffix(".c"))
     if found is not None:
         at, whole, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         found.kvrun_product.argtypes = [at] * 5 + [ctypes.c_float, whole, long, whole, whole]

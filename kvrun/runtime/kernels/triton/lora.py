@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kvrun.runtime.kernels.lora import CROWD
 from kvrun.runtime.kernels.triton._lora_expand import _dot, _expand
 from kvrun.runtime.kernels.triton._lora_stream import _expand_stream
 from kvrun.runtime.kernels.triton._overlap import overlap, release, wait
@@ -48,7 +49,6 @@ class Stream(NamedTuple):
 # tiles of one row or few, which are many.
 _CROWDED = Stream(4, 512, stages=1)
 _APART = Stream(1, 256, stages=1, registers=80)
-_CROWD = 4  # rows for each tile from which on tiles are few
 
 
 def shrink(
@@ -261,7 +261,7 @@ def _form(tiles: int, rows: int, block_m: int) -> Stream | None:
     """How `expand` goes through B; None: a tile of prompts at a time."""
     if block_m > _TALL:
         return None
-    return _CROWDED if _CROWD * tiles <= rows else _APART
+    return _CROWDED if CROWD * tiles <= rows else _APART
 
 
 def _chunk(pieces: int, block_m: int) -> int:

@@ -31,6 +31,7 @@ class Form(NamedTuple):
     rows: int = 1  # rows of x in a tile
     stages: int = 1  # tiles in flight, of `dot`
     splits: int = 1  # programs that share K, of `dot`
+    registers: int | None = None  # of a thread, at most; fewer let more programs run at once
 
 
 def linear(
@@ -66,12 +67,12 @@ def run(
     options = {
         **_options(matrix), "ROWS": form.rows, "BLOCK_N": form.block_n,
         "BIAS": bias is not None, "ADD": add is not None, "PARTS": _parts(matrix),
-        "num_warps": form.warps, **overlap(device),
+        "num_warps": form.warps, "maxnreg": form.registers, **overlap(device),
     }  # fmt: skip
     words = _words(matrix)
     stored = (words, matrix.scale, matrix.zero, matrix.table)
     strides = (
-        matrix.scale.shape[1], x.stride(0), words.stride(0),
+        matrix.scale.stride(0), x.stride(0), words.stride(0),
         0 if add is None else add.stride(0), out.stride(0),
     )  # fmt: skip
     tiles = triton.cdiv(n, form.block_n)
@@ -119,7 +120,7 @@ def _dequantise(matrix: Coded, ids: torch.Tensor | None, out: torch.Tensor) -> t
     options, words, n = _options(matrix), _words(matrix), len(out)
     values[(triton.cdiv(n, 32), triton.cdiv(words.shape[1], WORDS))](
         words, matrix.scale, matrix.zero, matrix.table, ids, out,
-        n, matrix.scale.shape[1], words.stride(0),
+        n, matrix.scale.stride(0), words.stride(0),
         CHOSEN=ids is not None, BLOCK_N=32, num_warps=4, **options, **overlap(out.device),
     )  # fmt: skip
     return out
@@ -216,8 +217,16 @@ def _options(matrix: Coded) -> dict[str, Any]:
         "WORDS": _words(matrix).shape[-1],
         "FIELDS": 32 // matrix.bits,
         "KIND": _kind(matrix),
-        "ZERO": matrix.zero is not None,
+        "ZERO": _zero(matrix),
     }
+
+
+def _zero(matrix: Coded) -> int:
+    """Where zeros lie: see `_codes.grid`."""
+    scale, zero = matrix.scale, matrix.zero
+    if zero is None:
+        return 0
+    return 2 if scale.stride(-1) == 2 and zero.data_ptr() == scale.data_ptr() + 2 else 1
 
 
 def _kind(matrix: Coded) -> str:

@@ -64,7 +64,7 @@ def unpack(words: torch.Tensor, k: int, bits: int) -> torch.Tensor:
 
 
 def beside(matrix: Coded) -> Coded:
-    """The same, each zero behind its scale, where these have 16 bits and zeros are small integers."""
+    """The same, each zero behind its scale, if that has 16 bits and zeros are small integers."""
     scale, zero = matrix.scale, matrix.zero
     if zero is None or scale.itemsize != 2 or zero.is_floating_point():
         return matrix

@@ -18,8 +18,10 @@ def kernel(name: str, device: torch.device) -> ModuleType:
 
 
 def fused(name: str, device: torch.device) -> ModuleType | None:
-    """A kernel that takes the place of several operators, where launches are dear: on CUDA."""
-    return kernel(name, device) if device.type == "cuda" else None
+    """A kernel that takes the place of several operators: on CUDA, and in C if there is one."""
+    if device.type == "cuda":
+        return kernel(name, device)
+    return native(name) if device.type == "cpu" and name in folder.names(NATIVE) else None
 
 
 @cache

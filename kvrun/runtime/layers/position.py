@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kvrun.errors import Unsupported
-from kvrun.runtime.device import fused
+from kvrun.runtime.device import kernel
 
 if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
@@ -39,7 +39,7 @@ class Rope:
         self._dtype = dtype
         frequencies, self._factor = scaled_frequencies(parameters, self._width)
         self._frequencies = frequencies.to(device)
-        self._kernel = fused("rotary", device)
+        self._kernel = kernel("rotary", device)
         # out = x·cos + partner·sin, where the first of a pair takes its partner with a minus:
         # sin(-a) = -sin(a) and cos(-a) = cos(a), so the sign lies in the frequency.
         pair = torch.stack((-frequencies, frequencies), dim=1 if interleaved else 0)
@@ -61,7 +61,6 @@ class Rope:
 
     def prologue(self, batch: "Batch") -> dict[str, Any]:
         """What the kernel that also stores keys and values is told; cos and sin [T, width / 2]."""
-        assert self._kernel is not None
         tables = batch.shared.get(self)
         if tables is None:
             tables = self._kernel.tables(batch.positions, self._frequencies, self._factor)

@@ -10,6 +10,7 @@ import torch
 
 from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.kernels import rotary as twin
+from kvrun.runtime.kernels.native import rotary as native
 from kvrun.runtime.kernels.triton import rotary as triton
 from kvrun.runtime.layers.norm import RMSNorm
 from kvrun.runtime.layers.position import Rope, scaled_frequencies
@@ -28,7 +29,12 @@ def on_device() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=[twin, triton], ids=["twin", "triton"])
+FORMS = {"twin": twin, "triton": triton}
+if DEVICE.type == "cpu" and native.available():
+    FORMS["native"] = native
+
+
+@pytest.fixture(params=FORMS.values(), ids=FORMS)
 def kernel(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
 

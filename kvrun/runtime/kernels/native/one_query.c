@@ -4,8 +4,9 @@
 enum { WIDEST = 256, SHARE = 64, KEYS = 32 };
 
 /* What the heads `q` [share, dim] that have one head of keys see of it: out [share, dim], fp32. */
-static void attend(const float *q, const char *keys, const char *values, int64_t stride, int64_t count,
-                   int64_t share, int64_t dim, int wide, float *out) {
+static inline __attribute__((always_inline)) void attend(
+    const float *q, const char *keys, const char *values, int64_t stride, int64_t count, int64_t share,
+    int64_t dim, int wide, float *out) {
     float most[SHARE], sum[SHARE], scores[SHARE][KEYS], row[WIDEST];
     int64_t size = wide ? 4 : 2;
     for (int64_t s = 0; s < share; s++) most[s] = -INFINITY, sum[s] = 0;
@@ -52,8 +53,11 @@ void kvrun_attend(const void *q, const void *rows, void *out, int64_t count, int
         const char *keys = (const char *)rows + h * dim * size;
         widen((const char *)q + h * part * size, own, part, wide);
         for (int64_t i = 0; i < part; i++) own[i] *= scale;
-        attend(own, keys, keys + kv_heads * dim * size, 2 * kv_heads * dim, count, share, dim, wide,
-               found);
+        const char *values = keys + kv_heads * dim * size;
+        /* Loops of a known length need no ends of their own. */
+        if (dim == 64) attend(own, keys, values, 2 * kv_heads * dim, count, share, 64, wide, found);
+        else if (dim == 128) attend(own, keys, values, 2 * kv_heads * dim, count, share, 128, wide, found);
+        else attend(own, keys, values, 2 * kv_heads * dim, count, share, dim, wide, found);
         if (wide) memcpy((float *)out + h * part, found, 4 * part);
         else for (int64_t i = 0; i < part; i++) ((uint16_t *)out)[h * part + i] = rounded(found[i]);
     }

@@ -1,10 +1,11 @@
 /* Products of few rows with matrices of codes, with what comes before and after them; values of codes.
    Twin: kernels/w4a16.py. f16 is 16 floats: one register of 512 bits, or as many smaller ones.
 
-   Rows of a matrix lie in tiles of 4, the last one filled up: a tile's columns in blocks of 64, a
-   block's rows one after the other, 64 bytes each. Of 4 bits two rows share their bytes, the first in
-   the lower halves. A group of columns is whole blocks. Scales are [tiles, groups, 4]: of 8 bits in
-   fp32, the zero is 128; of 4 bits a word, bfloat16 above and the zero, 0 to 255, below.
+   Rows of a matrix lie in tiles of 16, the last one filled up: a tile's columns in blocks of 64, a
+   block's columns in fours, of which each row has 4 bytes, so that every row has a lane of its own and
+   x is the same for all. Of 4 bits two fours share their bytes, the first in the lower halves. A group
+   of columns is whole blocks. Scales are [tiles, groups, 16]: of 8 bits in fp32, the zero is 128; of
+   4 bits a word, bfloat16 above and the zero, 0 to 255, below.
    x is rounded to 8 bits, each block of it by its largest value, so that a block's sum is whole. */
 #include <math.h>
 #include <stdint.h>
@@ -17,14 +18,12 @@
 #include <immintrin.h>
 #endif
 
-typedef float f4 __attribute__((vector_size(16)));
-typedef float f8 __attribute__((vector_size(32)));
 typedef float f16 __attribute__((vector_size(64)));
-typedef uint32_t w4 __attribute__((vector_size(16)));
-typedef int32_t i4 __attribute__((vector_size(16)));
+typedef int32_t i16 __attribute__((vector_size(64)));
+typedef uint32_t w16 __attribute__((vector_size(64)));
 
-/* Rows that are worked on at once; columns of a block; tiles of a thread's share. */
-enum { FEW = 4, BLOCK = 64, SHARE = 16 };
+/* Rows of x that are worked on at once; rows of a tile; columns of a block. */
+enum { FEW = 4, TILE = 16, BLOCK = 64 };
 #ifndef AHEAD
 #define AHEAD 8192 /* bytes */
 #endif
@@ -43,13 +42,6 @@ static float get(const void *x, int64_t i, int wide) {
 static void put(void *y, int64_t i, float value, int wide) {
     if (wide) ((float *)y)[i] = value;
     else ((uint16_t *)y)[i] = rounded(value);
-}
-
-static inline float total(f16 x) {
-    union { f16 all; f8 half[2]; } a = {x};
-    union { f8 all; f4 half[2]; } b = {a.half[0] + a.half[1]};
-    f4 c = b.half[0] + b.half[1];
-    return (c[0] + c[1]) + (c[2] + c[3]);
 }
 
 static inline float activated(float x, int act) {
@@ -104,113 +96,89 @@ static void enter8(const float *x, int8_t *codes, float *scales, int32_t *sums, 
     }
 }
 
-/* Of a tile's four rows in a group. */
-static inline void scales_of(const struct matrix *w, int bits, int64_t group, f4 *scale, f4 *zero) {
-    if (bits == 8) {
-        memcpy(scale, (const float *)w->scales + 4 * group, 16);
-        *zero = 128.0f - (f4){0};
-        return;
-    }
-    w4 words, above;
-    memcpy(&words, (const uint32_t *)w->scales + 4 * group, 16);
-    above = words & 0xffff0000;
-    memcpy(scale, &above, 16);
-    *zero = __builtin_convertvector((i4)(words & 0xff), f4);
-}
-
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-typedef __m512i bytes;
-static inline bytes load(const void *from) { return _mm512_loadu_si512(from); }
-static inline bytes lower(bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
-static inline bytes upper(bytes x) { return lower(_mm512_srli_epi16(x, 4)); }
-/* Sums of 64 codes times 64 of x, in 16 parts. */
-static inline f16 sums_of(bytes codes, bytes x) {
-    return (f16)_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, x));
-}
-#elif defined(__AVX2__)
-typedef struct { __m256i half[2]; } bytes;
-static inline bytes load(const void *from) {
-    const __m256i *at = from;
-    return (bytes){{_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)}};
-}
-static inline bytes lower(bytes x) {
-    __m256i mask = _mm256_set1_epi8(15);
-    return (bytes){{_mm256_and_si256(x.half[0], mask), _mm256_and_si256(x.half[1], mask)}};
-}
-static inline bytes upper(bytes x) {
-    return lower((bytes){{_mm256_srli_epi16(x.half[0], 4), _mm256_srli_epi16(x.half[1], 4)}});
-}
-static inline __m256i wide(__m256i codes, __m256i x, int high) {
-    __m128i a = high ? _mm256_extracti128_si256(codes, 1) : _mm256_castsi256_si128(codes);
-    __m128i b = high ? _mm256_extracti128_si256(x, 1) : _mm256_castsi256_si128(x);
-    return _mm256_madd_epi16(_mm256_cvtepu8_epi16(a), _mm256_cvtepi8_epi16(b));
-}
-static inline f16 sums_of(bytes codes, bytes x) {
-    union { f16 all; __m256 half[2]; } found;
-    for (int i = 0; i < 2; i++) {
-        __m256i a = codes.half[i], b = x.half[i];
-        found.half[i] = _mm256_cvtepi32_ps(_mm256_add_epi32(wide(a, b, 0), wide(a, b, 1)));
-    }
-    return found.all;
-}
-#else
-typedef uint8_t bytes __attribute__((vector_size(64)));
-static inline bytes load(const void *from) {
-    bytes x;
+static inline w16 load(const void *from) {
+    w16 x;
     memcpy(&x, from, 64);
     return x;
 }
-static inline bytes lower(bytes x) { return x & 15; }
-static inline bytes upper(bytes x) { return x >> 4; }
-static inline f16 sums_of(bytes codes, bytes x) {
-    int32_t sum = 0;
-    for (int i = 0; i < 64; i++) sum += codes[i] * (int8_t)x[i];
-    return (f16){(float)sum};
-}
-#endif
 
-/* A tile of the matrix times a row: y [4]. */
-static inline __attribute__((always_inline)) void tile(
+/* Of a tile's rows in a group. */
+static inline void scales_of(const struct matrix *w, int bits, int64_t group, f16 *scale, f16 *zero) {
+    w16 words = load((const uint32_t *)w->scales + TILE * group);
+    *scale = (f16)(bits == 8 ? words : words & 0xffff0000);
+    *zero = bits == 8 ? 128.0f - (f16){0} : __builtin_convertvector((i16)(words & 0xff), f16);
+}
+
+/* `sums`, and each row's four codes times four of x. */
+static inline i16 plus(i16 sums, w16 codes, const int8_t *x) {
+#if defined(__AVX512VNNI__)
+    int32_t four;
+    memcpy(&four, x, 4);
+    return (i16)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(four));
+#elif defined(__AVX2__)
+    int32_t four;
+    memcpy(&four, x, 4);
+    __m256i both = _mm256_set1_epi32(four), odd = _mm256_srai_epi16(both, 8);
+    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(both, 8), 8), part[2];
+    memcpy(part, &codes, 64);
+    for (int i = 0; i < 2; i++) {
+        __m256i first = _mm256_and_si256(part[i], _mm256_set1_epi16(255));
+        __m256i second = _mm256_srli_epi16(part[i], 8);
+        part[i] = _mm256_add_epi32(_mm256_madd_epi16(first, even), _mm256_madd_epi16(second, odd));
+    }
+    i16 found;
+    memcpy(&found, part, 64);
+    return sums + found;
+#else
+    for (int i = 0; i < 4; i++) sums += (i16)(codes >> (8 * i) & 255) * x[i];
+    return sums;
+#endif
+}
+
+/* A tile of the matrix times a row. */
+static inline __attribute__((always_inline)) f16 tile(
     const struct matrix *w, int bits, const int8_t *x, const float *shares, const int32_t *sums,
-    int64_t at, float *y) {
+    int64_t at) {
     int64_t blocks = w->k / BLOCK, groups = w->k / w->group, each = w->group / BLOCK;
-    int64_t size = 32 * bits; /* of a block */
+    int64_t size = TILE * BLOCK * bits / 8;
     const uint8_t *codes = (const uint8_t *)w->codes + at * blocks * size;
-    f16 a = {0}, b = {0}, c = {0}, d = {0};
-    f4 zeros = {0};
+    f16 y = {0};
     for (int64_t g = 0, i = 0; g < groups; g++) {
-        f16 p = {0}, q = {0}, r = {0}, s = {0};
+        f16 part = {0}, scale, zero;
         float sum = 0;
         for (int64_t end = i + each; i < end; i++, codes += size) {
-            bytes row = load(x + i * BLOCK);
-            f16 share = shares[i] - (f16){0};
-            sum += shares[i] * (float)sums[i];
-            for (int64_t line = 0; line < size; line += 64) __builtin_prefetch(codes + AHEAD + line);
-            if (bits == 8) {
-                p += sums_of(load(codes), row) * share;
-                q += sums_of(load(codes + 64), row) * share;
-                r += sums_of(load(codes + 128), row) * share;
-                s += sums_of(load(codes + 192), row) * share;
-            } else {
-                bytes first = load(codes), second = load(codes + 64);
-                p += sums_of(lower(first), row) * share;
-                q += sums_of(upper(first), row) * share;
-                r += sums_of(lower(second), row) * share;
-                s += sums_of(upper(second), row) * share;
+            i16 first = {0}, second = {0};
+            for (int c = 0; c < BLOCK; c += 8) {
+                const uint8_t *eight = codes + c * TILE * bits / 8;
+                const int8_t *from = x + i * BLOCK + c;
+                __builtin_prefetch(eight + AHEAD);
+                if (bits == 8) {
+                    __builtin_prefetch(eight + AHEAD + 64);
+                    first = plus(first, load(eight), from);
+                    second = plus(second, load(eight + 64), from + 4);
+                } else { /* upper halves as they are, 16 times too large */
+                    first = plus(first, load(eight) & 0x0f0f0f0f, from);
+                    second = plus(second, load(eight) & 0xf0f0f0f0, from + 4);
+                }
             }
+            first += bits == 8 ? second : second >> 4;
+            part += __builtin_convertvector(first, f16) * shares[i];
+            sum += shares[i] * (float)sums[i];
         }
-        f4 scale, zero;
         scales_of(w, bits, at * groups + g, &scale, &zero);
-        zeros += scale * zero * sum;
-        a += p * scale[0];
-        b += q * scale[1];
-        c += r * scale[2];
-        d += s * scale[3];
+        y += scale * (part - zero * sum);
     }
-    y[0] = total(a) - zeros[0];
-    y[1] = total(b) - zeros[1];
-    y[2] = total(c) - zeros[2];
-    y[3] = total(d) - zeros[3];
+    return y;
+}
+
+/* What leaves the product: `count` values of a tile, the first of which is value n of a row. */
+static inline __attribute__((always_inline)) void leave(
+    const struct matrix *w, f16 found, void *out, const void *add, int64_t n, int count, int wide) {
+    float y[TILE];
+    memcpy(y, &found, sizeof y);
+    if (w->bias) for (int i = 0; i < count; i++) y[i] += w->bias[n % w->n + i];
+    if (add) for (int i = 0; i < count; i++) y[i] += get(add, n + i, wide);
+    for (int i = 0; i < count; i++) put(out, n + i, y[i], wide);
 }
 
 static __thread char *kept;
@@ -225,23 +193,17 @@ static void *scratch(size_t size) {
     return kept;
 }
 
-/* Tiles `first` to `last` of `rows` rows. */
-static void part(const struct matrix *w, const int8_t *x, const float *shares, const int32_t *sums,
-                 void *out, const void *add, int64_t rows, int64_t first, int64_t last, int wide) {
-    int64_t k = w->k, blocks = k / BLOCK;
-    float y[4];
-    for (int64_t at = first; at < last; at++)
-        for (int64_t r = 0; r < rows; r++) {
-            const float *own = shares + r * blocks;
-            if (w->bits == 8) tile(w, 8, x + r * k, own, sums + r * blocks, at, y);
-            else tile(w, 4, x + r * k, own, sums + r * blocks, at, y);
-            for (int64_t j = 0, n = 4 * at; j < 4 && n < w->n; j++, n++) {
-                float value = y[j];
-                if (w->bias) value += w->bias[n];
-                if (add) value += get(add, r * w->n + n, wide);
-                put(out, r * w->n + n, value, wide);
-            }
-        }
+/* Tile `at` of the matrix times `rows` rows. */
+static void product(const struct matrix *w, const int8_t *x, const float *shares, const int32_t *sums,
+                    void *out, const void *add, int64_t rows, int64_t at, int wide) {
+    int64_t k = w->k, blocks = k / BLOCK, left = w->n - at * TILE;
+    for (int64_t r = 0; r < rows; r++, x += k, shares += blocks, sums += blocks) {
+        f16 y = w->bits == 8 ? tile(w, 8, x, shares, sums, at) : tile(w, 4, x, shares, sums, at);
+        int64_t n = r * w->n + at * TILE;
+        if (left >= TILE && wide) leave(w, y, out, add, n, TILE, 1);
+        else if (left >= TILE) leave(w, y, out, add, n, TILE, 0);
+        else leave(w, y, out, add, n, (int)left, wide);
+    }
 }
 
 /* x [rows, k] (act: [rows, 2 k]) times the matrix, plus its bias and `add`, to out [rows, n], all in
@@ -249,7 +211,7 @@ static void part(const struct matrix *w, const int8_t *x, const float *shares, c
 int kvrun_product(const struct matrix *w, const void *x, void *out, const void *add,
                   const float *norm, float eps, int act, int64_t rows, int wide, int threads) {
     int64_t k = w->k, n = w->n, blocks = k / BLOCK, size = wide ? 4 : 2;
-    int64_t tiles = (n + 3) / 4;
+    int64_t tiles = (n + TILE - 1) / TILE;
     size_t floats = 4 * (size_t)(FEW * k + FEW * 2 * blocks + 2 * k);
     float *row = scratch(floats + (size_t)(FEW * k) + 64);
     if (!row) return 0;
@@ -266,12 +228,19 @@ int kvrun_product(const struct matrix *w, const void *x, void *out, const void *
         void *y = (char *)out + from * n * size;
         const void *more = add ? (const char *)add + from * n * size : 0;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-        for (int64_t at = 0; at < tiles; at += SHARE) {
-            int64_t end = at + SHARE < tiles ? at + SHARE : tiles;
-            part(w, codes, scales, sums, y, more, few, at, end, wide);
-        }
+        for (int64_t at = 0; at < tiles; at++)
+            product(w, codes, scales, sums, y, more, few, at, wide);
     }
     return 1;
+}
+
+/* Row j of a tile's block of codes. */
+static inline __attribute__((always_inline)) void row_of(const uint32_t *block, int bits, int64_t j,
+                                                         uint32_t *four) {
+    for (int c = 0; c < BLOCK / 4; c++) {
+        uint32_t found = block[TILE * (bits == 8 ? c : c / 2) + j];
+        four[c] = bits == 8 ? found : found >> 4 * (c % 2) & 0x0f0f0f0f;
+    }
 }
 
 /* Rows `ids` of the matrix (null: `count` from `first` on) as values, out [count, k]. */
@@ -280,16 +249,19 @@ void kvrun_values(const struct matrix *w, const int64_t *ids, int64_t first, int
     int64_t k = w->k, groups = k / w->group;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t i = 0; i < count; i++) {
-        int64_t row = ids ? ids[i] : first + i, at = row / 4, j = row % 4;
+        int64_t row = ids ? ids[i] : first + i, at = row / TILE, j = row % TILE;
         for (int64_t c = 0; c < k; c += BLOCK) {
-            const uint8_t *block = (const uint8_t *)w->codes + (at * k + c) * w->bits / 2;
+            const void *block = (const uint8_t *)w->codes + (at * k + c) * TILE * w->bits / 8;
+            uint32_t four[BLOCK / 4];
             float values[BLOCK];
-            f4 scale, zero;
+            uint8_t codes[BLOCK];
+            f16 scale, zero;
             scales_of(w, (int)w->bits, at * groups + c / w->group, &scale, &zero);
             float by = scale[j], none = zero[j];
-            int shift = w->bits == 8 ? 0 : (int)(4 * (j % 2)), mask = w->bits == 8 ? 255 : 15;
-            block += BLOCK * (w->bits == 8 ? j : j / 2);
-            for (int b = 0; b < BLOCK; b++) values[b] = by * ((float)(block[b] >> shift & mask) - none);
+            if (w->bits == 8) row_of(block, 8, j, four);
+            else row_of(block, 4, j, four);
+            memcpy(codes, four, BLOCK);
+            for (int b = 0; b < BLOCK; b++) values[b] = by * ((float)codes[b] - none);
             if (wide) memcpy((float *)out + i * k + c, values, sizeof values);
             else for (int b = 0; b < BLOCK; b++) ((uint16_t *)out)[i * k + c + b] = rounded(values[b]);
         }

@@ -15,7 +15,7 @@ from kvrun.runtime.kernels import w4a16
 from kvrun.runtime.kernels.native._build import compiled
 from kvrun.runtime.kernels.w4a16 import Coded
 
-BLOCK, TILE = 64, 4  # columns, rows
+BLOCK, TILE = 64, 16  # columns, rows
 ACTS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 _LEAST, _MOST = -8, 247  # zeros that the words of 4 bits have room for
 
@@ -63,9 +63,9 @@ class Stored:
         n, k, bits = len(matrix.codes), matrix.columns, matrix.bits
         self.shape = (n, k)
         codes = _tiled(w4a16.unpack(matrix.codes, k, bits), 1 << (bits - 1))
-        codes = codes.view(-1, TILE, k // BLOCK, BLOCK).transpose(1, 2)
+        codes = codes.view(-1, TILE, k // 4, 4).transpose(1, 2)
         if bits == 4:
-            codes = codes[:, :, ::2] | codes[:, :, 1::2] << 4
+            codes = codes[:, ::2] | codes[:, 1::2] << 4
         scale = _tiled(matrix.scale.float(), 0)
         if bits == 4:
             zero = torch.zeros_like(matrix.scale) if matrix.zero is None else matrix.zero

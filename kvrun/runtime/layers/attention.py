@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint, Shard
     from kvrun.runtime.layers.position import Rope
     from kvrun.runtime.layers.qkv import Heads
+
+
+# What the kernel is told where nothing is rotated.
+_UNTURNED: dict[str, Any] = {"cos": None, "sin": None, "width": 0, "interleaved": False}
 
 
 class QKNorm(Protocol):
@@ -76,6 +80,15 @@ class Attention:
         self._rope = rope
         self._head_norm = head_norm
         self._kernel = fused("rotary", w.device)
+        norm = head_norm if isinstance(head_norm, HeadNorm) else None
+        self._known: dict[str, Any] = {  # that every step tells the kernel
+            "heads": heads.count,
+            "kv_heads": heads.kv_count,
+            "head_dim": heads.head_dim,
+            "q_weight": None if norm is None else norm.q,
+            "k_weight": None if norm is None else norm.k,
+            "eps": 0.0 if norm is None else norm.eps,
+        }
 
     def __call__(
         self,
@@ -92,16 +105,15 @@ class Attention:
         if self._clip is not None:
             heads.clamp_(-self._clip, self._clip)
         q, k, v = heads.split_with_sizes((queries, spec.kv_heads, spec.kv_heads), 1)
-        qk = heads.narrow(1, 0, rotated)
         whole = self._kernel is not None
         # The kernel knows HeadNorm only.
         if self._head_norm is not None and not (whole and isinstance(self._head_norm, HeadNorm)):
-            self._head_norm(qk, batch)
+            self._head_norm(heads.narrow(1, 0, rotated), batch)
         if whole:
             self._rotate_and_store(heads, batch)
         else:
             if self._rope is not None:
-                self._rope(qk, batch)
+                self._rope(heads.narrow(1, 0, rotated), batch)
             kv = heads.narrow(1, queries, 2 * spec.kv_heads)
             batch.backend.cache.store(spec.layer, batch.slot_mapping, kv)
         return self._out(batch.backend.attend(spec, q, k, v, batch), batch, add)
@@ -109,18 +121,11 @@ class Attention:
     def _rotate_and_store(self, heads: torch.Tensor, batch: "Batch") -> None:
         """Norms, rotation and the cache's new rows by one kernel."""
         assert self._kernel is not None
-        spec = self.spec
-        norm = self._head_norm if isinstance(self._head_norm, HeadNorm) else None
-        rope = {"cos": None, "sin": None, "width": 0, "interleaved": False}
+        rope = _UNTURNED if self._rope is None else self._rope.prologue(batch)
         self._kernel.rotate_append(
             heads.view(len(heads), -1),
-            cache_rows=batch.backend.cache.rows(spec.layer),
+            cache_rows=batch.backend.cache.rows(self.spec.layer),
             slot_mapping=batch.slot_mapping,
-            heads=spec.heads,
-            kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim,
-            q_weight=None if norm is None else norm.q,
-            k_weight=None if norm is None else norm.k,
-            eps=0.0 if norm is None else norm.eps,
-            **(rope if self._rope is None else self._rope.prologue(batch)),
+            **self._known,
+            **rope,
         )

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from kvrun.runtime import device
 from kvrun.runtime.attention.triton import Attention as Triton
-from kvrun.runtime.layers import attention, mlp, norm, position
+from kvrun.runtime.layers import attention, mlp, norm
 from kvrun.runtime.models import baichuan
 from tests.runtime.driver import Driver
 from tests.runtime.models import test_ranks
@@ -136,7 +136,7 @@ def test_the_order_of_kernels_gives_the_same_logits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors, ids = make(tmp_path), prompt(1, 23)
-    for module in (attention, mlp, norm, position):
+    for module in (attention, mlp, norm):
         monkeypatch.setattr(module, "fused", device.kernel)
     expected = published(tensors, ids, rope=False, normed=False)
     assert difference(Driver(tmp_path, backend_type=Triton), expected, ids) <= TOLERANCE

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kvrun.runtime import device
 from kvrun.runtime.attention import AttentionSpec
 from kvrun.runtime.attention.triton import Attention as Triton
-from kvrun.runtime.layers import attention, mlp, moe, norm, position
+from kvrun.runtime.layers import attention, mlp, moe, norm
 from tests.runtime.driver import Driver
 from tests.runtime.models import zoo
 from tests.runtime.models.compare import TOLERANCE, stepwise
@@ -31,10 +31,20 @@ def test_the_order_of_kernels_gives_the_same_logits(
 ) -> None:
     """On CUDA one kernel norms, rotates and stores, others attend; their twins in torch stand for
     them here."""
-    for module in (attention, mlp, norm, position):
+    for module in (attention, mlp, norm):
         monkeypatch.setattr(module, "fused", device.kernel)
     folder, oracle = model
     assert stepwise(Driver(folder, backend_type=Triton), oracle) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "variant"), [("llama", "v3.1"), ("qwen3", "tied")])
+def test_without_a_compiler(
+    models: Any, family: str, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers norm, rotate and store one after the other then."""
+    monkeypatch.setattr(attention, "fused", lambda name, on: None)
+    folder, oracle = models(family, variant)
+    assert stepwise(Driver(folder), oracle) <= TOLERANCE
 
 
 class Watch(TorchDispatchMode):

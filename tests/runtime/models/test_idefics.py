@@ -15,7 +15,7 @@ from kvrun.runtime import device
 from kvrun.runtime.attention import triton
 from kvrun.runtime.calibrate.layers import Layers
 from kvrun.runtime.engine.seen import Attended
-from kvrun.runtime.layers import attention, cross, mlp, norm, position
+from kvrun.runtime.layers import attention, cross, mlp, norm
 from kvrun.runtime.models import idefics
 from tests.runtime.models import zoo
 from tests.runtime.models.attending import SHOWN, SeeingDriver, reference, stepwise
@@ -64,7 +64,7 @@ def test_prefill_and_steps(made: Made, family: str, variant: str) -> None:
 def test_the_order_of_kernels_gives_the_same_logits(
     made: Made, family: str, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (attention, mlp, norm, position):
+    for module in (attention, mlp, norm):
         monkeypatch.setattr(module, "fused", device.kernel)
     folder, oracle = made(variant)
     assert stepwise(SeeingDriver(folder), oracle) <= TOLERANCE

@@ -63,6 +63,17 @@ def unpack(words: torch.Tensor, k: int, bits: int) -> torch.Tensor:
     return torch.cat(fields, 2).flatten(1)[:, :k]
 
 
+def beside(matrix: Coded) -> Coded:
+    """The same, each zero behind its scale, if that has 16 bits and zeros are small integers."""
+    scale, zero = matrix.scale, matrix.zero
+    if zero is None or scale.itemsize != 2 or zero.is_floating_point():
+        return matrix
+    if int(zero.min()) < -100 or int(zero.max()) > 100:  # with 136 more still exact in bf16
+        return matrix
+    both = torch.stack([scale, zero.to(scale.dtype)], -1)
+    return matrix._replace(scale=both[..., 0], zero=both[..., 1])
+
+
 def linear(
     x: torch.Tensor,
     matrix: Coded,

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from kvrun.runtime.device import kernel
-from kvrun.runtime.kernels.w4a16 import Coded
+from kvrun.runtime.kernels.w4a16 import Coded, beside
 
 # Rows from which e4m3 on both sides is faster than e4m3 that becomes bf16.
 _BOTH = 32
@@ -19,10 +19,10 @@ class Fused:
     most: int | None = None  # rows that go through the kernel, where that is less than it takes
 
     def __init__(self, matrix: Coded, bias: torch.Tensor | None) -> None:
-        self._matrix = matrix._replace(order=None)
+        self._matrix = beside(matrix._replace(order=None))
         self._order = matrix.order
         self._bias = bias
-        self.nbytes = matrix.nbytes
+        self.nbytes = self._matrix.nbytes + (0 if self._order is None else self._order.nbytes)
         self._kernel = kernel("w4a16", matrix.codes.device)
 
     def takes_in(self, rows: int) -> bool:

@@ -93,6 +93,25 @@ def test_kinds(form: str, kind: str) -> None:
     assert off(w4a16.run(FORMS[form], x, made), twin.linear(x, made)) < CLOSE
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["int4-zero", "int8-zero"])
+def test_zeros_beside_scales(kind: str, dtype: torch.dtype) -> None:
+    made = matrix(kind, group=64)
+    made = made._replace(scale=made.scale.to(dtype))
+    one = twin.beside(made)
+    assert one.zero is not None
+    assert one.scale.stride(-1) == one.zero.stride(-1) == 2
+    x = torch.randn(3, K)
+    for form in FORMS.values():
+        assert off(w4a16.run(form, x, one), twin.linear(x, made)) < CLOSE
+    ids = torch.tensor([3, 0, 20])
+    assert torch.equal(twin.dequantise(one, dtype), twin.dequantise(made, dtype))
+    assert torch.equal(w4a16.rows(one, ids, dtype), w4a16.rows(made, ids, dtype))
+    assert twin.beside(matrix("int4-float-zero")).scale.stride(-1) == 1
+    large = made._replace(zero=made.zero.short() - 120)
+    assert twin.beside(large) is large
+
+
 @pytest.mark.parametrize("group", [32, 64, 128, 256, 1 << 20])
 @pytest.mark.parametrize("form", ["fma", "dot", "split"])
 def test_groups(form: str, group: int) -> None:
@@ -244,13 +263,17 @@ def run_ptx(text: str, words: list[int]) -> list[int]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_assembly_makes_the_values_of_codes(bits: int, dtype: torch.dtype) -> None:
-    """Every code in every field, of both words."""
+    """Every code in every field, of both words, less the zeros that come with 4 bits."""
     text = _codes._of_words(f"int{bits}", "bf16x2" if dtype is torch.bfloat16 else "f16x2")
     count, mask = 32 // bits, (1 << bits) - 1
+    zeros = (-8, 5) if bits == 4 else (0, 0)
+    base = 128 if dtype is torch.bfloat16 else 1024  # the least number whose last bit is 1
+    pairs = [torch.tensor([base + 8 + zero] * 2, dtype=dtype).view(torch.int32) for zero in zeros]
     for code in range(0, 1 << bits, 1 if bits == 4 else 5):
         codes = [[(code + 7 * f + 3 * w) & mask for f in range(count)] for w in range(2)]
         words = [sum(c << (bits * f) for f, c in enumerate(row)) for row in codes]
-        for field, register in enumerate(run_ptx(text, words)):
+        for field, register in enumerate(run_ptx(text, [*words, *map(int, pairs)])):
             pair = torch.tensor([register & 0xFFFF, register >> 16], dtype=torch.int32)
             values = pair.to(torch.int16).view(dtype).tolist()
-            assert values == [codes[w][field] - (1 << bits - 1) for w in range(2)]
+            middle = (1 << bits - 1) + zeros[field * 2 // count]
+            assert values == [codes[w][field] - middle for w in range(2)]

@@ -2,26 +2,27 @@
 
 Each field of 32 neighbouring words is 32 neighbouring columns: a matrix for a product of its own
 with these columns of x. So nothing moves between threads, and groups of columns are ranges of
-fields, whose scale is applied to their sum. A value is an integer, exact in 16 bits.
+fields, whose scale is applied to their sum. A value is an integer, exact in 16 bits, unless zeros
+are no integers.
 """
 
 import triton
 import triton.language as tl
 
 # Two words -> each field of both, side by side in 32 bits. A code becomes the lowest bits of a
-# mantissa, which needs no conversion, and what that is too much is taken off exactly.
+# mantissa, which needs no conversion, and what that is too much, with the zero of fields 0 to 3 and
+# of 4 to 7, is taken off exactly.
 _INT4 = """
 {
-.reg .b32 a, b, c, d, middle;
-mov.b32 middle, MIDDLE;
+.reg .b32 a, b, c, d;
 shr.u32 a, $8, SHIFT;
 shr.u32 b, $9, SHIFT;
 lop3.b32 a, a, 0x000f000f, ONE, 0xEA;
 lop3.b32 b, b, 0x000f000f, ONE, 0xEA;
 prmt.b32 c, a, b, 0x5410;
 prmt.b32 d, a, b, 0x7632;
-sub.TYPE $LOW, c, middle;
-sub.TYPE $HIGH, d, middle;
+sub.TYPE $LOW, c, $10;
+sub.TYPE $HIGH, d, $11;
 }"""
 # 8 bits are one more than a mantissa of bf16 holds: the highest says how much is taken off.
 _INT8_BF16 = """
@@ -46,12 +47,10 @@ def _of_words(kind: str, sixteen: str) -> str:
     """The assembly for all fields of two words; `sixteen`: bf16x2 or f16x2."""
     text = ""
     if kind == "int4":
-        one, middle = ("0x43004300", "0x43084308") if sixteen == "bf16x2" else (
-            "0x64006400", "0x64086408",
-        )  # fmt: skip
+        one = "0x43004300" if sixteen == "bf16x2" else "0x64006400"
         for field in range(4):
             now = _INT4.replace("SHIFT", str(4 * field)).replace("ONE", one)
-            now = now.replace("MIDDLE", middle).replace("TYPE", sixteen)
+            now = now.replace("TYPE", sixteen)
             text += now.replace("LOW", str(field)).replace("HIGH", str(field + 4))
         return text
     for field in range(4):
@@ -77,28 +76,35 @@ def _field(words, i: tl.constexpr, KIND: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _fields(words, KIND: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
-    """All fields of words [N, 32], a matrix [N, 32] each."""
+def _fields(words, low, high, KIND: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
+    """All fields of words [N, 32], a matrix [N, 32] each; of 4 bits less zeros `low`, `high` [N, 1]
+    of the first and the second half of the fields."""
     if KIND == "int4":
         if ASM and dtype == tl.bfloat16:
             return tl.inline_asm_elementwise(
-                _INT4_BF16_ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [words],
+                _INT4_BF16_ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r",
+                [words, (low + (128.0 + 8.0)).to(dtype), (high + (128.0 + 8.0)).to(dtype)],
                 (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
                  tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), True, 2,
             )  # fmt: skip
         elif ASM:  # noqa: RET505
             return tl.inline_asm_elementwise(
-                _INT4_F16_ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [words],
+                _INT4_F16_ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r",
+                [words, (low + (1024.0 + 8.0)).to(dtype), (high + (1024.0 + 8.0)).to(dtype)],
                 (tl.float16, tl.float16, tl.float16, tl.float16,
                  tl.float16, tl.float16, tl.float16, tl.float16), True, 2,
             )  # fmt: skip
         else:
             return (
-                _field(words, 0, KIND, dtype), _field(words, 1, KIND, dtype),
-                _field(words, 2, KIND, dtype), _field(words, 3, KIND, dtype),
-                _field(words, 4, KIND, dtype), _field(words, 5, KIND, dtype),
-                _field(words, 6, KIND, dtype), _field(words, 7, KIND, dtype),
-            )  # fmt: skip
+                _field(words, 0, KIND, dtype) - low.to(dtype),
+                _field(words, 1, KIND, dtype) - low.to(dtype),
+                _field(words, 2, KIND, dtype) - low.to(dtype),
+                _field(words, 3, KIND, dtype) - low.to(dtype),
+                _field(words, 4, KIND, dtype) - high.to(dtype),
+                _field(words, 5, KIND, dtype) - high.to(dtype),
+                _field(words, 6, KIND, dtype) - high.to(dtype),
+                _field(words, 7, KIND, dtype) - high.to(dtype),
+            )
     elif ASM and dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             _INT8_BF16_ASM, "=r,=r,=r,=r,r,r", [words],
@@ -117,6 +123,39 @@ def _fields(words, KIND: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def _less(values, offset, ASM: tl.constexpr):
+    """values - offset, two at a time where there is an instruction for that."""
+    if ASM and values.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "sub.bf16x2 $0, $1, $2;", "=r,r,r", [values, offset], tl.bfloat16, True, 2
+        )
+    elif ASM:  # noqa: RET505
+        return tl.inline_asm_elementwise(
+            "sub.f16x2 $0, $1, $2;", "=r,r,r", [values, offset], tl.float16, True, 2
+        )
+    else:
+        return values - offset
+
+
+@triton.jit
+def grid(scale, zero, at, there, ZERO: tl.constexpr, ONCE: tl.constexpr):
+    """Scale and zero of groups `at` in fp32. ZERO: 0, there is none; 1, it lies where `zero` says;
+    2, a small integer behind its scale in 16 bits, where ONCE loads both in one go."""
+    if ZERO == 2 and ONCE:
+        both = tl.load(scale.to(tl.pointer_type(tl.int32)) + at, mask=there, other=0)
+        kind: tl.constexpr = scale.dtype.element_ty
+        factor = both.to(tl.int16).to(kind, bitcast=True).to(tl.float32)
+        return factor, (both >> 16).to(tl.int16).to(kind, bitcast=True).to(tl.float32)
+    if ZERO == 2:
+        at *= 2
+    factor = tl.load(scale + at, mask=there, other=0.0).to(tl.float32)
+    if ZERO:
+        return factor, tl.load(zero + at, mask=there, other=0.0).to(tl.float32)
+    else:  # noqa: RET505
+        return factor, 0.0
+
+
+@triton.jit
 def multiply_codes(
     rows, words, scale, zero, first, last,
     K: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr,
@@ -125,37 +164,44 @@ def multiply_codes(
 ):  # fmt: skip
     """Values · rows transposed [BLOCK_N, ROWS] over words first to last, a block per turn.
 
-    rows: pointers [1, ROWS] to rows of x; words, scale, zero: [BLOCK_N, 1] to those of the matrix.
+    rows: pointers [1, ROWS] to rows of x; words: [BLOCK_N, 1] to those of the matrix; scale, zero:
+    [BLOCK_N], of one dimension so that a thread loads what several of its values share once.
     """
     EVEN: tl.constexpr = WORDS * FIELDS == K
     SHARE: tl.constexpr = FIELDS // PARTS
     WHOLE: tl.constexpr = G >= K  # one scale for a row, of the whole sum
+    # Whether zeros are taken off with the middle of a code's range, at no cost.
+    INSIDE: tl.constexpr = KIND == "int4" and ZERO == 2 and PARTS <= 2
     sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    none = tl.zeros([BLOCK_N], tl.float32)
     inner = tl.arange(0, 32)
     for j0 in tl.range(first, last, 32, num_stages=STAGES):
-        values = _fields(tl.load(words + j0 + inner[None, :]), KIND, dtype, ASM)
+        low, high = none, none
+        if INSIDE:
+            at = j0 * FIELDS // G
+            _, low = grid(scale, zero, at, True, ZERO, False)
+            at = tl.minimum(j0 * FIELDS + SHARE * 32 * (PARTS - 1), K - 1) // G
+            _, high = grid(scale, zero, at, True, ZERO, False)
+        tile = tl.load(words + j0 + inner[None, :])
+        values = _fields(tile, low[:, None], high[:, None], KIND, dtype, ASM)
         for p in tl.static_range(PARTS):
             if WHOLE and not ZERO:
                 part = sums
             else:
                 part = tl.zeros([BLOCK_N, ROWS], tl.float32)
                 at = tl.minimum(j0 * FIELDS + p * SHARE * 32, K - 1) // G
-                factor = tl.load(scale + at).to(tl.float32)
-            if ZERO:
-                whole = tl.zeros([ROWS], tl.float32)
+                factor, offset = grid(scale, zero, at, True, ZERO, False)
             for f in tl.static_range(SHARE):
                 k = (j0 * FIELDS + (p * SHARE + f) * 32 + inner)[:, None]
                 row = tl.load(rows + k) if EVEN else tl.load(rows + k, mask=k < K, other=0.0)
-                row = row.to(dtype)
-                if ZERO:
-                    whole += tl.sum(row.to(tl.float32), 0)
-                part = tl.dot(values[p * SHARE + f], row, part, input_precision="ieee")
+                value = values[p * SHARE + f]
+                if ZERO and not INSIDE:
+                    value = _less(value, offset.to(dtype)[:, None], ASM)
+                part = tl.dot(value, row.to(dtype), part, input_precision="ieee")
             if WHOLE and not ZERO:
                 sums = part
             else:
-                if ZERO:
-                    part -= tl.load(zero + at).to(tl.float32) * whole[None, :]
-                sums += part * factor
+                sums += part * factor[:, None]
     if WHOLE and not ZERO:
-        sums *= tl.load(scale).to(tl.float32)
+        sums *= tl.load(scale).to(tl.float32)[:, None]
     return sums

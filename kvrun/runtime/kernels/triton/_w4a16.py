@@ -7,7 +7,7 @@ belong to. Of e4m3 a word is what lies in 4 neighbouring columns, and is read as
 import triton
 import triton.language as tl
 
-from kvrun.runtime.kernels.triton._codes import multiply_codes
+from kvrun.runtime.kernels.triton._codes import grid, multiply_codes
 from kvrun.runtime.kernels.triton._overlap import release, wait
 from kvrun.runtime.kernels.triton._skinny import _arrive, _collect, _finish, _input
 
@@ -53,10 +53,11 @@ def _look(table, code):
 
 @triton.jit
 def _code(words, table, i: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
-    """Field i of words in fp32, less `_excess` of it.
+    """Field i of words in fp32: a code, and what `_turn` takes off the sums.
 
     A code is made the middle part of a mantissa, its lowest bit 1: there is nothing to convert,
-    which would be slow, and what is too much is taken off the sums.
+    which would be slow. That is 128, or in fields 1, 3 and 5 of 4 bits 2048 too much, of 8 bits
+    32768, and the middle of a code's range.
     """
     if KIND == "int4":
         if i == 0:
@@ -93,17 +94,6 @@ def _code(words, table, i: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _excess(i: tl.constexpr, KIND: tl.constexpr):
-    """By how much `_code` of field i is more than a code's distance from the middle."""
-    if KIND == "int8":
-        return 32768.0 + 128.0
-    elif i == 1 or i == 3 or i == 5:  # noqa: RET505
-        return 2048.0 + 8.0
-    else:
-        return 128.0 + 8.0
-
-
-@triton.jit
 def _fold(x, count: tl.constexpr = 4):
     """Sums over the neighbours that one thread holds, of words or of columns."""
     return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // count, count]), 3)
@@ -118,50 +108,76 @@ def _turn(
 ):  # fmt: skip
     """Adds the products, and the squares of x, of a tile of words that begins at word j0."""
     share: tl.constexpr = FIELDS // PARTS
-    CODED: tl.constexpr = KIND == "int4" or KIND == "int8"
     for p in tl.static_range(PARTS):
         part = tl.zeros([sums.shape[0], sums.shape[1], words.shape[2]], tl.float32)
         whole = tl.zeros([sums.shape[0], 1, words.shape[2]], tl.float32)
-        excess = tl.zeros([sums.shape[0], 1, words.shape[2]], tl.float32)
+        odd = tl.zeros([sums.shape[0], 1, words.shape[2]], tl.float32)
         for f in tl.static_range(share):
             k = _column(j0 + j, p * share + f, FIELDS)
             row = _input(x + k, k < K, K, ACT, EVEN).to(tl.float32)
             if NORM:
                 squares += _fold(row * row)
                 row *= tl.load(norm + k) if EVEN else tl.load(norm + k, mask=k < K, other=0.0)
-            if ZERO:
-                whole += row
-            if CODED:
-                excess += row * _excess(p * share + f, KIND)
+            whole += row
+            if KIND == "int4" and (p * share + f) % 2 == 1 and p * share + f < 7:
+                odd += row
             part += row * _code(words, table, p * share + f, KIND, ASM)
         part = _fold(part)
-        if CODED:
-            part -= _fold(excess)
         first = j0 + tl.arange(0, words.shape[2] // 4)[None, None, :] * 4
         k = _column(first, p * share, FIELDS)
-        factor = tl.load(scale + k // G, mask=k < K, other=0.0).to(tl.float32)
-        if ZERO:
-            offset = tl.load(zero + k // G, mask=k < K, other=0.0).to(tl.float32)
+        factor, offset = grid(scale, zero, k // G, k < K, ZERO, True)
+        if KIND == "int4":
+            part -= (128.0 + 8.0 + offset) * _fold(whole) + (2048.0 - 128.0) * _fold(odd)
+        elif KIND == "int8":
+            part -= (32768.0 + 128.0 + offset) * _fold(whole)
+        elif ZERO:
             part -= offset * _fold(whole)
         sums += part * factor
     return sums, squares
 
 
+# The sign and the rest of each of four e4m3 where fp32 has its sign, the low half of its exponent
+# and the top of its mantissa. What that is too little, 2^-120, the other factors make up for.
+_E4M3_ASM = tl.constexpr(
+    "{.reg .b32 t;\n"
+    + "".join(
+        f"shl.b32 t, $4, {24 - 8 * i}; shr.s32 t, t, 4; and.b32 ${i}, t, 0x87f00000;\n"
+        for i in range(4)
+    )
+    + "}"
+)
+_HALF = tl.constexpr(2.0**60)
+
+
+@triton.jit
+def _e4m3(words, i: tl.constexpr):
+    """Byte i of words, an e4m3 that is not NaN, as the bits of fp32 times 2^-120."""
+    return ((words << (24 - 8 * i)) >> 4) & -0x78100000  # 0x87f00000
+
+
 @triton.jit
 def _turn_e4m3(
-    sums, squares, tile, x, norm, scale, j0,
-    K: tl.constexpr, G: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr
+    sums, squares, words, x, norm, scale, j0,
+    K: tl.constexpr, G: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    """`_turn` where columns follow each other: a thread holds 16 of them."""
-    k = j0 * 4 + tl.arange(0, tile.shape[2])[None, None, :]
+    """`_turn` where columns follow each other: a thread holds two words, 8 of them."""
+    k = j0 * 4 + tl.arange(0, words.shape[2] * 4)[None, None, :]
     row = _input(x + k, k < K, K, ACT, EVEN).to(tl.float32)
     if NORM:
-        squares += _fold(row * row, 16)
+        squares += _fold(row * row, 8)
         row *= tl.load(norm + k) if EVEN else tl.load(norm + k, mask=k < K, other=0.0)
-    first = j0 * 4 + tl.arange(0, tile.shape[2] // 16)[None, None, :] * 16
+    first = j0 * 4 + tl.arange(0, words.shape[2] // 2)[None, None, :] * 8
     factor = tl.load(scale + first // G, mask=first < K, other=0.0).to(tl.float32)
-    code = tile.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    return sums + _fold(row * code, 16) * factor, squares
+    if ASM:
+        b0, b1, b2, b3 = tl.inline_asm_elementwise(
+            _E4M3_ASM, "=r,=r,=r,=r,r", [words], (tl.int32, tl.int32, tl.int32, tl.int32), True, 1
+        )
+    else:
+        b0, b1, b2, b3 = _e4m3(words, 0), _e4m3(words, 1), _e4m3(words, 2), _e4m3(words, 3)
+    bits = tl.join(tl.join(b0, b2), tl.join(b1, b3))
+    code = tl.reshape(bits, [1, words.shape[1], words.shape[2] * 4]).to(tl.float32, bitcast=True)
+    return sums + _fold(row * _HALF * code, 8) * (factor * _HALF), squares
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -178,36 +194,35 @@ def fma(
     release(PDL)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     own = tl.minimum(n, N - 1).to(tl.int64)[None, :, None]
-    PER: tl.constexpr = 4 if KIND == "fp8" else 1  # what is loaded of a word
-    j = tl.arange(0, BLOCK_W * PER)[None, None, :]
+    PER: tl.constexpr = 2 if KIND == "fp8" else 4  # words of a thread that stand side by side
+    j = tl.arange(0, BLOCK_W)[None, None, :]
+    if KIND == "fp8":  # no more words than columns of x are loaded in one go
+        j = tl.max_contiguous(j, [1, 1, PER])
     EVEN: tl.constexpr = WORDS % BLOCK_W == 0 and WORDS * FIELDS == K
-    words += own * word_stride
-    if KIND == "fp8":
-        words = words.to(tl.pointer_type(tl.int8))
-    words += j
+    words += own * word_stride + j
     scale += own * groups
     if ZERO:
         zero += own * groups
     # The first words before the wait, and each turn's while the one before it computes.
-    tile = tl.load(words, mask=j < WORDS * PER, other=0, eviction_policy="evict_first")
-    sums = tl.zeros([ROWS, BLOCK_N, BLOCK_W // 4], tl.float32)
-    squares = tl.zeros([ROWS, 1, BLOCK_W // 4], tl.float32)
+    tile = tl.load(words, mask=j < WORDS, other=0, eviction_policy="evict_first")
+    sums = tl.zeros([ROWS, BLOCK_N, BLOCK_W // PER], tl.float32)
+    squares = tl.zeros([ROWS, 1, BLOCK_W // PER], tl.float32)
     m = tl.arange(0, ROWS)[:, None]
     x += tl.minimum(m, M - 1)[:, :, None] * x_stride
     wait(PDL)
     for j0 in range(0, WORDS, BLOCK_W):
-        later = (j0 + BLOCK_W) * PER
+        later = j0 + BLOCK_W
         following = tile
         if WORDS > BLOCK_W:
             following = tl.load(
                 words + later,
-                mask=later + j < WORDS * PER,
+                mask=later + j < WORDS,
                 other=0,
                 eviction_policy="evict_first",
             )
         if KIND == "fp8":
             sums, squares = _turn_e4m3(
-                sums, squares, tile, x, norm, scale, j0, K, G, NORM, ACT, EVEN
+                sums, squares, tile, x, norm, scale, j0, K, G, NORM, ACT, EVEN, ASM
             )
         else:
             sums, squares = _turn(
@@ -234,7 +249,7 @@ def _spread(
     """
     field = tl.arange(0, FIELDS)
     g = tl.minimum(j0 * FIELDS + 32 * field, K - 1)[None, :] // G
-    factor = tl.load(scale + g).to(tl.float32)[:, :, None]
+    factor, offset = grid(scale, zero, g, True, ZERO, False)
     if KIND == "fp8":
         column = j0 * 4 + tl.arange(0, 32 * FIELDS)[None, :]
         at = words.to(tl.pointer_type(tl.int8)) + column
@@ -255,8 +270,8 @@ def _spread(
             value = _look(table, code)
             middle = 0.0
     if ZERO:
-        middle += tl.load(zero + g).to(tl.float32)[:, :, None]
-    value = (value - middle) * factor
+        middle += offset[:, :, None]
+    value = (value - middle) * factor[:, :, None]
     return tl.reshape(value.to(dtype), [value.shape[0], FIELDS * 32])
 
 
@@ -295,14 +310,14 @@ def dot(
     m_tiles = tl.cdiv(M, ROWS)
     place, split = tl.program_id(0), tl.program_id(1)
     tile, m0 = place // m_tiles, place % m_tiles * ROWS
-    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = m0 + tl.arange(0, ROWS)[None, :]
     own = tl.minimum(n, N - 1).to(tl.int64)
     first = split * span
     dtype: tl.constexpr = tl.float32 if WIDE else x.dtype.element_ty
     wait(PDL)
     rows = x + tl.minimum(m, M - 1).to(tl.int64) * x_stride
-    words, scale = words + own * word_stride, scale + own * groups
+    words, scale = words + own[:, None] * word_stride, scale + own * groups
     if ZERO:
         zero += own * groups
     last = tl.minimum(first + span, WORDS)
@@ -313,7 +328,7 @@ def dot(
         )  # fmt: skip
     else:
         y = _multiply(
-            rows, words, scale, zero, table, first, last,
+            rows, words, scale[:, None], zero[:, None] if ZERO else zero, table, first, last,
             K, G, WORDS, FIELDS, KIND, ZERO, ROWS, BLOCK_N, STAGES, dtype,
         )  # fmt: skip
     if SPLIT:
@@ -323,7 +338,7 @@ def dot(
         if _arrive(y, square, part, counters + place, BLOCK_N, ROWS) < splits - 1:
             return
         y, square = _collect(parts, counters + place, splits, BLOCK_N, ROWS)
-    _finish(y, m, n, bias, add, out, M, N, add_stride, out_stride, BIAS, ADD)
+    _finish(y, m, n[:, None], bias, add, out, M, N, add_stride, out_stride, BIAS, ADD)
 
 
 @triton.jit

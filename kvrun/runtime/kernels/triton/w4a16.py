@@ -31,6 +31,7 @@ class Form(NamedTuple):
     rows: int = 1  # rows of x in a tile
     stages: int = 1  # tiles in flight, of `dot`
     splits: int = 1  # programs that share K, of `dot`
+    registers: int | None = None  # of a thread, at most; fewer let more programs run at once
 
 
 def linear(
@@ -66,12 +67,12 @@ def run(
     options = {
         **_options(matrix), "ROWS": form.rows, "BLOCK_N": form.block_n,
         "BIAS": bias is not None, "ADD": add is not None, "PARTS": _parts(matrix),
-        "num_warps": form.warps, **overlap(device),
+        "num_warps": form.warps, "maxnreg": form.registers, **overlap(device),
     }  # fmt: skip
     words = _words(matrix)
     stored = (words, matrix.scale, matrix.zero, matrix.table)
     strides = (
-        matrix.scale.shape[1], x.stride(0), words.stride(0),
+        matrix.scale.stride(0), x.stride(0), words.stride(0),
         0 if add is None else add.stride(0), out.stride(0),
     )  # fmt: skip
     tiles = triton.cdiv(n, form.block_n)
@@ -119,7 +120,7 @@ def _dequantise(matrix: Coded, ids: torch.Tensor | None, out: torch.Tensor) -> t
     options, words, n = _options(matrix), _words(matrix), len(out)
     values[(triton.cdiv(n, 32), triton.cdiv(words.shape[1], WORDS))](
         words, matrix.scale, matrix.zero, matrix.table, ids, out,
-        n, matrix.scale.shape[1], words.stride(0),
+        n, matrix.scale.stride(0), words.stride(0),
         CHOSEN=ids is not None, BLOCK_N=32, num_warps=4, **options, **overlap(out.device),
     )  # fmt: skip
     return out
@@ -154,12 +155,7 @@ def config(m: int, n: int, k: int, kind: str, sm_count: int) -> Form:
     bits = 8 if kind in ("int8", "fp8") else 4
     words = triton.cdiv(k, block(bits)) * WORDS
     if m <= _few(kind):
-        # A thread loads 16 bytes of each row.
-        warps = 4 if words >= 512 else 2 if words >= 256 else 1
-        block_n = 8 if kind == "int4" and m == 1 and n * words > 1 << 21 else 4
-        while block_n > 1 and n < block_n * 2 * sm_count:
-            block_n //= 2
-        return Form(False, block_n, warps, 128 * warps, rows=triton.next_power_of_2(m))
+        return _streamed(m, n, words, kind, sm_count)
     rows = max(16, triton.next_power_of_2(m))
     if kind == "fp8":
         rows = min(256, rows)
@@ -172,6 +168,22 @@ def config(m: int, n: int, k: int, kind: str, sm_count: int) -> Form:
     splits = max(1, min(round(per_sm * sm_count / tiles), words // WORDS // 2, 8))
     stages = 2 if kind == "int8" and rows == 128 and splits == 1 else 3
     return Form(True, block_n, block_n // 16, rows=rows, stages=stages, splits=splits)
+
+
+def _streamed(m: int, n: int, words: int, kind: str, sm_count: int) -> Form:
+    """How `fma` is cut, measured as above. A thread of 4-bit codes loads 16 bytes of each row."""
+    warps = 4 if words >= 512 else 2 if words >= 256 else 1
+    block_n, registers = 8 if kind == "fp8" and m == 1 else 4, None
+    if kind == "fp8" and m == 1 and words == 1024 and n > 16384:
+        warps = 8
+    elif kind == "int4" and m == 1 and words > 1024:
+        warps, registers = 2, 112
+    elif kind == "int4" and m == 1 and n * words > 1 << 21:
+        block_n = 8
+    while block_n > 1 and n < block_n * 2 * sm_count:
+        block_n //= 2
+    rows = triton.next_power_of_2(m)
+    return Form(False, block_n, warps, 128 * warps, rows=rows, registers=registers)
 
 
 def fitting(form: Form, bits: int, room: int) -> Form:
@@ -216,8 +228,16 @@ def _options(matrix: Coded) -> dict[str, Any]:
         "WORDS": _words(matrix).shape[-1],
         "FIELDS": 32 // matrix.bits,
         "KIND": _kind(matrix),
-        "ZERO": matrix.zero is not None,
+        "ZERO": _zero(matrix),
     }
+
+
+def _zero(matrix: Coded) -> int:
+    """Where zeros lie: see `_codes.grid`."""
+    scale, zero = matrix.scale, matrix.zero
+    if zero is None:
+        return 0
+    return 2 if scale.stride(-1) == 2 and zero.data_ptr() == scale.data_ptr() + 2 else 1
 
 
 def _kind(matrix: Coded) -> str:

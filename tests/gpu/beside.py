@@ -56,18 +56,17 @@ def say(asked: Asked, device: str, **options: Any) -> Said:
     """What the model answers on a device, in fp32 unless `options` say otherwise."""
     values = {"dtype": "float32", **SIZES, **options}
     with LLM(str(asked.folder), device=device, **values) as llm:
-        check_captured(llm, asked, **values)
+        _check_captured(llm, asked, **values)
         each: dict[str, Any] = {"adapter": asked.adapters, "images": asked.images}
         scored = llm.generate(asked.prompts, _params(asked), **each)
         plain = SamplingParams(temperature=0, ignore_eos=True, max_tokens=asked.count)
         again = llm.generate(asked.prompts, plain, **each)
         states = [] if asked.encoded else list(_states(llm, asked))
-        errors = {o.error for o in (*scored, *again) if o.error} | {
-            f"{llm.stats().failed_steps} steps have failed" for _ in range(1)
-            if llm.stats().failed_steps
-        }  # fmt: skip
+        failed = llm.stats().failed_steps
+    errors = {output.error for output in (*scored, *again) if output.error}
     gc.collect()  # a GPU's graphs and caches go before others come
     assert not errors, f"{device}, {options}: {errors}"
+    assert not failed, f"{device}, {options}: {failed} steps have failed"
     return Said(scored, [o.token_ids for o in again], states)
 
 
@@ -83,7 +82,7 @@ def _params(asked: Asked) -> list[SamplingParams]:
     ]  # fmt: skip
 
 
-def check_captured(llm: LLM, asked: Asked, **options: Any) -> None:
+def _check_captured(llm: LLM, asked: Asked, **options: Any) -> None:
     """Steps of a model without an encoder are captured on a GPU, unless that is refused."""
     graphs = llm._engine._runner.graphs
     wanted = options.get("cuda_graphs", True) and not asked.encoded

@@ -64,6 +64,7 @@ def run(
         out = torch.empty((m, n), dtype=x.dtype, device=device)
     if not m:
         return out
+    assert x.stride(1) == out.stride(1) == 1, "rows must be dense"
     options = {
         **_options(matrix), "ROWS": form.rows, "BLOCK_N": form.block_n,
         "BIAS": bias is not None, "ADD": add is not None, "PARTS": _parts(matrix),

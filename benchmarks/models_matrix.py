@@ -89,11 +89,10 @@ that depend on the longest sequence beyond the length where they do. Adapters, q
 and CUDA graphs are not there for these. `kvrun show` says which way a model takes. In the tests:
 Apertus, HunYuan dense, ERNIE 4.5 MoE, VaultGemma, Persimmon.
 
-Llama and Qwen 3 have been measured on a GPU. There, greedy answers of small random checkpoints in
-fp32 were those of the CPU or of transformers for mixtral, deepseek_v2, deepseek_v3, gpt2,
-gemma3_text, gpt_oss, cohere, bloom, falcon, llama4_text, mamba, mamba2, granitemoehybrid, t5, the
-families that take images, and Apertus by transformers' code. What a GPU runs for the others is
-tested by the twins of its kernels, on CPU.
+On one H100 every family, those that take images too, gave the CPU's log-probabilities, tokens and
+states of embeddings in fp32 within 1e-3, captured and launched, and in bfloat16 was about as far
+from them as a CPU in bfloat16 is; so were all codes and adapters of every kind
+(`pytest -m gpu tests/gpu`, under 3 minutes on 13 processes).
 """
 WEIGHTS = """
 ## Quantized weights

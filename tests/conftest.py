@@ -22,6 +22,12 @@ from tests.chat import scripted as module
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test has the same random values whichever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def scripted() -> ModuleType:
     """The module itself: tests put its engine where the real one would be."""

@@ -126,7 +126,7 @@ def test_attends_as_the_twin_does(
 
 def answers(records: list[dict[str, Any]], **options: Any) -> list[list[int]]:
     params = [SamplingParams(temperature=0, max_tokens=len(r["output_ids"])) for r in records]
-    with LLM("tiny", device="cuda", dtype="bfloat16", **options) as llm:
+    with LLM("tiny", device="cuda", dtype="bfloat16", kv_memory=256 << 20, **options) as llm:
         assert llm.ready.attention == options["attention"]
         outputs = llm.generate([r["prompt_ids"] for r in records], params)
     assert not [o.error for o in outputs if o.error]

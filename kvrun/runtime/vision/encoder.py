@@ -136,7 +136,8 @@ class Encoder:
         `places` [images, patches] are rows of the table of positions, `mask` [images, patches]
         says which patches there are; without them images fill the table.
         """
-        x = F.conv2d(pixels, self._patch, self._bias, stride=self.patch).flatten(2).transpose(1, 2)
+        x = F.conv2d(pixels, self._patch, self._bias, stride=self.patch)
+        x = x.flatten(2).transpose(1, 2).contiguous()  # kernels take rows
         if self._class is not None:
             x = torch.cat((self._class.expand(len(x), 1, -1), x), dim=1)
         x = x + (self._places if places is None else F.embedding(places, self._places))

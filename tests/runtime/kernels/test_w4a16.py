@@ -197,12 +197,18 @@ def test_forms_fit_the_device(m: int, kind: str, n: int, k: int) -> None:
 
 @pytest.mark.parametrize("room", [99 << 10, 163 << 10, 227 << 10])
 @pytest.mark.parametrize("kind", ["int4", "int8"])
-def test_tiles_fit_into_shared_memory(kind: str, room: int) -> None:
-    bits = int(kind[3:])
+@pytest.mark.parametrize("group", [32, 64, 1 << 20])
+def test_tiles_fit_into_shared_memory(kind: str, group: int, room: int) -> None:
+    """Scales and zeros in fp32 lie there, too: one for each group of a block of words."""
+    bits, made = int(kind[3:]), matrix(f"{kind}-float-zero", group=group)
+    groups = max(1, 1024 // bits // group)
+    assert made.scale.itemsize == 4
     for m in (2, 16, 64, 256):
-        form = w4a16.fitting(w4a16.config(m, 4096, 4096, kind, 132), bits, room)
-        rows = form.stages * 2 * (1024 // bits) * form.rows  # of x, in 16 bits
-        assert rows + 2 * form.block_n * 128 <= room
+        form = w4a16.config(m, 4096, 4096, kind, 132)
+        form = w4a16.fitting(form, bits, w4a16._wide(made), room)
+        rows = 2 * (1024 // bits) * form.rows  # of x, in 16 bits
+        each = rows + 2 * 4 * form.block_n * groups
+        assert form.stages * each + 2 * form.block_n * 128 <= room
         assert form.rows >= 16
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from kvrun.runtime.lora.bank import LoraBank
@@ -24,6 +23,8 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 def peft_model(base: Any, seed: int, **config: Any) -> Any:
     """`base` with a random adapter that moves its logits; `base` itself is changed."""
+    from peft import LoraConfig, get_peft_model  # folders are written without it, too
+
     torch.manual_seed(seed)
     values = {"r": 4, "lora_alpha": 8, "target_modules": ALL, **config}
     with warnings.catch_warnings():
@@ -82,6 +83,62 @@ def write(
     values = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none", **config}
     (folder / "adapter_config.json").write_text(json.dumps(values))
     return deltas
+
+
+def write_kinds(root: Path, shapes: dict[str, tuple[int, int]], vocab: int) -> dict[str, str]:
+    """Folders without PEFT, one for each kind of what an adapter can change: name -> path.
+
+    `shapes` of the products of a model of llama's make, whose embedding and head are [vocab, in].
+    """
+    head, embed = "base_model.model.lm_head", "base_model.model.model.embed_tokens"
+    q = {name: shape for name, shape in shapes.items() if "q_proj" in name}
+    hidden = next(iter(q.values()))[1]
+    norms = [name.replace("self_attn.q_proj", "input_layernorm") for name in q]
+
+    def random(seed: int, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.5
+
+    magnitudes = {
+        f"base_model.model.{name}.lora_magnitude_vector": random(7, out).abs() + 0.2
+        for name, (out, _) in shapes.items()
+    }
+    tables = {
+        f"{embed}.lora_embedding_A": random(1, 4, vocab),
+        f"{embed}.lora_embedding_B": random(2, hidden, 4),
+        f"{head}.lora_A.weight": random(3, 4, hidden), f"{head}.lora_B.weight": random(4, vocab, 4),
+    }  # fmt: skip
+    saved = {
+        f"{embed}.weight": random(5, vocab, hidden),
+        f"{head}.weight": random(6, vocab, hidden),
+    }
+    kinds: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]] = {
+        "dora": (magnitudes, {"use_dora": True}),
+        "tables": (tables, {}),
+        "saved": (saved, {"modules_to_save": ["lm_head"]}),
+        "biased": (
+            {f"base_model.model.{name}.base_layer.bias": random(9, out)
+             for name, (out, _) in q.items()},
+            {"bias": "lora_only"},
+        ),
+        "four": ({}, {}),
+        "shifted": (
+            {f"base_model.model.{name}.lora_B.bias": random(10, out)
+             for name, (out, _) in q.items()},
+            {"lora_bias": True},
+        ),
+        "norms": (
+            {f"base_model.model.{name}.weight": 1 + random(11, hidden) for name in norms},
+            {"modules_to_save": ["input_layernorm"]},
+        ),
+        "tokens": (
+            {f"{embed}.token_adapter.trainable_tokens_delta": random(12, vocab // 2, hidden)},
+            {"trainable_token_indices": [*range(0, vocab, 2)]},
+        ),
+    }  # fmt: skip
+    for seed, (name, (more, config)) in enumerate(kinds.items()):
+        write(root / name, shapes if name == "dora" else q, seed=seed, spread=0.5)
+        edit(root / name, lambda tensors, more=more: {**tensors, **more}, **config)
+    return {name: str(root / name) for name in kinds}
 
 
 def make_bank(products: Sequence[Any], room: int = 64 << 20, **options: Any) -> LoraBank:

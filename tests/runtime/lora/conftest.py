@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from kvrun.runtime.config import EngineConfig
 from tests.runtime.engine.conftest import SHAPE
-from tests.runtime.lora.adapters import edit, write
+from tests.runtime.lora.adapters import write, write_kinds
 
 E, INNER, KV = SHAPE["hidden_size"], SHAPE["intermediate_size"], 16
 SHAPES = {
@@ -57,32 +56,10 @@ def config(base: Path, adapters: dict[str, str]) -> Any:
     return make
 
 
-HEAD, EMBED = "base_model.model.lm_head", "base_model.model.model.embed_tokens"
-Q = {name: shape for name, shape in SHAPES.items() if "q_proj" in name}
 KINDS = ["dora", "tables", "saved", "biased", "four"]
-
-
-def random(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.5
 
 
 @pytest.fixture(scope="session")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("kinds")
-    for seed, name in enumerate(KINDS):
-        write(root / name, SHAPES if name == "dora" else Q, seed=seed, spread=0.5)
-    magnitudes = {
-        f"base_model.model.{n}.lora_magnitude_vector": random(7, out).abs() + 0.2
-        for n, (out, _) in SHAPES.items()
-    }
-    edit(root / "dora", lambda t: {**t, **magnitudes}, use_dora=True)
-    tables = {
-        f"{EMBED}.lora_embedding_A": random(1, 4, 96), f"{EMBED}.lora_embedding_B": random(2, E, 4),
-        f"{HEAD}.lora_A.weight": random(3, 4, E), f"{HEAD}.lora_B.weight": random(4, 96, 4),
-    }  # fmt: skip
-    edit(root / "tables", lambda t: {**t, **tables})
-    saved = {f"{EMBED}.weight": random(5, 96, E), f"{HEAD}.weight": random(6, 96, E)}
-    edit(root / "saved", lambda t: {**t, **saved}, modules_to_save=["lm_head"])
-    biases = {f"base_model.model.{n}.base_layer.bias": random(9, E) for n in Q}
-    edit(root / "biased", lambda t: {**t, **biases}, bias="lora_only")
-    return {name: str(root / name) for name in KINDS}
+    made = write_kinds(tmp_path_factory.mktemp("kinds"), SHAPES, vocab=96)
+    return {name: made[name] for name in KINDS}

@@ -49,17 +49,18 @@ def turned(name: str, family: str) -> bool:
     return family == "gpt2" and _TURNED.search(name) is not None
 
 
-def rounded(folder: Path, family: str, method: str) -> Tensors:
-    """The file's tensors with the values that rounding makes of each matrix of the layers."""
+def rounded(folder: Path, family: str, method: str, device: str = "cpu") -> Tensors:
+    """The file's tensors with the values that rounding on a device makes of each matrix of the
+    layers, and of what makes logits."""
 
     def values(matrix: torch.Tensor) -> torch.Tensor:
         return w4a16.dequantise(_round.coded(matrix.contiguous(), method), torch.float32)
 
     tensors = load_file(folder / "model.safetensors")
-    if method != "fp8":  # of which a CPU has no product
+    if method != "fp8" or device != "cpu":  # of which a CPU has no product
         heads = [n for n in tensors if _HEAD.search(n)]
         for head in heads or [next(n for n in tensors if _TABLE.search(n))]:
-            codes = _round.coded(tensors[head], "int8")
+            codes = _round.coded(tensors[head], "fp8" if method == "fp8" else "int8")
             tensors[head] = w4a16.dequantise(codes, torch.float32)
     for name in [n for n in matrices(tensors) if not routes(n)]:
         tensors[name] = either_way(values, tensors[name], turned(name, family))

@@ -12,6 +12,7 @@ from kvrun import folder as registry
 from kvrun.runtime.cache.tensors import bytes_per_block
 from kvrun.runtime.checkpoint import Checkpoint
 from kvrun.runtime.layers import mlp, norm
+from kvrun.runtime.layers.block import Block
 from kvrun.runtime.models import build
 from kvrun.runtime.parallel import Group
 from tests.runtime.driver import Driver
@@ -91,6 +92,24 @@ def test_the_order_of_kernels_gives_the_same_features(
     with torch.inference_mode():
         expected = plain(image)
         assert (fused(image) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", list(eyes.FAMILIES))
+def test_rows_are_dense(made: Made, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's kernels know one distance between rows, and none between values."""
+    seen, call = [], Block.__call__
+
+    def watched(self: Block, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(x.is_contiguous())
+        return call(self, x, *rest)
+
+    vision = Driver(made(family)[0]).model.vision
+    assert vision is not None
+    monkeypatch.setattr(Block, "__call__", watched)
+    with torch.inference_mode():
+        vision(eyes.image(family, 1))
+    assert seen
+    assert all(seen)
 
 
 @pytest.mark.parametrize("family", SERVED)

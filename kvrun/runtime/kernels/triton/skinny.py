@@ -62,6 +62,7 @@ def run(
         out = torch.empty((m, n), dtype=x.dtype, device=device)
     if not m:
         return out
+    assert x.stride(1) == weight.stride(1) == out.stride(1) == 1, "rows must be dense"
     options = {
         "K": k, "ROWS": _rows(m, form.dot), "BLOCK_N": form.block_n, "BLOCK_K": form.block_k,
         "NORM": norm is not None, "ACT": act or "",

@@ -48,7 +48,7 @@ def linear(
     """As the twin. `norm` and `act` up to FEW rows; not on two streams of a device at once."""
     n, k = len(matrix.codes), matrix.columns
     form = config(len(x), n, k, _kind(matrix), skinny.sm_count(x.device))
-    form = fitting(form, matrix.bits, _room(x.device))
+    form = fitting(form, matrix.bits, _wide(matrix), _room(x.device))
     return run(form, x, matrix, bias=bias, add=add, norm=norm, eps=eps, act=act, out=out)
 
 
@@ -64,6 +64,7 @@ def run(
         out = torch.empty((m, n), dtype=x.dtype, device=device)
     if not m:
         return out
+    assert x.stride(1) == out.stride(1) == 1, "rows must be dense"
     options = {
         **_options(matrix), "ROWS": form.rows, "BLOCK_N": form.block_n,
         "BIAS": bias is not None, "ADD": add is not None, "PARTS": _parts(matrix),
@@ -186,18 +187,26 @@ def _streamed(m: int, n: int, words: int, kind: str, sm_count: int) -> Form:
     return Form(False, block_n, warps, 128 * warps, rows=rows, registers=registers)
 
 
-def fitting(form: Form, bits: int, room: int) -> Form:
+def fitting(form: Form, bits: int, wide: int, room: int) -> Form:
     """A form of `dot` whose tiles in flight fit into `room` bytes of shared memory, with fewer
-    stages first and then fewer rows."""
+    stages first and then fewer rows. `wide`: loads of 4 bytes for each row of a tile of words."""
     while form.dot:
         words = 2 * form.block_n * 4 * WORDS
-        if words + form.stages * 2 * block(bits) * form.rows <= room or form.rows == 16:
+        each = 2 * block(bits) * form.rows + 4 * wide * form.block_n
+        if words + form.stages * each <= room or form.rows == 16:
             break
         if form.stages > 2:
             form = form._replace(stages=form.stages - 1)
         else:
             form = form._replace(rows=form.rows // 2, splits=1)
     return form
+
+
+def _wide(matrix: Coded) -> int:
+    """Scales and zeros of 4 bytes that go with a word: they come by way of shared memory."""
+    return _parts(matrix) * sum(
+        grid is not None and grid.itemsize == 4 for grid in (matrix.scale, matrix.zero)
+    )
 
 
 @cache

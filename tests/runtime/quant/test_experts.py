@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -173,7 +174,8 @@ def test_experts_are_rounded_as_they_are_read(
 def _moe(block: Any) -> list[Any]:
     """The layers of experts in a block, in others or by themselves."""
     found = [block] if hasattr(block, "_experts") else []
-    parts = [part for part in vars(block).values() if hasattr(part, "__dict__")]
+    inside = [part for part in vars(block).values() if not isinstance(part, ModuleType)]
+    parts = [part for part in inside if hasattr(part, "__dict__")]
     return found or [layer for part in parts for layer in _moe(part)]
 
 

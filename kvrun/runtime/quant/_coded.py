@@ -181,15 +181,20 @@ def keep(
             return None
         one = matrix.group >= matrix.columns
         eight = matrix.codes.dtype is torch.float8_e4m3fn
-        if eight and bool((matrix.codes.view(torch.uint8) & 0x7F == 0x7F).any()):
-            # Kernels read its bits as a number.
-            raise BadCheckpoint("a matrix of 8-bit floats holds NaN.", hint="fetch the model again")
+        if eight:
+            refuse_nan(matrix.codes)
         return (Scaled if eight and one else Fused)(matrix, bias)
     kind = next((kind for kind in (Native, Int4, Int8) if kind.takes(matrix)), None)
     if kind is None:
         return None
     found = kind(matrix, bias)
     return found if matrix.order is None else Gathered(found, matrix.order)
+
+
+def refuse_nan(codes: torch.Tensor) -> None:
+    """Kernels read the bits of e4m3's NaN as a number. Raises BadCheckpoint."""
+    if bool((codes.view(torch.uint8) & 0x7F == 0x7F).any()):
+        raise BadCheckpoint("a matrix of 8-bit floats holds NaN.", hint="fetch the model again")
 
 
 def fuses(matrix: Coded, dtype: torch.dtype) -> bool:

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from kvrun import folder
+from kvrun.errors import BadCheckpoint
 from kvrun.runtime.device import TRITON
 from kvrun.runtime.kernels import w4a16
-from kvrun.runtime.quant import _cuda, _round
+from kvrun.runtime.quant import _coded, _cuda, _round
 from kvrun.runtime.quant._cuda import Fused
 
 N, K = 24, 64
@@ -58,3 +59,13 @@ def test_more_rows_than_a_weight_wants_are_multiplied_as_values() -> None:
     weight.most = 2
     x = torch.randn(5, K)
     assert off(weight.matmul(x), F.linear(x, w4a16.dequantise(made, torch.float32))) < 1e-6
+
+
+def test_nan_is_no_number() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    finite = codes[~codes.float().isnan()]
+    assert len(finite) == 254
+    _coded.refuse_nan(finite)
+    for code in (0x7F, 0xFF):
+        with pytest.raises(BadCheckpoint, match="NaN"):
+            _coded.refuse_nan(codes[code : code + 1])

@@ -122,10 +122,11 @@ def compare(
 
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    about = f"{options.shape or Path(options.model).name}, {options.dtype}, {platform.processor()}"
+    name = options.shape or Path(options.model).name
+    about = f"{name}, {options.dtype}, {platform.processor() or f'{os.cpu_count()} processors'}"
     if options.json:
         record = {
-            "model": options.shape or Path(options.model).name,
+            "model": name,
             "dtype": options.dtype,
             "cpus": os.cpu_count(),
             "turns": options.turns,

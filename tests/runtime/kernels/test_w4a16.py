@@ -212,6 +212,13 @@ def test_tiles_fit_into_shared_memory(kind: str, group: int, room: int) -> None:
         assert form.rows >= 16
 
 
+def test_long_rows_of_4_bits_leave_gates_to_others() -> None:
+    short, long = matrix("int4", 4, 8192, 128), matrix("int4", 4, 14336, 128)
+    assert w4a16.takes_in(1, short)
+    assert not w4a16.takes_in(1, long)
+    assert w4a16.takes_in(1, matrix("int8", 4, 14336, 128))
+
+
 def test_rows_of_8_bits() -> None:
     x = torch.randn(5, 75) * torch.tensor([[1.0], [100.0], [0.0], [1e-4], [7.0]])
     codes, scale = fp8_twin.quantise_rows(x)

@@ -19,6 +19,7 @@ from kvrun.runtime.kernels.w4a16 import WORDS, Coded, block
 FEW = 4  # rows up to which `fma` may be used
 # Rows that `linear` takes: beyond, making the values first is faster.
 MOST = {4: 256, 8: 512}
+_LONG = 1024  # words of a row of 4 bits beyond which it is cut in another way
 
 
 class Form(NamedTuple):
@@ -133,8 +134,10 @@ def serves(m: int, matrix: Coded) -> bool:
 
 
 def takes_in(m: int, matrix: Coded) -> bool:
-    """Whether `linear` for so many rows knows a norm and a gate."""
-    return 0 < m <= _few(_kind(matrix))
+    """Whether `linear` for so many rows knows a norm and a gate, and is the place for them."""
+    kind, words = _kind(matrix), _words(matrix).shape[-1]
+    # Programs of long rows of 4 bits have few rows, and each computes all gates: 8 µs of 23.
+    return 0 < m <= _few(kind) and not (kind == "int4" and words > _LONG)
 
 
 def _few(kind: str) -> int:
@@ -177,7 +180,7 @@ def _streamed(m: int, n: int, words: int, kind: str, sm_count: int) -> Form:
     block_n, registers = 8 if kind == "fp8" and m == 1 else 4, None
     if kind == "fp8" and m == 1 and words == 1024 and n > 16384:
         warps = 8
-    elif kind == "int4" and m == 1 and words > 1024:
+    elif kind == "int4" and m == 1 and words > _LONG:
         warps, registers = 2, 112
     elif kind == "int4" and m == 1 and n * words > 1 << 21:
         block_n = 8

@@ -142,7 +142,6 @@ def _rotate_append(
         weight_at = tl.where(heads < QUERIES, q_weight_at, k_weight_at)
         weight_a = tl.load(weight_at + firsts, mask=is_pair & turned, other=0.0)
         weight_b = tl.load(weight_at + seconds, mask=is_pair & turned, other=0.0)
-    release(PDL)  # attention finds its pages meanwhile
     wait(PDL)
     slot = tl.load(slots_at + token)
     head_at = qkv_at + token * qkv_stride + heads * DIM
@@ -151,6 +150,8 @@ def _rotate_append(
     if HALF > 0:
         cos = tl.load(cos_at + token * HALF + pairs, mask=pairs < HALF, other=1.0)
         sin = tl.load(sin_at + token * HALF + pairs, mask=pairs < HALF, other=0.0)
+    # Not before the wait: attention reads lengths before its own, and what wrote them may overlap.
+    release(PDL)
     if NORM:
         squares = tl.sum(_square(a) + _square(b), 1)
         scale = tl.rsqrt(squares / DIM + eps)[:, None]

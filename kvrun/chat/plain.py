@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import select
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from typing import TextIO
@@ -61,10 +63,10 @@ class PlainReader:
         It blocks the loop: nothing else goes on between two answers.
         """
         try:
-            with _signals_by_default():
-                text = _line("> ")
+            with _signals_by_default() as woken:
+                text = _line("> ", woken)
                 while unfinished(text):
-                    text += "\n" + _line(". ")
+                    text += "\n" + _line(". ", woken)
         except (EOFError, KeyboardInterrupt):
             print()  # the prompt still stands on this line
             raise
@@ -75,9 +77,16 @@ class PlainReader:
         return contextlib.nullcontext()
 
 
-def _line(prompt: str) -> str:
+def _line(prompt: str, woken: socket.socket) -> str:
     # Not input(): between its prompt and its read it does not notice Ctrl+C.
     print(prompt, end="", flush=True)
+    # Neither does a read that is about to begin. A terminal gives a line at a time, so that none
+    # waits in a buffer that select does not see.
+    while sys.platform != "win32" and is_terminal(sys.stdin):
+        ready, _, _ = select.select([sys.stdin, woken], [], [])
+        if sys.stdin in ready:
+            break
+        woken.recv(64)
     line = sys.stdin.readline()
     if not line:
         raise EOFError
@@ -85,15 +94,23 @@ def _line(prompt: str) -> str:
 
 
 @contextlib.contextmanager
-def _signals_by_default() -> Iterator[None]:
-    """Let signals interrupt a blocking read; asyncio's own handlers wait for the loop instead."""
-    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
-    terminate = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, terminate)
+def _signals_by_default() -> Iterator[socket.socket]:
+    """Let signals interrupt a blocking read; asyncio's own handlers wait for the loop instead.
+
+    Gives a socket that has something to read once a signal has come.
+    """
+    woken, waking = socket.socketpair()
+    with woken, waking:
+        waking.setblocking(False)
+        before = signal.set_wakeup_fd(waking.fileno(), warn_on_full_buffer=False)
+        interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+        terminate = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        try:
+            yield woken
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
+            signal.signal(signal.SIGTERM, terminate)
+            signal.set_wakeup_fd(before)
 
 
 def is_terminal(stream: TextIO | None) -> bool:

@@ -7,7 +7,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # Sums may be taken in another order; numbers that are not finite stay what they are.
 FLAGS = (
@@ -32,6 +34,16 @@ def compiled(source: Path) -> ctypes.CDLL | None:
             return _made(source, compiler, Path(folder) / name)
     except OSError:
         return None
+
+
+def declared(source: Path, **functions: Sequence[Any]) -> ctypes.CDLL | None:
+    """As `compiled`, of functions by name: the type of their result, then those of arguments."""
+    found = compiled(source)
+    if found is not None:
+        for name, (result, *arguments) in functions.items():
+            function = getattr(found, name)
+            function.restype, function.argtypes = result, arguments
+    return found
 
 
 def _compiler() -> str | None:

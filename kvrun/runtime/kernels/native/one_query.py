@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kvrun.runtime.kernels.native._build import compiled
+from kvrun.runtime.kernels.native._build import declared
 
 WIDEST, SHARE = 256, 64  # columns of a head, heads that share keys
 _ALONE = 1 << 16  # values of keys up to which other threads are not worth waiting for
@@ -19,12 +19,9 @@ def available() -> bool:
 
 @cache
 def _library() -> Any:
-    found = compiled(Path(__file__).with_suffix(".c"))
-    if found is not None:
-        at, long, whole = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        found.kvrun_attend.argtypes = [at] * 3 + [long] * 4 + [ctypes.c_float, whole, whole]
-        found.kvrun_attend.restype = None
-    return found
+    at, long, whole = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    attend = [None, *[at] * 3, *[long] * 4, ctypes.c_float, whole, whole]
+    return declared(Path(__file__).with_suffix(".c"), kvrun_attend=attend)
 
 
 def takes(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:

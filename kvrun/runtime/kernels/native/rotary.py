@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvrun.runtime.kernels import rotary as twin
-from kvrun.runtime.kernels.native._build import compiled
+from kvrun.runtime.kernels.native._build import declared
 from kvrun.runtime.kernels.rotary import tables as tables
 
 WIDEST = 256  # columns of a head
@@ -29,12 +29,9 @@ def available() -> bool:
 
 @cache
 def _library() -> Any:
-    found = compiled(Path(__file__).with_suffix(".c"))
-    if found is not None:
-        at, long = ctypes.c_void_p, ctypes.c_int64
-        found.kvrun_rotate.argtypes = [at, at, long, at, long, *[at] * 5, long, ctypes.c_int]
-        found.kvrun_rotate.restype = None
-    return found
+    at, long = ctypes.c_void_p, ctypes.c_int64
+    rotate = [None, at, at, long, at, long, *[at] * 5, long, ctypes.c_int]
+    return declared(Path(__file__).with_suffix(".c"), kvrun_rotate=rotate)
 
 
 @cache

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kvrun.runtime.kernels import w4a16
-from kvrun.runtime.kernels.native._build import compiled
+from kvrun.runtime.kernels.native._build import declared
 from kvrun.runtime.kernels.w4a16 import Coded
 
 BLOCK, TILE = 64, 16  # columns, rows
@@ -33,13 +33,10 @@ def available() -> bool:
 
 @cache
 def _library() -> Any:
-    found = compiled(Path(__file__).with_suffix(".c"))
-    if found is not None:
-        at, whole, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-        found.kvrun_product.argtypes = [at] * 5 + [ctypes.c_float, whole, long, whole, whole]
-        found.kvrun_values.argtypes = [at, at, long, long, at, whole, whole]
-        found.kvrun_values.restype = None
-    return found
+    at, whole, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    product = [whole, *[at] * 5, ctypes.c_float, whole, long, whole, whole]
+    values = [None, at, at, long, long, at, whole, whole]
+    return declared(Path(__file__).with_suffix(".c"), kvrun_product=product, kvrun_values=values)
 
 
 def takes(matrix: Coded) -> bool:

@@ -205,10 +205,11 @@ class Engine:
                 hint="shorten the prompt, or start with a larger max_model_len if the model and "
                 "the memory allow it",
             )
-        wrong = [i for i in request.prompt_ids if not 0 <= i < self._limits.vocab_size]
-        if wrong:
+        ends = min(request.prompt_ids), max(request.prompt_ids)
+        wrong = next((i for i in ends if not 0 <= i < self._limits.vocab_size), None)
+        if wrong is not None:
             raise InvalidRequest(
-                f"token id {wrong[0]} is outside the vocabulary of {self._limits.vocab_size:,}."
+                f"token id {wrong} is outside the vocabulary of {self._limits.vocab_size:,}."
             )
         request.params.check_vocabulary(self._limits.vocab_size)
         if request.pooling and (request.params.n > 1 or request.params.prompt_logprobs is not None):

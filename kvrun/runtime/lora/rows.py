@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 HEIGHT = 16  # rows of a tile where sequences decode: the least that tensor cores multiply
 TALL = 64  # where prompts are computed
 _MANY = 512  # tokens of a step from which on it is taller
-_SHORT = 64  # rows up to which an adapter is multiplied in C on CPU
 
 
 class Assigned(NamedTuple):
@@ -44,9 +43,9 @@ def rows_of(resident: "Resident", of_row: np.ndarray, send: Send) -> "Rows":
     extra = beyond(resident, of_row, send)
     if resident.arena.device.type == "cpu":
         module = native("lora")
-        if module is not None and module.takes(resident.arena.dtype):
-            return Compiled(resident, of_row, module, extra)
-        return Grouped(resident, of_row, extra)
+        if module is None or resident.arena.dtype not in module.ROWS:
+            return Grouped(resident, of_row, extra)
+        return Compiled(resident, of_row, module, extra)
     height = TALL if len(of_row) > _MANY else HEIGHT
     rows, tiles = tiled(of_row, height)
     sent = send(rows, tiles.reshape(-1))
@@ -220,8 +219,8 @@ class Captured:
 
 
 class Compiled:
-    """The same on CPU, in C: by one call for all adapters of a product, but for those with many
-    rows, for which ordinary products are faster."""
+    """The same on CPU, in C: one call for all adapters of a product, but for those with so many
+    rows that ordinary products are faster."""
 
     takes_in = False
 
@@ -234,26 +233,28 @@ class Compiled:
     ) -> None:
         self.extra = extra
         self._resident, self._of_row, self._module = resident, of_row, module
-        many = (np.bincount(of_row) > _SHORT)[of_row]
-        self._rest = Grouped(resident, np.where(many, of_row, 0)) if (many & (of_row > 0)).any() else None
-        few = np.where(many, 0, of_row)
+        many = (np.bincount(of_row) > module.ROWS[resident.arena.dtype])[of_row]
+        few, rest = np.where(many, 0, of_row), np.where(many, of_row, 0)
+        self._rest = Grouped(resident, rest) if rest.any() else None
         rows, tiles = tiled(few, module.HEIGHT)
         self._rows, self._tiles = torch.from_numpy(rows), torch.from_numpy(tiles)
-        slots = np.unique(few[few > 0])
-        self._ranks: list[int] = resident.ranks[slots].max(0, initial=0).tolist()
+        self._ranks: list[int] = resident.ranks[np.unique(few)].max(0).tolist()
         self._changes: dict[int, Any] = {}
 
     def shrink(self, site: int, x: torch.Tensor, prologue: dict[str, Any]) -> Any:
-        """x itself, of which `expand` makes everything at once."""
+        """x itself, of which `expand` makes everything in one go, and what others have found."""
         rest = None if self._rest is None else self._rest.shrink(site, x, prologue)
-        return (x, rest) if rest is not None or self._ranks[site] else None
+        return (x, rest) if self._ranks[site] or rest is not None else None
 
     def expand(self, site: int, low: Any, y: torch.Tensor, prologue: dict[str, Any]) -> None:
         x, rest = low
-        if rest is not None and self._rest is not None:
-            self._rest.expand(site, rest, y, prologue)
         if self._ranks[site]:
-            self._change(site).add(x, y)
+            change = self._changes.get(site)
+            if change is None:
+                change = self._changes[site] = self._change(site)
+            change.add(x, y)
+        if self._rest is not None and rest is not None:
+            self._rest.expand(site, rest, y, prologue)
 
     def by_head(
         self, site: int, x: torch.Tensor, y: torch.Tensor, *, first: int, back: bool
@@ -265,15 +266,12 @@ class Compiled:
         return Grouped(self._resident, self._of_row)
 
     def _change(self, site: int) -> Any:
-        if site not in self._changes:
-            sites = self._resident.sites
-            self._changes[site] = self._module.Change(
-                self._resident.arena,
-                self._resident.table[:, site],
-                self._rows,
-                self._tiles,
-                features=sites.inner[site],
-                outs=sites.outs[site],
-                width=self._ranks[site],
-            )
-        return self._changes[site]
+        return self._module.Change(
+            self._resident.arena,
+            self._resident.table[:, site],
+            self._rows,
+            self._tiles,
+            features=self._resident.sites.inner[site],
+            outs=self._resident.sites.outs[site],
+            width=self._ranks[site],
+        )

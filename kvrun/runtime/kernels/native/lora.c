@@ -17,9 +17,16 @@ struct change {
     int64_t apart, count, features, parts, width, wide;
 };
 
+/* Of a tile: its rows in x or y, and what A makes of them. */
 struct rows {
-    const void *at[TALL]; /* of x or y */
+    void *at[TALL];
     float *low[TALL];
+    int tall;
+};
+
+/* Of an adapter: B [rank, out] of a part, its first row of A, and its first output in y. */
+struct part {
+    int64_t start, begin, rank, out, at;
 };
 
 typedef struct {
@@ -44,6 +51,12 @@ static inline __attribute__((always_inline)) f32 take(const void *from, int64_t 
     w16 y = sixteen(x);
     if (wide) return (f32){(f16)y, (f16)sixteen(x + 64)};
     return (f32){(f16)(y << 16), (f16)(y & 0xffff0000)};
+}
+
+/* These 32 will be taken; adapters seldom lie in a near cache. */
+static inline __attribute__((always_inline)) void soon(const void *from, int64_t at, int wide) {
+    __builtin_prefetch((const char *)from + at * (wide ? 4 : 2));
+    if (wide) __builtin_prefetch((const char *)from + at * 4 + 64);
 }
 
 /* bfloat16 in the upper halves. */
@@ -77,6 +90,7 @@ static inline __attribute__((always_inline)) void shrink(
         for (int j = 0; j < tall; j++) x[j] = take(t->at[j], i, left, wide);
         for (int k = 0; k < ranks; k++) {
             f32 a = take(c->arena, start + k * c->features + i, left, wide);
+            soon(c->arena, start + (k + RANKS) * c->features + i, wide);
             for (int j = 0; j < tall; j++) sums[j][k] += a.first * x[j].first + a.second * x[j].second;
         }
     }
@@ -87,89 +101,93 @@ static inline __attribute__((always_inline)) void shrink(
         }
 }
 
-/* Outputs from `o` on of one part, `some` 32s, of which `count` values are there: B [rank, out], from value
-   `start` of the arena on, times `low` from `begin` on, added to y from `at` on. */
+/* `some` 32s of a part's outputs from o on: B [rank, out] times `low`, added to y. */
 static inline __attribute__((always_inline)) void expand(
-    const struct change *c, const struct rows *t, int64_t start, int64_t begin, int64_t rank, int64_t out,
-    int64_t at, int64_t count, int some, int tall, int wide) {
-    f32 y[TALL][WIDE];
-    for (int j = 0; j < tall; j++)
-        for (int k = 0; k < some; k++) y[j][k] = (f32){{0}, {0}};
-    for (int64_t r = 0; r < rank; r++)
+    const struct change *c, const struct rows *t, const struct part *p, int64_t o, int some, int tall, int wide) {
+    f32 sums[TALL][WIDE] = {0};
+    int64_t left = some == WIDE ? 32 * WIDE : p->out - o; /* known where it can be */
+    for (int64_t r = 0; r < p->rank; r++)
         for (int k = 0; k < some; k++) {
-            f32 b = take(c->arena, start + r * out + 32 * k, count - 32 * k, wide);
+            int64_t at = p->start + r * p->out + o + 32 * k;
+            f32 b = take(c->arena, at, left - 32 * k, wide);
+            soon(c->arena, at + 32 * WIDE, wide);
             for (int j = 0; j < tall; j++) {
-                y[j][k].first += t->low[j][begin + r] * b.first;
-                y[j][k].second += t->low[j][begin + r] * b.second;
+                sums[j][k].first += t->low[j][p->begin + r] * b.first;
+                sums[j][k].second += t->low[j][p->begin + r] * b.second;
             }
         }
     for (int j = 0; j < tall; j++)
         for (int k = 0; k < some; k++) {
-            f32 old = take(t->at[j], at + 32 * k, count - 32 * k, wide);
-            f32 sum = {old.first + y[j][k].first, old.second + y[j][k].second};
-            give(sum, (void *)t->at[j], at + 32 * k, count - 32 * k, wide);
+            int64_t at = p->at + o + 32 * k;
+            f32 y = take(t->at[j], at, left - 32 * k, wide);
+            y.first += sums[j][k].first;
+            y.second += sums[j][k].second;
+            give(y, t->at[j], at, left - 32 * k, wide);
         }
 }
 
-/* Loops of a known length stay in registers. */
-#define BY_SIZE(run, tall, wide) \
-    do { \
-        if (tall == 1 && wide) run(1, 1); \
-        else if (tall == 1) run(1, 0); \
-        else if (tall == 2 && wide) run(2, 1); \
-        else if (tall == 2) run(2, 0); \
-        else if (tall == 3 && wide) run(3, 1); \
-        else if (tall == 3) run(3, 0); \
-        else if (wide) run(4, 1); \
-        else run(4, 0); \
-    } while (0)
+/* What loops of a known length compute stays in registers. */
+static inline __attribute__((always_inline)) void shrink_by(
+    const struct change *c, const struct rows *t, int64_t start, int64_t r, int ranks, int wide) {
+    switch (t->tall) {
+    case 1: shrink(c, t, start, r, ranks, 1, wide); break;
+    case 2: shrink(c, t, start, r, ranks, 2, wide); break;
+    case 3: shrink(c, t, start, r, ranks, 3, wide); break;
+    default: shrink(c, t, start, r, ranks, TALL, wide);
+    }
+}
 
-/* The rows of a tile in x or y, whose rows lie `stride` values from each other, and where its adapter lies:
-   null where there is no work. */
+static inline __attribute__((always_inline)) void expand_by(
+    const struct change *c, const struct rows *t, const struct part *p, int64_t o, int some, int wide) {
+    switch (t->tall) {
+    case 1: expand(c, t, p, o, some, 1, wide); break;
+    case 2: expand(c, t, p, o, some, 2, wide); break;
+    case 3: expand(c, t, p, o, some, 3, wide); break;
+    default: expand(c, t, p, o, some, TALL, wide);
+    }
+}
+
+/* The rows of a tile in x or y, whose rows lie `stride` values from each other; where its adapter lies, or
+   null. */
 static const int64_t *found(const struct change *c, int64_t tile, const void *x, int64_t stride,
-                            struct rows *t, int *tall) {
+                            struct rows *t) {
     const int32_t *of = c->tiles + 3 * tile;
-    *tall = of[2];
+    t->tall = of[2];
     for (int j = 0; j < of[2]; j++) {
-        t->at[j] = (const char *)x + c->rows[of[1] + j] * stride * (c->wide ? 4 : 2);
+        t->at[j] = (char *)x + c->rows[of[1] + j] * stride * (c->wide ? 4 : 2);
         t->low[j] = c->low + (of[1] + j) * c->width;
     }
     return of[0] ? c->table + of[0] * c->apart : 0;
 }
 
+/* RANKS values of `low` from r on, or those that are left. */
 static void shrink_tile(const struct change *c, int64_t tile, const void *x, int64_t stride, int64_t r) {
     struct rows t;
-    int tall;
-    const int64_t *where = found(c, tile, x, stride, &t, &tall);
+    const int64_t *where = found(c, tile, x, stride, &t);
     if (!where) return;
-    int64_t left = where[1] - r, start = where[0] + r * c->features;
-#define RUN(tall, wide) shrink(c, &t, start, r, RANKS, tall, wide)
-    if (left >= RANKS) BY_SIZE(RUN, tall, c->wide);
-#undef RUN
-#define RUN(tall, wide) \
-    for (int64_t k = 0; k < left; k++) shrink(c, &t, start + k * c->features, r + k, 1, tall, wide)
-    else BY_SIZE(RUN, tall, c->wide);
-#undef RUN
+    int64_t last = where[1] < r + RANKS ? where[1] : r + RANKS, some = last - r == RANKS ? RANKS : 1;
+    for (; r < last; r += some) {
+        int64_t start = where[0] + r * c->features;
+        if (some > 1 && c->wide) shrink_by(c, &t, start, r, RANKS, 1);
+        else if (some > 1) shrink_by(c, &t, start, r, RANKS, 0);
+        else shrink_by(c, &t, start, r, 1, c->wide);
+    }
 }
 
-/* Outputs `from` to `from` + TURN of a part, whose first one is value `at` of y. */
+/* TURN outputs of a part from o on, or those that are left; its first output is value `at` of y's rows. */
 static void expand_tile(const struct change *c, int64_t tile, void *y, int64_t stride, int64_t part,
-                        int64_t at, int64_t from) {
+                        int64_t at, int64_t o) {
     struct rows t;
-    int tall;
-    const int64_t *where = found(c, tile, y, stride, &t, &tall);
-    if (!where || !where[4 + 3 * part]) return;
-    int64_t start = where[2 + 3 * part], begin = where[3 + 3 * part], rank = where[4 + 3 * part];
-    int64_t out = c->outs[part], end = from + TURN < out ? from + TURN : out;
-    for (int64_t o = from; o < end; o += 32 * WIDE) {
-#define RUN(tall, wide) expand(c, &t, start + o, begin, rank, out, at + o, 32 * WIDE, WIDE, tall, wide)
-        if (end - o >= 32 * WIDE) BY_SIZE(RUN, tall, c->wide);
-#undef RUN
-#define RUN(tall, wide) \
-    for (int64_t i = o; i < end; i += 32) \
-        expand(c, &t, start + i, begin, rank, out, at + i, end - i, 1, tall, wide)
-        else BY_SIZE(RUN, tall, c->wide);
-#undef RUN
+    const int64_t *where = found(c, tile, y, stride, &t);
+    if (!where) return;
+    where += 2 + 3 * part;
+    struct part p = {where[0], where[1], where[2], c->outs[part], at};
+    int64_t end = o + TURN < p.out ? o + TURN : p.out;
+    for (; p.rank && o < end; o += 32 * WIDE) {
+        int whole = end - o >= 32 * WIDE;
+        if (whole && c->wide) expand_by(c, &t, &p, o, WIDE, 1);
+        else if (whole) expand_by(c, &t, &p, o, WIDE, 0);
+        else for (int64_t i = o; i < end; i += 32) expand_by(c, &t, &p, i, 1, c->wide);
     }
 }
 
@@ -184,8 +202,8 @@ void kvrun_change(const struct change *c, const void *x, int64_t stride, void *y
             for (int64_t r = 0; r < c->width; r += RANKS) shrink_tile(c, tile, x, stride, r);
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t tile = 0; tile < c->count; tile++)
-            for (int64_t from = 0; from < widest; from += TURN)
+            for (int64_t o = 0; o < widest; o += TURN)
                 for (int64_t part = 0, at = 0; part < c->parts; at += c->outs[part], part++)
-                    if (from < c->outs[part]) expand_tile(c, tile, y, apart, part, at, from);
+                    expand_tile(c, tile, y, apart, part, at, o);
     }
 }

@@ -12,7 +12,9 @@ from kvrun.runtime.kernels import lora as twin
 from kvrun.runtime.kernels.native._build import declared
 
 HEIGHT = 4  # rows of a tile at most
-_ALONE = 1 << 18  # products up to which other threads are not worth waiting for
+# Rows of one adapter up to which this is faster than ordinary products, by the dtypes it is for.
+ROWS = {torch.float32: 16, torch.bfloat16: 32}
+_ALONE = 1 << 20  # multiplications up to which other threads are not worth waiting for
 
 
 class _Change(ctypes.Structure):
@@ -30,17 +32,14 @@ def available() -> bool:
 @cache
 def _library() -> Any:
     at, long, whole = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    return declared(Path(__file__).with_suffix(".c"), kvrun_change=[None, at, at, long, at, long, whole])
-
-
-def takes(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float32, torch.bfloat16)
+    change = [None, at, at, long, at, long, whole]
+    return declared(Path(__file__).with_suffix(".c"), kvrun_change=change)
 
 
 class Change:
     """What the adapters of a step add to one product; arguments are those of the twin's functions.
 
-    Tiles have at most HEIGHT rows, and `takes` knows the dtype of `arena`.
+    Tiles have at most HEIGHT rows; `arena` is in a dtype of ROWS. One product at a time.
     """
 
     def __init__(
@@ -56,9 +55,7 @@ class Change:
     ) -> None:
         self._where = arena, table, rows, tiles
         self._features, self._outs, self._width = features, outs, width
-        self._dtype = arena.dtype
-        sizes = (ctypes.c_int64 * len(outs))(*outs)
-        low = torch.empty((len(rows), width))
+        sizes, low = (ctypes.c_int64 * len(outs))(*outs), torch.empty((len(rows), width))
         self._kept = sizes, low
         self._change = _Change(
             *(part.data_ptr() for part in self._where),
@@ -72,7 +69,7 @@ class Change:
             arena.dtype is torch.float32,
         )
         self._at = ctypes.addressof(self._change)
-        self._alone = len(rows) * width * (features + sum(outs) // len(outs)) <= _ALONE
+        self._work = len(rows) * width * (features + sum(outs) // len(outs))
         self._call = _library().kvrun_change
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -82,5 +79,5 @@ class Change:
             sums = twin.shrink(x, *self._where, **sizes, width=self._width)
             twin.expand(sums, y, *self._where, **sizes, outs=self._outs)
             return
-        threads = 1 if self._alone else torch.get_num_threads()
+        threads = 1 if self._work <= _ALONE else torch.get_num_threads()
         self._call(self._at, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), threads)

@@ -242,7 +242,8 @@ class Compiled:
         self._changes: dict[int, Any] = {}
 
     def shrink(self, site: int, x: torch.Tensor, prologue: dict[str, Any]) -> Any:
-        """x itself, of which `expand` makes everything in one go, and what others have found."""
+        """x itself, which the product leaves as it is, so that `expand` does all at once; and what
+        the products of others have found."""
         rest = None if self._rest is None else self._rest.shrink(site, x, prologue)
         return (x, rest) if self._ranks[site] or rest is not None else None
 
@@ -259,10 +260,10 @@ class Compiled:
     def by_head(
         self, site: int, x: torch.Tensor, y: torch.Tensor, *, first: int, back: bool
     ) -> None:
-        self._every.by_head(site, x, y, first=first, back=back)
+        self._all.by_head(site, x, y, first=first, back=back)
 
     @cached_property
-    def _every(self) -> Grouped:
+    def _all(self) -> Grouped:
         return Grouped(self._resident, self._of_row)
 
     def _change(self, site: int) -> Any:

@@ -1,16 +1,18 @@
 """Which rows of a step use which adapters, and what that adds to a product."""
 
 from collections.abc import Sequence
+from functools import cached_property
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from kvrun.runtime.device import kernel
+from kvrun.runtime.device import kernel, native
 from kvrun.runtime.kernels.lora import CROWD
-from kvrun.runtime.kernels.lora_heads import change_by_head
 from kvrun.runtime.lora.adapter import LARGEST_RANK
 from kvrun.runtime.lora.beyond import Beyond, Send, beyond
+from kvrun.runtime.lora.grouped import Grouped
 
 if TYPE_CHECKING:
     from kvrun.runtime.lora.resident import Adapter, Resident
@@ -18,10 +20,6 @@ if TYPE_CHECKING:
 HEIGHT = 16  # rows of a tile where sequences decode: the least that tensor cores multiply
 TALL = 64  # where prompts are computed
 _MANY = 512  # tokens of a step from which on it is taller
-# Up to so many rows times adapters all of a step's adapters are multiplied as one on CPU: what is
-# computed for nothing costs less than calling more operators.
-_JOINED = 64
-_JOINED_BYTES = 64 << 20  # of copies of adapters that are kept for it
 
 
 class Assigned(NamedTuple):
@@ -44,7 +42,10 @@ def rows_of(resident: "Resident", of_row: np.ndarray, send: Send) -> "Rows":
     """The adapters of a step by row: slots [T], 0 for none. `send` brings columns to the device."""
     extra = beyond(resident, of_row, send)
     if resident.arena.device.type == "cpu":
-        return Grouped(resident, of_row, extra)
+        module = native("lora")
+        if module is None or resident.arena.dtype not in module.ROWS:
+            return Grouped(resident, of_row, extra)
+        return Compiled(resident, of_row, module, extra)
     height = TALL if len(of_row) > _MANY else HEIGHT
     rows, tiles = tiled(of_row, height)
     sent = send(rows, tiles.reshape(-1))
@@ -217,106 +218,61 @@ class Captured:
         return Tiled(self._resident, self._buffer[:tokens], room, HEIGHT)
 
 
-class Grouped:
-    """The same on CPU, by ordinary products: some for each adapter, or two for all together.
-
-    Two for all multiply every row by every adapter and drop what is not its own: for the few rows
-    of a decode step that costs less than the operators it saves.
-    """
+class Compiled:
+    """The same on CPU, in C: one call for all adapters of a product, but for those with so many
+    rows that ordinary products are faster."""
 
     takes_in = False
 
     def __init__(
-        self, resident: "Resident", of_row: np.ndarray, extra: Beyond | None = None
+        self,
+        resident: "Resident",
+        of_row: np.ndarray,
+        module: ModuleType,
+        extra: Beyond | None = None,
     ) -> None:
-        self._resident = resident
         self.extra = extra
-        slots = np.unique(of_row[of_row > 0])
-        self._slots: list[int] = slots.tolist()
-        self._of_row = torch.from_numpy(of_row)
-        few = len(of_row) * len(slots) <= _JOINED
-        self._joined = few and resident.bytes_of(self._slots) <= _JOINED_BYTES
-        self._rows = [_selection(of_row, slot) for slot in self._slots]
-        self._prepared: dict[int, list[_Product]] = {}
+        self._resident, self._of_row, self._module = resident, of_row, module
+        many = (np.bincount(of_row) > module.ROWS[resident.arena.dtype])[of_row]
+        few, rest = np.where(many, 0, of_row), np.where(many, of_row, 0)
+        self._rest = Grouped(resident, rest) if rest.any() else None
+        rows, tiles = tiled(few, module.HEIGHT)
+        self._rows, self._tiles = torch.from_numpy(rows), torch.from_numpy(tiles)
+        self._ranks: list[int] = resident.ranks[np.unique(few)].max(0).tolist()
+        self._changes: dict[int, Any] = {}
 
-    def shrink(
-        self, site: int, x: torch.Tensor, prologue: dict[str, Any]
-    ) -> "list[tuple[_Product, torch.Tensor]] | None":
-        products = self._prepared.get(site)
-        if products is None:
-            products = self._prepared[site] = self._prepare(site)
-        found = []
-        for product in products:
-            low = torch.mm(x if product.rows is None else x[product.rows], product.a)
-            found.append((product, low if product.mask is None else low.mul_(product.mask)))
-        return found or None
+    def shrink(self, site: int, x: torch.Tensor, prologue: dict[str, Any]) -> Any:
+        """x itself, which the product leaves as it is, so that `expand` does all at once; and what
+        the products of others have found."""
+        rest = None if self._rest is None else self._rest.shrink(site, x, prologue)
+        return (x, rest) if self._ranks[site] or rest is not None else None
 
     def expand(self, site: int, low: Any, y: torch.Tensor, prologue: dict[str, Any]) -> None:
-        for product, sums in low:
-            for begin, end, at, b in product.parts:
-                part = sums if b.shape[0] == sums.shape[1] else sums[:, begin:end]
-                target = y if b.shape[1] == y.shape[1] else y[:, at : at + b.shape[1]]
-                if product.rows is None:
-                    target.addmm_(part, b)
-                elif isinstance(product.rows, slice):
-                    target[product.rows].addmm_(part, b)
-                else:
-                    target.index_add_(0, product.rows, torch.mm(part, b))
+        x, rest = low
+        if self._ranks[site]:
+            change = self._changes.get(site)
+            if change is None:
+                change = self._changes[site] = self._change(site)
+            change.add(x, y)
+        if self._rest is not None and rest is not None:
+            self._rest.expand(site, rest, y, prologue)
 
     def by_head(
         self, site: int, x: torch.Tensor, y: torch.Tensor, *, first: int, back: bool
     ) -> None:
-        width = (x if back else y).shape[2]
-        for slot, rows in zip(self._slots, self._rows, strict=True):
-            a, bs = self._resident.matrices(slot, site)
-            if len(a):
-                b = bs[0].view(len(a), x.shape[1], -1)[:, :, first : first + width]
-                mine = slice(None) if rows is None else rows
-                y[mine] += change_by_head(x[mine], a, b, back)
+        self._all.by_head(site, x, y, first=first, back=back)
 
-    def _prepare(self, site: int) -> "list[_Product]":
-        if self._joined:
-            return self._join(site)
-        products = []
-        for slot, rows in zip(self._slots, self._rows, strict=True):
-            a, bs = self._resident.matrices(slot, site)
-            parts, begin, at = [], 0, 0
-            for b in bs:
-                if len(b):
-                    parts.append((begin, begin + len(b), at, b))
-                begin, at = begin + len(b), at + b.shape[1]
-            if parts:
-                products.append(_Product(rows, a.t(), None, parts))
-        return products
+    @cached_property
+    def _all(self) -> Grouped:
+        return Grouped(self._resident, self._of_row)
 
-    def _join(self, site: int) -> "list[_Product]":
-        """All adapters' A below each other, and their B with zeros beside each part."""
-        found = [(slot, *self._resident.matrices(slot, site)) for slot in self._slots]
-        a = torch.cat([a for _, a, _ in found])
-        if not len(a):
-            return []
-        blocks = [torch.block_diag(*bs) for _, _, bs in found]  # type: ignore[no-untyped-call]
-        b = torch.cat(blocks)
-        owners = torch.cat([torch.full((len(a),), slot) for slot, a, _ in found])
-        mine = self._of_row[:, None] == owners
-        mask = None if bool(mine.all()) else mine.to(a.dtype)
-        return [_Product(None, a.t(), mask, [(0, len(b), 0, b)])]
-
-
-class _Product(NamedTuple):
-    """Rows (None: all), A transposed [in, ranks], which of x · A to keep, and per part the ranks
-    [begin, end), the first of its outputs and B [ranks, out]."""
-
-    rows: slice | torch.Tensor | None
-    a: torch.Tensor
-    mask: torch.Tensor | None
-    parts: list[tuple[int, int, int, torch.Tensor]]
-
-
-def _selection(of_row: np.ndarray, slot: int) -> slice | torch.Tensor | None:
-    """The rows of one adapter: None for all, a slice where they lie side by side."""
-    rows = np.flatnonzero(of_row == slot)
-    if len(rows) == len(of_row):
-        return None
-    first, last = int(rows[0]), int(rows[-1]) + 1
-    return slice(first, last) if last - first == len(rows) else torch.from_numpy(rows)
+    def _change(self, site: int) -> Any:
+        return self._module.Change(
+            self._resident.arena,
+            self._resident.table[:, site],
+            self._rows,
+            self._tiles,
+            features=self._resident.sites.inner[site],
+            outs=self._resident.sites.outs[site],
+            width=self._ranks[site],
+        )

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from kvrun.runtime.kernels.native import lora
 from kvrun.runtime.lora.bank import LoraBank
 from kvrun.runtime.lora.bank import Place as Answer
 from kvrun.runtime.lora.beyond import beyond
+from kvrun.runtime.lora.grouped import Grouped
 from kvrun.runtime.lora.resident import Adapter
-from kvrun.runtime.lora.rows import Grouped, Rows, Tiled, tiled
+from kvrun.runtime.lora.rows import Compiled, Rows, Tiled, tiled
 from kvrun.runtime.lora.sites import Sites
 from tests.runtime.driver import Driver
 
@@ -162,6 +164,8 @@ def rows_of(bank: LoraBank, slots: Sequence[int], form: str) -> Rows:
         grouped = Grouped(bank.resident, of_row, extra)
         grouped._joined = form == "joined"  # else a matter of size
         return grouped
+    if form == "compiled":
+        return Compiled(bank.resident, of_row, lora, extra)
     rows, tiles = tiled(of_row, 3)
     known = None if form == "captured" else sorted(set(slots) - {0})
     return Tiled(bank.resident, torch.from_numpy(rows), torch.from_numpy(tiles), 3, known, extra)

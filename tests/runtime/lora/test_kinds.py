@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from kvrun.runtime.lora import settle as settling
 from kvrun.runtime.lora.beyond import Beyond, Change
 from tests.runtime.lora.adapters import Adapted, peft_model, ready, rows_of, save
-from tests.runtime.lora.test_parity import prompts
+from tests.runtime.lora.test_parity import FORMS, prompts
 from tests.runtime.models import zoo
 from tests.runtime.models.test_ranks import Sum, Threads
 
@@ -125,7 +125,7 @@ def test_all_kinds_in_one_batch(made: Any, base: tuple[str, str]) -> None:
     check(made(*base), "apart")
 
 
-@pytest.mark.parametrize("form", ["joined", "tiled"])
+@pytest.mark.parametrize("form", sorted({*FORMS} - {"apart", "captured"}))
 def test_other_forms_of_rows(made: Any, form: str) -> None:
     check(made("llama", "biases"), form)
 

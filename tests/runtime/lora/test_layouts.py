@@ -18,6 +18,7 @@ from kvrun.runtime.lora.sites import Sites
 from kvrun.runtime.lora.sources import open_source
 from kvrun.runtime.parallel import Group
 from tests.runtime.lora.adapters import edit, make_bank, ready, rows_of, write
+from tests.runtime.lora.test_parity import FORMS
 
 HEADS, DIM, IN = 4, 8, 24
 NAMES = {
@@ -59,7 +60,7 @@ def linear(
     assert adapted
     slot = ready(bank, adapted).slot
     found = []
-    for form in ("joined", "apart", "tiled", "captured"):
+    for form in FORMS:
         batch: Any = Batch(*[None] * 8, [], [], 4, None)  # type: ignore[arg-type,list-item]
         batch.lora = rows_of(bank, [slot] * (len(x) - 1) + [0], form)
         found.append(layer(x.clone(), batch))

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from kvrun.runtime.kernels.native import lora as native
 from kvrun.runtime.lora import adapter, rows, sites
 from tests.runtime.driver import Driver
 from tests.runtime.lora.adapters import ALL, Adapted, edit, peft_model
 from tests.runtime.models import zoo
 
 FORMS = ["joined", "apart", "tiled", "captured"]
+FORMS += ["compiled"] if native.available() else []
 BASES = [("llama", "v3"), ("llama", "biases"), ("qwen3", "plain"), ("gemma2", "plain")]
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -87,7 +87,7 @@ class LLM:
         quantize: str | None = None,
         attention: str = "auto",
         max_model_len: int | None = None,
-        max_num_seqs: int = 256,
+        max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         block_size: int | None = None,
         kv_memory: int | float | None = None,

@@ -102,7 +102,7 @@ def throughput(
 def _all_sizes(target: Target, work: Workload) -> None:
     """Batches from the largest one down to a single sequence, all on the last adapter: a step with
     adapters is captured when its size is first wanted, and that is no part of the work."""
-    most = min(len(work.prompts), target.options["max_num_seqs"], work.longest - 1)
+    most = min(len(work.prompts), target.ready.max_num_seqs, work.longest - 1)
     name = target.llm.adapters()[-1].name
     target.seconds([[1]] * most, range(1, most + 1), [name] * most)
 

@@ -180,7 +180,7 @@ def _micro_row(
 
 
 def _offline(target: Target, lengths: list[tuple[int, int]], seconds: float, limits: Limits) -> Row:
-    slots, room = target.options["max_num_seqs"], target.ready.kv_tokens
+    slots, room = target.ready.max_num_seqs, target.ready.kv_tokens
 
     def bound(at: Ceilings | None) -> float | None:
         return target.cost.offline(lengths, at, slots=slots, kv_tokens=room) if at else None

@@ -55,14 +55,15 @@ class Subject:
         chosen = {"prefix_caching": False, **chosen}
         return cls(name, shape, random, chosen | parse_engine(engine), threads, roofline)
 
-    def sized(self, longest: int | None, batch: int = 1) -> dict[str, Any]:
+    def sized(self, longest: int | None, batch: int | None = None) -> dict[str, Any]:
         """The options, with a context and places for `batch` sequences of `longest` tokens."""
         options = dict(self.options)
-        places = options.setdefault("max_num_seqs", max(batch, USUAL_SEQS))
-        if places < batch:
-            raise InvalidRequest(
-                f"{batch} sequences do not run at once with max_num_seqs={places}."
-            )
+        if batch is not None:
+            places = options.setdefault("max_num_seqs", max(batch, USUAL_SEQS))
+            if places < batch:
+                raise InvalidRequest(
+                    f"{batch} sequences do not run at once with max_num_seqs={places}."
+                )
         if longest is not None:
             options.setdefault("max_model_len", longest)
         return options
@@ -148,7 +149,7 @@ def lora(
 ) -> None:
     """`kvrun bench lora`: steps of batches, or workloads if there are any."""
     longest = max([prompt + SETTLE + new, *(work.longest for work in works)])
-    options = subject.sized(longest, 1 if works else max(batches))
+    options = subject.sized(longest, None if works else max(batches))
     options["adapters"] = adapters
     how: dict[str, Any] = {"repetitions": repetitions, "seed": seed}
 

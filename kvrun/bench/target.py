@@ -238,8 +238,11 @@ def _typed(name: str, text: str, default: Any) -> Any:
         raise InvalidRequest(f"-e {name} is '{text}'; it takes one value.")
     if name == "quantize" and isinstance(value, str):
         return value
-    if default is None and not (value is None or type(value) in (int, float)):
-        raise InvalidRequest(f"-e {name} is '{text}'; it must be a number, or null.")
+    if default is None and value is not None:
+        share = name.endswith("_memory")  # bytes, or a part of what is free
+        if type(value) not in ((int, float) if share else (int,)):
+            kind = "a number" if share else "a whole number"
+            raise InvalidRequest(f"-e {name} is '{text}'; it must be {kind}, or null.")
     if default is not None and type(value) is not type(default):
         kind = {bool: "true or false", int: "a whole number", str: "a name"}[type(default)]
         raise InvalidRequest(f"-e {name} is '{text}'; it must be {kind}.")

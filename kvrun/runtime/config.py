@@ -17,6 +17,10 @@ QUANTIZE_ALIASES = {
     "bitsandbytes-nf4": "nf4", "bitsandbytes-fp4": "fp4",
 }  # fmt: skip
 
+_SIZES = (
+    "max_num_seqs", "max_num_batched_tokens", "block_size", "max_model_len", "threads", "kv_tokens",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -38,7 +42,7 @@ class EngineConfig:
     quantize: str | None = None  # one of QUANTIZE or QUANTIZE_ALIASES; the head gets 8 bits
     attention: str = "auto"
     max_model_len: int | None = None
-    max_num_seqs: int = 256
+    max_num_seqs: int | None = None  # at once; None: by the device's memory
     max_num_batched_tokens: int | None = None  # None: by device
     block_size: int | None = None  # tokens of a block of the KV cache; None: by device
     kv_dtype: str = "auto"  # "fp8" halves the KV cache at some loss of accuracy
@@ -64,9 +68,7 @@ class EngineConfig:
             _one_of("quantize", self.quantize, (*QUANTIZE, *QUANTIZE_ALIASES))
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
-        _at_least_one("max_num_seqs", self.max_num_seqs)
-        sizes = ("max_num_batched_tokens", "block_size", "max_model_len", "threads", "kv_tokens")
-        for name in sizes:
+        for name in _SIZES:
             if getattr(self, name) is not None:
                 _at_least_one(name, getattr(self, name))
         for name in ("kv_memory", "lora_memory", "step_timeout"):

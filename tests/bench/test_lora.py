@@ -82,8 +82,7 @@ def test_every_batch_size_is_captured_before_it_is_measured() -> None:
     asked: list[tuple[int, list[int], set[str]]] = []
     target: Any = SimpleNamespace(
         model=SimpleNamespace(vocab_size=20_000),
-        ready=SimpleNamespace(device="cuda:0"),
-        options={"max_num_seqs": 3},
+        ready=SimpleNamespace(device="cuda:0", max_num_seqs=3),
         llm=SimpleNamespace(adapters=lambda: [SimpleNamespace(name=n, bytes=8) for n in "abc"]),
     )
 

@@ -224,7 +224,9 @@ def test_options_of_the_engine(text: str, value: dict) -> None:
         ("max_num_seqs=many", "a whole number"),
         ("max_num_seqs=true", "a whole number"),
         ("cuda_graphs=1", "true or false"),
-        ("block_size=big", "a number"),
+        ("block_size=big", "a whole number"),
+        ("block_size=1.5", "a whole number"),
+        ("kv_memory=most", "a number"),
         ("device=[1]", "one value"),
     ],
 )

@@ -57,6 +57,7 @@ class FakeEngine:
             max_model_len=self.config.max_model_len or CONTEXT,
             vocab_size=VOCAB,
             kv_tokens=4096,
+            max_num_seqs=256,
             block_size=16,
             device="cpu",
             dtype="float32",

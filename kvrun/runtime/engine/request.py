@@ -118,6 +118,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     vocab_size: int
     kv_tokens: int
+    max_num_seqs: int = 0  # that run at once
     block_size: int
     device: str
     dtype: str

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -29,6 +28,7 @@ from kvrun.runtime.engine.profile import memory_of_a_step
 from kvrun.runtime.engine.request import Ready
 from kvrun.runtime.engine.runner import ModelRunner
 from kvrun.runtime.engine.scheduler import Scheduler
+from kvrun.runtime.engine.sizes import TURNS, sized
 from kvrun.runtime.engine.slots import Slots
 from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.layers.cross import CrossDecoder
@@ -48,8 +48,6 @@ CAPTURED = ("triton", FLASHINFER)
 # each other costs the threads what they save; beside another busy program it costs a hundred times
 # more, because each of some 150 products in a step waits for a thread that is not running.
 WORTH_THREADS = 100_000_000
-# Steps that a large batch takes between two looks of the host.
-TURNS = 4
 # Memory for adapters unless a configuration says how much: of what is free beside the weights, and
 # no more than that; and of the host's, where adapters of a GPU wait for their turn.
 LORA_FRACTION, LORA_BYTES, LORA_HOST_FRACTION = 0.06, 4 << 30, 0.5
@@ -61,7 +59,7 @@ def start(config: EngineConfig) -> Engine:
     """Load a model and make it ready. Raises KvrunError: what is wrong, and what to do."""
     begun = time.perf_counter()
     device = choose_device(config.device)
-    config = _sized(config, device)
+    config = sized(config, device)
     folder = Path(config.model)
     with ThreadPoolExecutor(1) as pool:
         # A large tokenizer takes as long to read as some weights do.
@@ -86,6 +84,7 @@ def start(config: EngineConfig) -> Engine:
         max_model_len=plan.max_model_len,
         vocab_size=model.vocab_size,
         kv_tokens=plan.kv_tokens,
+        max_num_seqs=plan.max_num_seqs,
         block_size=plan.block_size,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
@@ -132,18 +131,6 @@ def _scheduler(
     )
 
 
-def _sized(config: EngineConfig, device: torch.device) -> EngineConfig:
-    """`config` with the sizes that depend on the kind of device filled in."""
-    cpu = device.type == "cpu"
-    ahead = config.run_ahead
-    return replace(
-        config,
-        block_size=config.block_size or (16 if cpu else 64),
-        max_num_batched_tokens=config.max_num_batched_tokens or (2048 if cpu else 8192),
-        run_ahead=(0 if cpu else TURNS) if ahead is None else ahead,
-    )
-
-
 def _bank(
     config: EngineConfig, model: Decoder, dtype: torch.dtype, device: torch.device
 ) -> LoraBank:
@@ -184,7 +171,7 @@ def _cache(
     if device.type == "cuda":
         trial = backend(KVCache(model.specs, 2, size, kept, device), dtype)
         tokens = cast(int, config.max_num_batched_tokens)
-        reserve = memory_of_a_step(model, trial, tokens, config.max_num_seqs, device)
+        reserve = memory_of_a_step(model, trial, tokens, cast(int, config.max_num_seqs), device)
     if device.type == "cpu":
         reserve = bank.resident.arena.nbytes  # promised, but not taken from the system yet
     reserve += features.limit if features else 0
@@ -375,7 +362,7 @@ def _plan(
     blocks = None if tokens is None else -(-tokens // block_size) + 1
     room = None
     if blocks is not None:
-        states = min((config.max_num_seqs + 1) * state_bytes, free // 2)
+        states = min((cast(int, config.max_num_seqs) + 1) * state_bytes, free // 2)
         room = blocks * block_bytes + states
     return make_plan(
         weight_bytes=model.parameter_bytes,
@@ -386,7 +373,7 @@ def _plan(
         on_cpu=device.type == "cpu",
         kv_memory=config.kv_memory if room is None else room,
         block_size=block_size,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=cast(int, config.max_num_seqs),
         max_position=model.max_position or config.max_model_len or UNSAID_CONTEXT,
         max_model_len=config.max_model_len,
         tables=1 if model.start_id is None else 2,

@@ -59,7 +59,7 @@ async def info(service: ReadyService) -> Response:
         "max_input_length": service.max_input_tokens,
         "max_total_tokens": service.max_total_tokens,
         "max_batch_total_tokens": ready.kv_tokens,
-        "max_batch_size": service.config.max_num_seqs,
+        "max_batch_size": ready.max_num_seqs,
         "max_client_batch_size": settings.max_client_batch_size,
         "max_waiting_tokens": settings.max_waiting_tokens,
         "waiting_served_ratio": settings.waiting_served_ratio,

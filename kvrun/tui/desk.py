@@ -341,6 +341,13 @@ class Desk(App[KvrunError | None]):
             for talk in self.board.talks:
                 talk.stop()
 
+    def action_help_quit(self) -> None:
+        """Ctrl+C: stop as Escape does while there is something to stop, else say how to leave."""
+        if self._editing or any(talk.busy for talk in self.board.talks):
+            self.action_stop()
+        else:
+            self.notify("^q leaves")
+
     async def action_renew(self) -> None:
         """Begin new conversations; the old ones are saved."""
         await self.board.settle()

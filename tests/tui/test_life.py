@@ -177,3 +177,14 @@ async def test_a_disk_that_refuses_is_said(show: Show, store: Store, tmp_path: P
         await screen.ask("say x")
         await screen.answered()
         await screen.until(lambda: "cannot be used" in screen.notices())
+
+
+async def test_ctrl_c_stops_answers_and_then_says_how_to_leave(show: Show) -> None:
+    async with show("sql") as screen:
+        await screen.ask("hang")
+        await screen.until(lambda: "Let me think" in screen.says(2))
+        await screen.pilot.press("ctrl+c", "ctrl+c")  # the current column, then all
+        await screen.answered()
+        await screen.pilot.press("ctrl+c")
+        await screen.until(lambda: "^q leaves" in screen.notices())
+        assert screen.app.is_running

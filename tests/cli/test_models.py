@@ -135,6 +135,35 @@ def test_a_local_folder_is_completed(kvrun_command: Run, tmp_path: Path) -> None
     assert done == Result(0, f"{tmp_path / 'model'}\n", "nothing is missing\n")
 
 
+def test_a_dry_run_of_a_local_folder_writes_nothing(kvrun_command: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer_config.json", "pytorch_model.bin"):
+        (folder / name).write_bytes(b"{}")
+    done = kvrun_command("pull", str(folder), "--dry-run")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == "would make safetensors of the .bin files and tokenizer.json\n"
+    told = json.loads(kvrun_command("pull", str(folder), "--dry-run", "--json").out)
+    assert told["lacks"] == ["safetensors of the .bin files", "tokenizer.json"]
+    assert len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["FOLDER", "--include", "*.md"], "choose files of the Hub"),
+        (["FOLDER", "--exclude", "*.md"], "choose files of the Hub"),
+        (["--list", "org/m"], "--list takes no MODEL"),
+    ],
+)
+def test_options_of_pull_that_would_have_no_effect_are_refused(
+    words: list[str], said: str, kvrun_command: Run, tmp_path: Path
+) -> None:
+    done = kvrun_command("pull", *(str(tmp_path) if w == "FOLDER" else w for w in words))
+    assert done.code == 2
+    assert said in done.err
+
+
 def test_ls(hub: Hub, kvrun_command: Run) -> None:
     base = b'{"base_model_name_or_path": "org/m"}'
     hub.add("org/a", {"adapter_config.json": base, "adapter_model.safetensors": b"x"})

@@ -15,6 +15,7 @@ import pytest
 import kvrun.runtime.engine.client
 from kvrun import folder
 from kvrun.cli import _machine, _transfer, env
+from kvrun.errors import EXTRAS
 from kvrun.hub.known import MODELS
 from kvrun.hub.transfer import File
 from tests.cli.conftest import SCRIPTED, Result, Terminal
@@ -312,7 +313,12 @@ def test_env_says_how_to_get_what_is_missing(
     monkeypatch.setattr(env, "_version", lambda name: None)
     told = json.loads(kvrun_command("env", "--json").out)
     assert told["optional"]["opentelemetry"] == "missing: pip install 'kvrun[otel]'"
+    assert told["optional"]["PIL"] == "missing: pip install 'kvrun[vision]'"
     assert told["versions"]["torch"] == "missing"
+
+
+def test_env_looks_for_every_extra() -> None:
+    assert env.FOR_EXTRAS.keys() == EXTRAS.keys()
 
 
 def test_env_compile(kvrun_command: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -361,6 +361,8 @@ def _model_and_prompt(
         return first, None
     if close := near(first):
         note(f"note: '{first}' is the prompt; for the model '{close[0]}' say -m {close[0]}")
+    elif first.startswith(("./", "../", "/", "~/")) and len(first.split()) == 1:
+        note(f"note: '{first}' is the prompt; no folder is called so")
     return default, first
 
 

@@ -39,6 +39,7 @@ class Board:
         self.name = _now()
         self._names: set[str] = set()  # of conversations that were saved on this board
         self._chosen = dict(chosen or {})
+        self.unkept: set[Talk] = set()  # whose next answer nobody has asked for: it is not saved
         self._unsaved: dict[Talk, None] = {}
         self._saving: asyncio.Task[None] | None = None
         self._open = asyncio.Event()  # the gate of servers, which is never shut
@@ -156,7 +157,9 @@ class Board:
     # -- what is kept -----------------------------------------------------------------------
 
     def _has_ended(self, talk: Talk) -> None:
-        if self.store is not None and len(talk.conversation):
+        if talk in self.unkept:
+            self.unkept.remove(talk)
+        elif self.store is not None and len(talk.conversation):
             self._unsaved[talk] = None
             if self._saving is None:
                 self._saving = asyncio.create_task(self._save())

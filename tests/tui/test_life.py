@@ -145,10 +145,14 @@ async def test_the_demo_asks_by_itself_until_a_key_is_pressed(show: Show, store:
         await screen.until(lambda: "the columns are yours" in screen.notices())
         assert screen.app.prompt.text == ""  # the key does nothing else
         await screen.answered()
+        assert store.saved() == []
         count = len(screen.engine.requests)
         await screen.ask("say mine")
         await screen.answered()
         assert len(screen.engine.requests) == count + 2
+        # What a user has asked is kept, what the demo has asked was not.
+        await screen.until(lambda: len(store.saved()) == 2)
+        assert all("mine" in str(store.load(row.name).to_dict()) for row in store.saved())
 
 
 async def test_the_latest_conversations_are_gone_on_with(show: Show, store: Store) -> None:

@@ -27,7 +27,7 @@ EXAMPLES = (
     'cat notes.txt | kvrun chat "Sum this up" > out   the file, then the question',
     "kvrun chat Qwen/Qwen3-0.6B -t 0 --stats          a model of the Hub, pulled after asking",
     'kvrun chat --adapter sql "Show all users."       one of the LoRA adapters of tiny',
-    'kvrun chat --json -o n=3 "Tell me a story"       three answers in one JSON object',
+    'kvrun chat --json -t 1 -o n=3 "Tell me a story"  three answers in one JSON object',
 )
 
 ModelOrPrompt = Annotated[

@@ -84,6 +84,8 @@ def test_environment(
         (("--hostname", "192.0.2.1", "--api-key", "k", "-p", "0"), 1, "--hostname is an address"),
         (("--port", "many"), 2, "(env var: 'KVRUN_PORT', 'PORT')"),
         (("a@b", "--revision", "c"), 2, "names a revision already"),
+        (("tiny", "--model-id", "other"), 2, "two models: tiny and --model-id other"),
+        (("--quantize", "gptq"), 2, "leave it out"),
     ],
 )
 def test_refusals(

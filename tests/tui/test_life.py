@@ -76,6 +76,9 @@ async def test_a_terminal_that_is_too_small_says_so_and_recovers(show: Show) -> 
         assert "hello" not in screen.text()
         await screen.pilot.resize_terminal(120, 30)
         await screen.sees("1 base", "2 sql", "hello")
+        await screen.until(lambda: screen.app.focused is screen.app.prompt)
+        await screen.pilot.press("x")
+        assert screen.app.prompt.text == "x"
 
 
 async def test_resizing_keeps_the_end_in_sight(show: Show) -> None:

@@ -41,6 +41,7 @@ class Board:
         self._chosen = dict(chosen or {})
         self.unkept: set[Talk] = set()  # whose next answer nobody has asked for: it is not saved
         self._unsaved: dict[Talk, None] = {}
+        self._trouble = ""  # what has kept the last conversation from being saved
         self._saving: asyncio.Task[None] | None = None
         self._open = asyncio.Event()  # the gate of servers, which is never shut
         self._open.set()
@@ -183,7 +184,11 @@ class Board:
                     board=self.name,
                 )
             except KvrunError as error:
-                self.told(error)
+                if str(error) != self._trouble:  # once, and not after each answer
+                    self.told(error)
+                self._trouble = str(error)
+            else:
+                self._trouble = ""
         self._saving = None
 
     def _title(self, talk: Talk) -> str:

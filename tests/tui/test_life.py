@@ -1,7 +1,6 @@
 """Beginnings and ends: an engine that dies or never starts, little room, long pastes, the demo."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,12 +177,14 @@ async def test_leaving_in_the_middle_keeps_what_has_come(show: Show, store: Stor
     assert "Let me think" in store.load(saved.name).branch()[-1].content
 
 
-async def test_a_disk_that_refuses_is_said(show: Show, store: Store, tmp_path: Path) -> None:
+async def test_a_disk_that_refuses_is_said_once(show: Show, store: Store) -> None:
     store.path.write_text("no database, whatever the name says" * 50)
-    async with show() as screen:
+    async with show("sql") as screen:
         await screen.ask("say x")
         await screen.answered()
         await screen.until(lambda: "cannot be used" in screen.notices())
+        await screen.board.settle()
+        assert screen.notices().count("cannot be used") == 1
 
 
 async def test_ctrl_c_stops_answers_and_then_says_how_to_leave(show: Show) -> None:

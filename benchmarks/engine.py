@@ -1,7 +1,9 @@
 """The engine on one GPU: decode steps, prompts, time to first token, and two mixed workloads.
 
-`python benchmarks/engine.py --shape llama-3-8b`. Weights are random (nothing to download), prompts
-are token ids, decoding is greedy, ends of text are ignored, the prefix cache is off. Workloads:
+`python benchmarks/engine.py --shape llama-3-8b`; with `--engine kvrun vllm` the same on each, one
+after the other, if vLLM is installed. Weights are random (nothing to download), prompts are token
+ids, decoding is greedy, ends of text are ignored, the prefix cache is off, 92 % of the memory may
+be used; what else there is to choose is as the engine has it. Workloads:
 
 * decode step at batch b: b prompts of 512 tokens; (time of 136 new tokens - time of 8) / 128
 * prefill: 8 prompts of 8192 tokens, one new token each
@@ -13,16 +15,18 @@ one row reads at, or to compute at the rate of a large product, whichever is mor
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kvrun import LLM, SamplingParams
 from kvrun.bench import shapes, workloads
 from kvrun.bench.roofline import Ceilings, Cost
 from kvrun.runtime.hf_config import HFConfig
@@ -30,19 +34,19 @@ from kvrun.runtime.hf_config import HFConfig
 SHAPES = ("llama-3-8b", "qwen3-0.6b")
 BATCHES = (1, 8, 32, 128, 256)
 CONTEXT = 576  # the mean of a decode step's sequences
+LONGEST = 10240  # tokens of a prompt and its answer
 WORKLOADS = ("decode", "prefill", "first", "mixed256", "mixed1000")
 
 
-def seconds(llm: LLM, prompts: Sequence[Any], new: int | Sequence[int]) -> float:
+Generate = Callable[[list[Any], list[int]], None]
+
+
+def seconds(generate: Generate, prompts: Sequence[Any], new: int | Sequence[int]) -> float:
     """How long it takes until every prompt has its new tokens."""
-    counts = [new] * len(prompts) if isinstance(new, int) else new
-    params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in counts]
-    torch.cuda.synchronize()
+    counts = [new] * len(prompts) if isinstance(new, int) else list(new)
     begun = time.perf_counter()
-    outputs = llm.generate(list(prompts), params)
-    spent = time.perf_counter() - begun
-    assert all(output.finish_reason == "length" for output in outputs)
-    return spent
+    generate(list(prompts), counts)
+    return time.perf_counter() - begun
 
 
 def ceilings() -> tuple[float, float]:
@@ -52,6 +56,10 @@ def ceilings() -> tuple[float, float]:
     square = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
     read = _rate(lambda: [row @ m.t() for m in matrices], 8 * matrices[0].nbytes)
     return read, _rate(lambda: square @ square, 2 * 8192**3)
+
+
+def named_ceilings() -> tuple[str, tuple[float, float]]:
+    return torch.cuda.get_device_name(), ceilings()
 
 
 def _rate(work: Callable[[], object], amount: float) -> float:
@@ -66,36 +74,31 @@ def _rate(work: Callable[[], object], amount: float) -> float:
     return amount / statistics.median(times)
 
 
-def decode(llm: LLM, batch: int, repeats: int) -> list[float]:
+def decode(generate: Generate, batch: int, repeats: int) -> list[float]:
     prompts = workloads.fixed(batch, 512)
-    seconds(llm, prompts, 4)
-    return [(seconds(llm, prompts, 136) - seconds(llm, prompts, 8)) / 128 for _ in range(repeats)]
+    seconds(generate, prompts, 4)
+    return [
+        (seconds(generate, prompts, 136) - seconds(generate, prompts, 8)) / 128
+        for _ in range(repeats)
+    ]
 
 
-def run(name: str, wanted: list[str], repeats: int) -> dict[str, Any]:
+def measured(
+    engine: str, name: str, wanted: list[str], repeats: int, rates: tuple[float, float]
+) -> dict[str, Any]:
+    """Prints and returns the figures, in a process that has not used the GPU yet."""
     with shapes.folder(name) as folder:
-        return measured(name, folder, wanted, repeats)
-
-
-def measured(name: str, folder: Path, wanted: list[str], repeats: int) -> dict[str, Any]:
-    cost = Cost.of(HFConfig.read(folder))
-    begun = time.perf_counter()
-    llm = LLM(str(folder), load_format="dummy", prefix_caching=False, max_model_len=10240)
-    found: dict[str, Any] = {
-        "shape": name,
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "start_s": time.perf_counter() - begun,
-    }
-    print(
-        f"{name} on {found['device']}: ready after {found['start_s']:.1f} s; {llm.plan}", flush=True
-    )
-    found["read_bytes_s"], found["flops_s"] = rates = ceilings()
-    print(f"reads {rates[0] / 1e12:.2f} TB/s, multiplies {rates[1] / 1e12:.0f} TFLOP/s", flush=True)
+        cost = Cost.of(HFConfig.read(folder))
+        begun = time.perf_counter()
+        version, generate = OPEN[engine](folder)
+        start = time.perf_counter() - begun
+    gc.collect()  # what the start has left is not the first workload's to clear away
+    print(f"{name}, {version}: ready after {start:.1f} s", flush=True)
+    found: dict[str, Any] = {"shape": name, "engine": version, "start_s": start}
     for batch in BATCHES if "decode" in wanted else ():
-        steps = [1e3 * s for s in decode(llm, batch, repeats)]
-        least = 1e3 * cost.step(batch, CONTEXT).seconds(Ceilings(*rates))
+        steps = [1e3 * s for s in decode(generate, batch, repeats)]
         middle = statistics.median(steps)
+        least = 1e3 * cost.step(batch, CONTEXT).seconds(Ceilings(*rates))
         found[f"decode_{batch}_ms"] = {"steps": steps, "bound": least}
         print(
             f"decode, batch {batch:3}: {middle:7.3f} ms ({min(steps):.3f} to {max(steps):.3f}), "
@@ -103,37 +106,83 @@ def measured(name: str, folder: Path, wanted: list[str], repeats: int) -> dict[s
             flush=True,
         )
     if "prefill" in wanted:
-        seconds(llm, workloads.fixed(1, 8192, 5), 1)
-        rate = 65536 / min(seconds(llm, workloads.fixed(8, 8192), 1) for _ in range(repeats))
-        found["prefill_tok_s"] = rate
-        print(f"prefill 8 x 8192: {rate:,.0f} tok/s", flush=True)
+        seconds(generate, workloads.fixed(1, 8192, 5), 1)
+        spans = [seconds(generate, workloads.fixed(8, 8192), 1) for _ in range(repeats)]
+        found["prefill_tok_s"] = 65536 / min(spans)
+        print(f"prefill 8 x 8192: {found['prefill_tok_s']:,.0f} tok/s", flush=True)
     if "first" in wanted:
-        first = 1e3 * statistics.median(
-            seconds(llm, workloads.fixed(1, 512, 10 + i), 1) for i in range(9)
-        )  # fmt: skip
-        found["first_token_ms"] = first
-        print(f"first token, 512 tokens: {first:.2f} ms", flush=True)
+        spans = [seconds(generate, workloads.fixed(1, 512, 10 + i), 1) for i in range(9)]
+        found["first_token_ms"] = 1e3 * statistics.median(spans)
+        print(f"first token, 512 tokens: {found['first_token_ms']:.2f} ms", flush=True)
     for label in ("mixed256", "mixed1000"):
         if label in wanted:
             work = workloads.mixed(label)
-            spent = seconds(llm, work.prompts, work.output_tokens)
+            spent = seconds(generate, work.prompts, work.output_tokens)
             found[f"{label}_tok_s"] = work.total_output / spent
             print(f"{label}: {work.total_output / spent:,.0f} output tok/s", flush=True)
-    llm.close()
     return found
+
+
+def open_kvrun(folder: Path) -> tuple[str, Generate]:
+    from kvrun import LLM, SamplingParams, __version__
+
+    llm = LLM(str(folder), load_format="dummy", prefix_caching=False, max_model_len=LONGEST)
+
+    def generate(prompts: list[Any], counts: list[int]) -> None:
+        params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in counts]
+        outputs = llm.generate(prompts, params)
+        assert [len(o.token_ids) for o in outputs] == counts
+
+    return f"kvrun {__version__}", generate
+
+
+def open_vllm(folder: Path) -> tuple[str, Generate]:
+    from vllm import LLM, SamplingParams, __version__
+
+    llm = LLM(
+        str(folder), dtype="bfloat16", load_format="dummy", enable_prefix_caching=False,
+        skip_tokenizer_init=True, max_model_len=LONGEST, gpu_memory_utilization=0.92,
+    )  # fmt: skip
+
+    def generate(prompts: list[Any], counts: list[int]) -> None:
+        params = [
+            SamplingParams(max_tokens=n, temperature=0, ignore_eos=True, detokenize=False)
+            for n in counts
+        ]
+        asked: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = llm.generate(asked, params, use_tqdm=False)
+        assert [len(o.outputs[0].token_ids) for o in outputs] == counts
+
+    return f"vllm {__version__}", generate
+
+
+OPEN = {"kvrun": open_kvrun, "vllm": open_vllm}
+
+
+def alone(work: Callable[..., Any], *args: Any) -> Any:
+    """What `work` returns, from a process of its own: whatever it took is free afterwards."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
+    parser.add_argument("--engine", nargs="+", choices=[*OPEN], default=["kvrun"])
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
-    names = SHAPES if args.shape == "all" else (args.shape,)
-    found = [run(name, args.only, args.repeats) for name in names]
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    found: list[dict[str, Any]] = []
+    device, rates = alone(named_ceilings)
+    print(f"{device} reads {rates[0] / 1e12:.2f} TB/s, multiplies {rates[1] / 1e12:.0f} TFLOP/s")
+    about = {"device": device, "torch": torch.__version__}
+    about |= {"read_bytes_s": rates[0], "flops_s": rates[1]}
+    for name in SHAPES if args.shape == "all" else (args.shape,):
+        for engine in args.engine:
+            found.append(alone(measured, engine, name, args.only, args.repeats, rates) | about)
+            if args.json:
+                args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

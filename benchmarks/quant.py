@@ -15,7 +15,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +126,14 @@ def _graphed(work: Callable[[], None]) -> float:
     return statistics.median(times)
 
 
-def steps(shape: str, batches: tuple[int, ...], repeats: int, **options: Any) -> dict[str, Any]:
+def steps(
+    shape: str, methods: Sequence[str | None], batches: tuple[int, ...], repeats: int,
+    **options: Any,
+) -> dict[str, Any]:  # fmt: skip
     """ms of a decode step by method and batch, and seconds until the model was ready."""
     found: dict[str, Any] = {}
     with shapes.folder(shape) as folder:
-        for method in METHODS:
+        for method in methods:
             begun = time.perf_counter()
             llm = LLM(str(folder), load_format="dummy", quantize=method, prefix_caching=False,
                       max_model_len=1024, max_num_seqs=max(batches), **options)  # fmt: skip
@@ -198,9 +201,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="of the plain weights, with --cpu")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="with --cpu")
     parser.add_argument("--only", choices=("check", "products", "steps"))
+    names = [method or "bf16" for method in METHODS]
+    parser.add_argument("--methods", nargs="+", choices=names, default=names, help="of the steps")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
+    methods = [None if name == "bf16" else name for name in args.methods]
     found: dict[str, Any] = {}
     if args.cpu:
         options = {"device": "cpu", "dtype": args.dtype}
@@ -215,7 +221,7 @@ def main() -> None:
         if args.only in (None, "products"):
             found["products_us"] = products(device)
         if args.only in (None, "steps"):
-            found["steps"] = steps("llama-3-8b", (1, 256), args.repeats)
+            found["steps"] = steps("llama-3-8b", methods, (1, 256), args.repeats)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

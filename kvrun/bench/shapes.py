@@ -10,11 +10,19 @@ from typing import Any
 
 from kvrun.errors import NotFound
 
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
+
 
 def _shape(model_type: str, hidden: int, inner: int, layers: int, heads: int, kv_heads: int,
            head_dim: int, vocab: int, *, theta: float, tied: bool, context: int,
            eps: float) -> dict[str, Any]:  # fmt: skip
     return {
+        "architectures": [_ARCHITECTURES[model_type]],  # other engines ask for it
         "model_type": model_type,
         "hidden_size": hidden,
         "intermediate_size": inner,

@@ -7,6 +7,7 @@ cache. Memory is the largest sum of resident sizes seen while a command runs, pa
 share counted in each.
 """
 
+import argparse
 import re
 import statistics
 import subprocess
@@ -19,7 +20,9 @@ COMMAND = [sys.executable, "-m", "kvrun", "chat", "--stats", "What is 12 + 30?"]
 
 
 def main() -> None:
-    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", metavar="RUNS", type=int, nargs="?", default=5)
+    runs = parser.parse_args().runs
     measured = [run() for _ in range(runs + 1)][1:]
     print(f"median (least, most) of {runs} runs")
     names = ("start to last token, s", "weights and pool, s", "memory of all processes, MB")

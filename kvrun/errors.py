@@ -6,7 +6,6 @@ Exit codes: 0 ok, 1 expected failure, 2 usage, 3 not found, 4 does not fit or is
 
 EXTRAS = {
     "flashinfer": "cuda",
-    "bitsandbytes": "quant",
     "opentelemetry": "otel",
     "PIL": "vision",
 }

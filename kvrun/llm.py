@@ -151,7 +151,7 @@ class LLM:
         listed = _listed(prompts)
         count = len(listed)
         each = _one_each(params, count), _adapter_each(adapter, count)
-        single = isinstance(prompts, str) or listed[0] is prompts
+        single = isinstance(prompts, str) or (count == 1 and listed[0] is prompts)
         shown = of_each(images, None if single else count)
         return self._answer([self._encode(p, s) for p, s in zip(listed, shown, strict=True)], *each)
 

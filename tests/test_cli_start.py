@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,30 @@ def test_completion_can_be_shown_for_the_shell_it_runs_in() -> None:
         check=True,
     )
     assert "_KVRUN_COMPLETE=complete_bash" in done.stdout
+
+
+def test_an_interrupt_while_the_command_is_imported_shows_no_traceback() -> None:
+    program = """
+import runpy, sys
+
+class Impatient:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Impatient())
+runpy.run_module("kvrun", run_name="__main__")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_the_command_is_what_python_m_runs() -> None:
+    """Both begin in the file that knows what an early interrupt is."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"kvrun": "kvrun.__main__:main"}

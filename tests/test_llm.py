@@ -42,6 +42,11 @@ def test_a_list_in_a_list_out(llm: LLM) -> None:
     assert llm.generate(together[0].prompt_token_ids, GREEDY)[0].token_ids == together[0].token_ids
 
 
+def test_no_prompts_have_no_answers(llm: LLM) -> None:
+    assert llm.generate([]) == []
+    assert llm.generate([], adapter=[], images=[]) == []
+
+
 def test_stream_is_the_answer_in_pieces(llm: LLM) -> None:
     whole = llm.generate("Once upon a time", GREEDY)[0]
     deltas = list(llm.stream("Once upon a time", GREEDY))

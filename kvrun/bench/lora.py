@@ -36,6 +36,25 @@ def adapters(count: int, rank: int, targets: str) -> dict[str, str]:
     return {f"random-{n}": f"dummy:{rank}:{n}{ends}" for n in range(count)}
 
 
+def check_targets(target: Target) -> None:
+    """Raise InvalidRequest where the adapters name a product that the model has not."""
+    _, _, _, *targets = target.llm.adapters()[0].path.split(":")
+    for name in targets[0].split(",") if targets else ():
+        # An empty name would be the end of every other.
+        if not name or not _bytes_of(target, name):
+            raise InvalidRequest(
+                f"--targets: this model has no product called '{name}'.",
+                hint="ends of its matrices' names, as q_proj,v_proj",
+            )
+
+
+def _bytes_of(target: Target, name: str) -> int:
+    """How large an adapter of rank 1 on the products of one name is."""
+    info = target.llm.load_adapter("of one product", f"dummy:1:0:{name}")
+    target.llm.unload_adapter(info.name)
+    return info.bytes
+
+
 def steps(
     target: Target,
     batches: Sequence[int],

@@ -38,6 +38,8 @@ class Report:
             folder = Path(self.plot).absolute().parent
             if not folder.is_dir() or Path(self.plot).is_dir():
                 raise InvalidRequest(f"--plot: {self.plot} cannot be written.")
+            if Path(self.plot).suffix not in ("", ".svg"):
+                raise InvalidRequest(f"--plot writes SVG; {self.plot} is called another thing.")
 
     def show(
         self,

@@ -154,6 +154,7 @@ def lora(
     how: dict[str, Any] = {"repetitions": repetitions, "seed": seed}
 
     def rows(target: Target, limits: Limits, watch: Watch) -> Iterator[Row]:
+        adapted.check_targets(target)
         more: dict[str, Any] = {**how, "limits": limits, "watch": watch}
         if not works:
             yield from adapted.steps(target, batches, kinds, prompt=prompt, new=new, **more)

@@ -211,14 +211,15 @@ def _check_room(model: Model, device: str, dtype: str) -> None:
     chosen = choose_dtype(dtype, model.config.dtype, where)
     cost = Cost.of(model.config, str(chosen).removeprefix("torch."))
     tied = model.config.flag("tie_word_embeddings", True)
-    needed = int(cost.weight_bytes + (0 if tied else cost.head * cost.width))
+    table = 0 if tied else cost.head  # of the embedding
+    needed = int(cost.weight_bytes + table * cost.width)
     free = psutil.virtual_memory().available
     if where.type == "cuda":
         free = torch.cuda.mem_get_info(where)[0]
     if needed > free:
         raise Unsupported(
             f"the weights of {model.name} need {size(needed)}, {size(free)} are free.",
-            cause=f"{cost.linear + cost.head + cost.experts:,} parameters, "
+            cause=f"{cost.linear + cost.head + cost.experts + table:,} parameters, "
             f"{size(int(cost.kv_bytes_per_token))} more for each token of context",
             hint="choose a smaller shape or --dtype bfloat16, or close other programs",
         )

@@ -14,6 +14,8 @@ from kvrun.hub.local import resolve_adapter
 from kvrun.runtime.engine.request import AdapterInfo
 from kvrun.runtime.plan import size
 
+USAGE = 22  # cells that a command with its arguments has in a list
+
 
 @dataclass
 class Chat:
@@ -72,10 +74,20 @@ async def _help(chat: Chat, argument: str) -> Effect:
         command = find(argument)
         also = f"\nalso: {', '.join('/' + a for a in command.aliases)}" if command.aliases else ""
         return Effect(f"/{command.name} {command.args}".rstrip() + f"\n{command.help}{also}")
-    wide = max(len(f"{c.name} {c.args}") for c in COMMANDS) + 3
-    rows = [f"/{c.name} {c.args}".ljust(wide) + c.help for c in COMMANDS]
     keys = f"{QUOTES} begins and ends a block of several lines; // at the start sends a slash"
-    return Effect("\n".join([*rows, keys]))
+    return Effect("\n".join([*overview(), keys]))
+
+
+def overview() -> list[str]:
+    """Every command in lines of at most 80 cells; a long one stands above its help."""
+    lines = []
+    for command in COMMANDS:
+        usage = f"/{command.name} {command.args}".rstrip()
+        if len(usage) >= USAGE:
+            lines.append(usage)
+            usage = ""
+        lines.append(usage.ljust(USAGE) + command.help)
+    return lines
 
 
 async def _system(chat: Chat, argument: str) -> Effect:

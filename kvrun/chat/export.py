@@ -87,4 +87,4 @@ def write(path: Path, items: Iterable[Exported], *, replace: bool = False) -> No
     except OSError as error:
         with suppress(OSError):
             os.unlink(temporary)
-        raise KvrunError(f"{path} cannot be written.", cause=str(error)) from error
+        raise KvrunError(f"{path} cannot be written.", cause=error.strerror or "") from error

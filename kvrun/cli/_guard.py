@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -51,7 +52,9 @@ def usage_error(error: typer.TyperException) -> int:
     """Report words that are no command line; returns the exit code."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "kvrun"
-    _report(f"{error.format_message()}\nhint: {command} --help")
+    # Of several variables for one option it would show how Python writes a list.
+    message = re.sub(r"'\[(.*?)\]'", r"\1", error.format_message())
+    _report(f"{message}\nhint: {command} --help")
     return error.exit_code
 
 

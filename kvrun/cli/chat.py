@@ -27,7 +27,7 @@ EXAMPLES = (
     'cat notes.txt | kvrun chat "Sum this up" > out   the file, then the question',
     "kvrun chat Qwen/Qwen3-0.6B -t 0 --stats          a model of the Hub, pulled after asking",
     'kvrun chat --adapter sql "Show all users."       one of the LoRA adapters of tiny',
-    'kvrun chat --json -o n=3 "Tell me a story"       three answers in one JSON object',
+    'kvrun chat --json -t 1 -o n=3 "Tell me a story"  three answers in one JSON object',
 )
 
 ModelOrPrompt = Annotated[
@@ -361,6 +361,8 @@ def _model_and_prompt(
         return first, None
     if close := near(first):
         note(f"note: '{first}' is the prompt; for the model '{close[0]}' say -m {close[0]}")
+    elif first.startswith(("./", "../", "/", "~/")) and len(first.split()) == 1:
+        note(f"note: '{first}' is the prompt; no folder is called so")
     return default, first
 
 

@@ -28,6 +28,7 @@ PACKAGES = (
 FOR_EXTRAS = {
     "flashinfer": "flashinfer-python",
     "opentelemetry": "opentelemetry-sdk",
+    "PIL": "pillow",
 }  # by the names of their imports
 # What they are for, and how they are installed.
 FOR_TOKENIZERS = ("sentencepiece", "tiktoken", "protobuf")

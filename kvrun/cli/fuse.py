@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from kvrun.cli import _options as options
+from kvrun.errors import KvrunError
 
 PANEL = "Models"
 EXAMPLES = (
@@ -36,9 +37,14 @@ def command(model: Model, adapter: Adapter, output: Out) -> None:
     DoRA, biases, saved modules, embeddings and experts too.
     Tokenizer and configuration are copied. Serving the adapter beside others needs none of this.
     """
+    from safetensors import SafetensorError
+
     from kvrun.chat.plain import note
     from kvrun.hub.local import resolve, resolve_adapter
     from kvrun.runtime.lora.fuse import fuse
 
-    changed = fuse(resolve(model), resolve_adapter(model, adapter), output)
+    try:
+        changed = fuse(resolve(model), resolve_adapter(model, adapter), output)
+    except SafetensorError as error:  # how a disk without room is told
+        raise KvrunError(f"{output} cannot be written.", cause=str(error)) from error
     note(f"{changed} matrices changed; kvrun chat {output}")

@@ -70,12 +70,18 @@ def command(
     HF_HUB_OFFLINE, HF_HOME and HF_HUB_CACHE mean what they mean to Hugging Face's own tools.
     """
     if show_list:
+        if model is not None:
+            raise InvalidRequest("--list takes no MODEL.", hint=f"kvrun pull {model} --dry-run")
         _list(as_json, quiet)
         return
     if model is None:
         raise InvalidRequest("pull needs the name of a model.", hint="kvrun pull --list")
     if _is_folder(model):
-        _complete(Path(model).expanduser().absolute(), as_json, quiet)
+        if include or exclude:
+            raise InvalidRequest(
+                f"{model[:80]} is a folder: --include and --exclude choose files of the Hub."
+            )
+        _complete(Path(model).expanduser().absolute(), dry_run, as_json, quiet)
         return
     _pull(model, dry_run, include or [], exclude or [], as_json, quiet, no_progress)
 
@@ -157,9 +163,18 @@ def _serve_from_cache(
     print(json.dumps({"model": name, "path": str(folder)}) if as_json else folder)
 
 
-def _complete(folder: Path, as_json: bool, quiet: bool) -> None:
+def _complete(folder: Path, dry: bool, as_json: bool, quiet: bool) -> None:
     from kvrun.chat.plain import note
     from kvrun.folder import load
+
+    room = load("kvrun.hub", "complete")
+    if dry:
+        lacks = room.lacks(folder)
+        if as_json:
+            print(json.dumps({"path": str(folder), "lacks": lacks}))
+        else:
+            print(f"would make {' and '.join(lacks)}" if lacks else "nothing is missing")
+        return
 
     said: list[str] = []
 
@@ -168,7 +183,7 @@ def _complete(folder: Path, as_json: bool, quiet: bool) -> None:
         if not quiet and not as_json:
             note(text)
 
-    made = load("kvrun.hub", "complete").complete(folder, say)
+    made = room.complete(folder, say)
     if as_json:
         print(json.dumps({"path": str(folder), "made": made}))
         return

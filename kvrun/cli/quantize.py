@@ -12,6 +12,7 @@ from kvrun.errors import InvalidRequest
 from kvrun.runtime.config import METHODS
 
 PANEL = "Models"
+SAMPLES = 128  # pieces of text, unless more or fewer are asked for
 FORMATS = ("compressed-tensors", "gptq", "awq", "bitsandbytes")
 EXAMPLES = (
     "kvrun quantize Qwen/Qwen3-0.6B --method int8 -o qwen3-int8       8 bits, nothing to look at",
@@ -90,7 +91,7 @@ def command(
     format: Format = None,
     calibration: Calibration = "builtin",
     group_size: GroupSize = None,
-    samples: Samples = 128,
+    samples: Samples = SAMPLES,
     check: Wanted = False,
     device: options.Device = "auto",
 ) -> None:
@@ -98,6 +99,7 @@ def command(
 
     Layer by layer; when it is interrupted, the same command goes on where it was.
     """
+    from kvrun.chat.plain import note
     from kvrun.hub.local import resolve
     from kvrun.runtime.calibrate import job
     from kvrun.runtime.calibrate.samples import prompts
@@ -110,6 +112,8 @@ def command(
     kept: list[list[int]] = []
     if recipe.looks or check:
         seen, kept = prompts(folder, calibration, samples, recipe.sample_length)
+    elif calibration != "builtin" or samples != SAMPLES:
+        note(f"note: {method} looks at no text; --calibration and --samples have no effect")
     line = _Line()
     job.quantize(
         folder, output, recipe, seen if recipe.looks else [], device=device, progress=line.say

@@ -244,6 +244,9 @@ def command(
 
 def _name(model: str | None, model_id: str | None, revision: str | None) -> str:
     # What is typed goes before what the environment says.
+    told = os.environ.get("KVRUN_MODEL_ID") or os.environ.get("MODEL_ID")
+    if model and model_id not in (None, model, told):
+        raise InvalidRequest(f"there are two models: {model} and --model-id {model_id}.")
     name = model or model_id or os.environ.get("KVRUN_MODEL") or "tiny"
     if not revision:
         return name

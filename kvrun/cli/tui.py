@@ -105,7 +105,7 @@ def command(
         "threads": threads,
         "fallback": not no_fallback,
     }
-    save = not (no_save or demo)
+    save = not no_save
     if url is not None:
         board = _server_board(url, api_key, sampling, system, save=save)
     else:

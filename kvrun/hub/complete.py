@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,14 @@ Say = Callable[[str], None]
 def complete(folder: Path, say: Say) -> list[str]:
     """Make what a local folder lacks; the names of the files that were made.
 
-    Raises NotFound for a folder without a model, and what `finish` raises.
+    Raises what `lacks` and `finish` raise.
     """
+    lacks(folder)
+    return finish(folder, {}, say)
+
+
+def lacks(folder: Path) -> list[str]:
+    """What `complete` would make in a local folder, in words. Raises NotFound without a model."""
     if not any((folder / name).is_file() for name in choose.MANIFESTS):
         hint = "a model folder holds config.json, an adapter adapter_config.json"
         raise NotFound(f"{folder} holds no model.", hint=hint)
@@ -40,7 +46,9 @@ def complete(folder: Path, say: Say) -> list[str]:
             cause=f"neither {choose.SAFE} nor {choose.BIN} is there",
             hint="kvrun pull ORG/NAME fetches a model from the Hub",
         )
-    return finish(folder, {}, say)
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    found = [] if converted(folder) else ["safetensors of the .bin files"]
+    return found + (["tokenizer.json"] if _no_tokenizer(names) else [])
 
 
 def finish(folder: Path, manifests: Mapping[str, Path], say: Say) -> list[str]:
@@ -54,10 +62,15 @@ def finish(folder: Path, manifests: Mapping[str, Path], say: Say) -> list[str]:
     _sweep(folder)
     if not converted(folder) and _pickles(folder):
         made += _convert(folder, say)
-    there = any(name in names for name in TOKENIZERS) or any(n.endswith(".tiktoken") for n in names)
-    if "tokenizer.json" not in names and there and choose.CONFIG in names:
+    if _no_tokenizer(names):
         made += _tokenizer(folder, manifests, say)
     return made
+
+
+def _no_tokenizer(names: Set[str]) -> bool:
+    """Whether a tokenizer.json can be made of the files of a model, and has to be."""
+    there = any(name in names for name in TOKENIZERS) or any(n.endswith(".tiktoken") for n in names)
+    return "tokenizer.json" not in names and there and choose.CONFIG in names
 
 
 def converted(folder: Path) -> bool:

@@ -35,5 +35,5 @@ if __name__ == "__main__":
         if binary and any(name in text.lower() for name in PACKAGES):
             tell(package=True)
         else:
-            tell(refused=f"{type(error).__name__}: {(text.strip().splitlines() or [''])[0][:200]}")
+            tell(refused=f"{type(error).__name__}: {' '.join(text.split())[:200]}")
         sys.exit(1)

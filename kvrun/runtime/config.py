@@ -12,6 +12,7 @@ LOAD_FORMATS = ("auto", "dummy")
 # How matrices may be rounded as they are read, and other names for the same.
 QUANTIZE = ("int8", "int4", "nf4", "fp4", "fp8")
 METHODS = ("int8", "int4", "gptq", "awq", "nf4", "fp8")  # of `kvrun quantize`
+STORED = ("awq", "compressed-tensors", "exl2", "gptq", "marlin")  # what else others name so
 QUANTIZE_ALIASES = {
     "eetq": "int8", "bitsandbytes": "int8",
     "bitsandbytes-nf4": "nf4", "bitsandbytes-fp4": "fp4",
@@ -65,6 +66,11 @@ class EngineConfig:
         _one_of("device", self.device.split(":")[0], DEVICES)
         _one_of("dtype", self.dtype, DTYPES)
         if self.quantize is not None:
+            if self.quantize in STORED:
+                raise InvalidRequest(
+                    f"quantize is '{self.quantize}', which nothing is rounded to as it is read.",
+                    hint="leave it out: of a model that is stored so the format is found",
+                )
             _one_of("quantize", self.quantize, (*QUANTIZE, *QUANTIZE_ALIASES))
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)

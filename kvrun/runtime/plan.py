@@ -96,7 +96,7 @@ def make_plan(
     enough = min(each * max_num_seqs + 1, most)
     if state_bytes:
         share = room - min(room // 2, enough * kv_bytes_per_block)
-        max_num_seqs = _with_states(share, state_bytes, max_num_seqs)
+        max_num_seqs = _with_states(share, state_bytes, max_num_seqs, kv_memory)
         room -= (max_num_seqs + 1) * state_bytes
         enough = min(each * max_num_seqs + 1, most)
     num_blocks = min(room // kv_bytes_per_block, enough) if kv_bytes_per_block else enough
@@ -106,7 +106,7 @@ def make_plan(
         raise Unsupported(
             f"a context of {wanted:,} tokens needs {size(need)} of KV cache; there is room for "
             f"{size(max(room, 0))}.",
-            hint=f"max_model_len={fits:,} fits" if fits > 0 else "free some memory",
+            hint=f"max_model_len={fits:,} fits" if fits > 0 else _more_room(kv_memory),
         )
     context = min(wanted, fits)
     return Plan(
@@ -114,14 +114,19 @@ def make_plan(
     )
 
 
-def _with_states(room: int, state_bytes: int, most: int) -> int:
+def _more_room(kv_memory: int | float | None) -> str:
+    """What to do when there is no room at all: less was asked for than is needed, or is free."""
+    return "free some memory" if kv_memory is None else "ask for more kv_memory"
+
+
+def _with_states(room: int, state_bytes: int, most: int, kv_memory: int | float | None) -> int:
     """For how many sequences there is room, and a row more for padding."""
     count = min(most, room // state_bytes - 1)
     if count < 1:
         raise Unsupported(
             f"the state of a sequence needs {size(2 * state_bytes)}; there is room for "
             f"{size(max(room, 0))}.",
-            hint="free some memory",
+            hint=_more_room(kv_memory),
         )
     return count
 

@@ -1,6 +1,7 @@
 """TensorFile, TensorFolder: safetensors on disk; headers checked, bytes read by range, no mmap."""
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from math import prod
@@ -18,6 +19,16 @@ _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 _MAX_TENSORS = 100_000
 # Names are identifiers with dots; anything else (paths, control characters) has no business here.
 _NAME = re.compile(r"[A-Za-z0-9_.\-:+]{1,512}")
+
+
+def share(path: Path) -> None:
+    """Let others read a file that safetensors has written, as the umask has it for new files.
+
+    It writes beside and renames, and what it renames only its owner can read.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 @dataclass(frozen=True)

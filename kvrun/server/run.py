@@ -1,6 +1,7 @@
 """Run: bind, serve while the model loads, drain when told to end."""
 
 import asyncio
+import errno
 import logging
 import signal
 import socket
@@ -46,7 +47,9 @@ def bind(hostname: str, port: int) -> socket.socket:
         raise KvrunError(
             f"port {port} on {hostname} cannot be used.",
             cause=error.strerror or str(error),
-            hint="--port 0 takes any that is free",
+            hint="--port 0 takes any that is free"
+            if error.errno in (errno.EADDRINUSE, errno.EACCES)
+            else "--hostname is an address of this machine, or 0.0.0.0 for all of them",
         ) from error
     sock.setblocking(False)
     return sock

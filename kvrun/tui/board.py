@@ -39,7 +39,9 @@ class Board:
         self.name = _now()
         self._names: set[str] = set()  # of conversations that were saved on this board
         self._chosen = dict(chosen or {})
+        self.unkept: set[Talk] = set()  # whose next answer nobody has asked for: it is not saved
         self._unsaved: dict[Talk, None] = {}
+        self._trouble = ""  # what has kept the last conversation from being saved
         self._saving: asyncio.Task[None] | None = None
         self._open = asyncio.Event()  # the gate of servers, which is never shut
         self._open.set()
@@ -156,7 +158,9 @@ class Board:
     # -- what is kept -----------------------------------------------------------------------
 
     def _has_ended(self, talk: Talk) -> None:
-        if self.store is not None and len(talk.conversation):
+        if talk in self.unkept:
+            self.unkept.remove(talk)
+        elif self.store is not None and len(talk.conversation):
             self._unsaved[talk] = None
             if self._saving is None:
                 self._saving = asyncio.create_task(self._save())
@@ -180,7 +184,11 @@ class Board:
                     board=self.name,
                 )
             except KvrunError as error:
-                self.told(error)
+                if str(error) != self._trouble:  # once, and not after each answer
+                    self.told(error)
+                self._trouble = str(error)
+            else:
+                self._trouble = ""
         self._saving = None
 
     def _title(self, talk: Talk) -> str:

@@ -68,6 +68,7 @@ class Demo:
             if turn % TURNS == 0:
                 talk.chat.conversation = Conversation(SYSTEM.get(name, self._board.system))
                 talk.chat.saved_as = None
+            self._board.unkept.add(talk)
             talk.say(question)
             await talk.finished()
             if talk.error is not None:

@@ -13,6 +13,7 @@ from textual.binding import BindingType
 from textual.containers import Horizontal
 from textual.content import Content
 from textual.screen import Screen
+from textual.widget import Widget
 from textual.widgets import Footer, Static
 
 from kvrun.chat.commands import Effect, find, run
@@ -73,6 +74,7 @@ class Desk(App[KvrunError | None]):
         self._resume = resume
         self._aim_one = False
         self._editing: tuple[Talk, Message] | None = None
+        self._left: Widget | None = None  # that had the focus when the room became too small
         self._ticks = 0
         self._typed = 0.0  # when a key was pressed last
         self._held = 0  # ticks that may still wait for it
@@ -178,6 +180,11 @@ class Desk(App[KvrunError | None]):
         width, height = event.size
         small = width < SMALL[0] or height < SMALL[1]
         screen = self.screen_stack[0]
+        if small and not screen.has_class("-small"):
+            self._left = screen.focused  # what is hidden loses the focus
+        elif not small and self._left:
+            self.call_after_refresh(self._left.focus)
+            self._left = None
         screen.set_class(small, "-small")
         if small:
             text = f"{width}×{height} cells are too small.\nkvrun tui needs {SMALL[0]}×{SMALL[1]}."
@@ -340,6 +347,13 @@ class Desk(App[KvrunError | None]):
         else:
             for talk in self.board.talks:
                 talk.stop()
+
+    def action_help_quit(self) -> None:
+        """Ctrl+C: stop as Escape does while there is something to stop, else say how to leave."""
+        if self._editing or any(talk.busy for talk in self.board.talks):
+            self.action_stop()
+        else:
+            self.notify("^q leaves")
 
     async def action_renew(self) -> None:
         """Begin new conversations; the old ones are saved."""

@@ -42,6 +42,7 @@ def test_an_unknown_word_gets_the_nearest_name(word: str, hint: str) -> None:
 async def test_help_lists_every_command(chat: Chat) -> None:
     said = (await run(chat, "/help")).say
     assert all(f"/{c.name}" in said and c.help in said for c in COMMANDS)
+    assert max(map(len, said.splitlines())) <= 80
     assert (await run(chat, "/?")).say == said
     one = (await run(chat, "/help bye")).say
     assert "/quit" in one

@@ -52,6 +52,6 @@ def test_writing(tmp_path: Path) -> None:
     assert path.read_text() == first
     write(path, [Exported(Conversation(), "other")], replace=True)
     assert path.read_text() == "# other\n"
-    with pytest.raises(KvrunError, match="cannot be written"):
+    with pytest.raises(KvrunError, match="cannot be written.\ncause: [A-Z]"):
         write(tmp_path / "no" / "x.md", items)
     assert [p.name for p in tmp_path.iterdir()] == ["x.md"]

@@ -7,8 +7,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from kvrun.hub.local import adapters_of
+from kvrun.runtime.lora import fuse
 
 Run = Callable[..., Any]
 TINY = adapters_of("tiny")
@@ -55,3 +57,16 @@ def test_fuse(kvrun_command: Run, tmp_path: Path) -> None:
     assert (again.code, "exists" in again.err) == (2, True)
     assert kvrun_command("fuse", "tiny", "nope", "-o", str(tmp_path / "x")).code == 3
     assert not (tmp_path / "x").exists()
+
+
+def test_fuse_without_room(
+    kvrun_command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(fuse, "save_file", full)
+    done = kvrun_command("fuse", "tiny", "pirate", "-o", str(tmp_path / "new"))
+    assert done.code == 1
+    assert "new cannot be written.\ncause: I/O error: No space left" in done.err
+    assert not list(tmp_path.glob("*new*"))

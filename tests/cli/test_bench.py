@@ -167,6 +167,7 @@ def test_ctrl_c_prints_what_has_been_measured(bench: Run, monkeypatch: pytest.Mo
         (["micro", "-b", "4", "-e", "max_num_seqs=2"], 2, "do not run at once"),
         (["micro", "-e", "speed=9"], 2, "no option of the engine"),
         (["micro", "--plot", "/no/such/folder/x.svg"], 2, "cannot be written"),
+        (["micro", "--plot", "x.png"], 2, "writes SVG"),
         (["micro", "--threads", "0"], 2, "--threads is 0"),
         (["micro", "-d", "5000"], 4, "the model was made for 2,048"),
         (["micro", "-d", "1000", "--kv-memory", "1M"], 4, "max_model_len="),
@@ -284,3 +285,10 @@ def test_lora(bench: Run) -> None:
     wrong = bench("lora", *small, "--popularity", "loved")
     assert (wrong.code, wrong.out) == (2, "")
     assert bench("lora", *small[:-2], "--rank", "0").code == 2
+
+
+@pytest.mark.parametrize("targets", ["foo", "q_proj,foo", "q_proj,"])
+def test_lora_on_products_that_are_not_there(bench: Run, targets: str) -> None:
+    done = bench("lora", "-p", "4", "-n", "4", "-b", "1", "-r", "1", "--targets", targets)
+    assert (done.code, done.out) == (2, "")
+    assert "--targets: this model has no product called" in done.err

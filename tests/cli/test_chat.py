@@ -81,6 +81,9 @@ def test_any_other_word_is_the_prompt_of_the_default(
     result = kvrun_command("chat", "tinny")
     assert result.out == "You said: tinny\n"
     assert "'tiny'" in result.err
+    result = kvrun_command("chat", "./not-there")
+    assert result.out == "You said: ./not-there\n"
+    assert "no folder is called so" in result.err
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 import kvrun.runtime.engine.client
 from kvrun import folder
 from kvrun.cli import _machine, _transfer, env
+from kvrun.errors import EXTRAS
 from kvrun.hub.known import MODELS
 from kvrun.hub.transfer import File
 from tests.cli.conftest import SCRIPTED, Result, Terminal
@@ -133,6 +134,35 @@ def test_a_local_folder_is_completed(kvrun_command: Run, tmp_path: Path) -> None
         (tmp_path / "model" / name).write_bytes(data)
     done = kvrun_command("pull", str(tmp_path / "model"))
     assert done == Result(0, f"{tmp_path / 'model'}\n", "nothing is missing\n")
+
+
+def test_a_dry_run_of_a_local_folder_writes_nothing(kvrun_command: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer_config.json", "pytorch_model.bin"):
+        (folder / name).write_bytes(b"{}")
+    done = kvrun_command("pull", str(folder), "--dry-run")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == "would make safetensors of the .bin files and tokenizer.json\n"
+    told = json.loads(kvrun_command("pull", str(folder), "--dry-run", "--json").out)
+    assert told["lacks"] == ["safetensors of the .bin files", "tokenizer.json"]
+    assert len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["FOLDER", "--include", "*.md"], "choose files of the Hub"),
+        (["FOLDER", "--exclude", "*.md"], "choose files of the Hub"),
+        (["--list", "org/m"], "--list takes no MODEL"),
+    ],
+)
+def test_options_of_pull_that_would_have_no_effect_are_refused(
+    words: list[str], said: str, kvrun_command: Run, tmp_path: Path
+) -> None:
+    done = kvrun_command("pull", *(str(tmp_path) if w == "FOLDER" else w for w in words))
+    assert done.code == 2
+    assert said in done.err
 
 
 def test_ls(hub: Hub, kvrun_command: Run) -> None:
@@ -283,7 +313,12 @@ def test_env_says_how_to_get_what_is_missing(
     monkeypatch.setattr(env, "_version", lambda name: None)
     told = json.loads(kvrun_command("env", "--json").out)
     assert told["optional"]["opentelemetry"] == "missing: pip install 'kvrun[otel]'"
+    assert told["optional"]["PIL"] == "missing: pip install 'kvrun[vision]'"
     assert told["versions"]["torch"] == "missing"
+
+
+def test_env_looks_for_every_extra() -> None:
+    assert env.FOR_EXTRAS.keys() == EXTRAS.keys()
 
 
 def test_env_compile(kvrun_command: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -71,6 +71,22 @@ def test_an_output_that_is_there_stays(kvrun_command: Run, tmp_path: Path) -> No
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["mine.txt"]
 
 
+def test_weights_can_be_read_by_whom_the_rest_can(kvrun_command: Run, tmp_path: Path) -> None:
+    done = kvrun_command("quantize", "tiny", "--method", "int8", "-o", str(tmp_path / "new"))
+    assert done.code == 0
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "new").iterdir()}
+    assert set(modes.values()) == {modes["recipe.json"]}
+
+
+def test_text_that_nobody_looks_at_is_said(kvrun_command: Run, tmp_path: Path, text: Path) -> None:
+    out = str(tmp_path / "new")
+    done = kvrun_command(
+        "quantize", "tiny", "--method", "int8", "-o", out, "--calibration", str(text)
+    )
+    assert done.code == 0
+    assert "int8 looks at no text; --calibration" in done.err
+
+
 def test_no_model_and_no_output(kvrun_command: Run, tmp_path: Path) -> None:
     assert kvrun_command("quantize", "tiny").code == 2
     done = kvrun_command("quantize", "no/such-model", "-o", str(tmp_path / "new"))

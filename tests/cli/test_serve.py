@@ -1,5 +1,6 @@
 """kvrun serve as words on a command line: flags in TGI's names, environment, refusals."""
 
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -80,8 +81,11 @@ def test_environment(
         (("--port", "99999"), 2, "--port is 99999"),
         (("--max-best-of", "0"), 2, "--max-best-of is 0"),
         (("--max-input-tokens", "9", "--max-total-tokens", "9"), 2, "must be below"),
-        (("--hostname", "192.0.2.1", "--api-key", "k", "-p", "0"), 1, "cannot be used"),
+        (("--hostname", "192.0.2.1", "--api-key", "k", "-p", "0"), 1, "--hostname is an address"),
+        (("--port", "many"), 2, "(env var: 'KVRUN_PORT', 'PORT')"),
         (("a@b", "--revision", "c"), 2, "names a revision already"),
+        (("tiny", "--model-id", "other"), 2, "two models: tiny and --model-id other"),
+        (("--quantize", "gptq"), 2, "leave it out"),
     ],
 )
 def test_refusals(
@@ -94,6 +98,15 @@ def test_refusals(
     result = kvrun_command("serve", *words)
     assert (result.code, started) == (code, []), result.err
     assert said in result.err
+
+
+def test_a_port_that_is_taken(kvrun_command: Callable[..., Any], started: Started) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = kvrun_command("serve", "-p", str(taken.getsockname()[1]))
+    assert (result.code, started) == (1, [])
+    assert "--port 0 takes any that is free" in result.err
 
 
 def test_a_public_address_on_ones_own_risk(

@@ -55,6 +55,8 @@ def test_fractions_and_bytes() -> None:
         plan(kv_memory=2_000_000_000)
     with pytest.raises(Unsupported, match="free some memory"):
         plan(free_bytes=10_000)
+    with pytest.raises(Unsupported, match="ask for more kv_memory"):
+        plan(kv_memory=10_000)
 
 
 def test_sizes_for_people() -> None:

@@ -1,7 +1,6 @@
 """Beginnings and ends: an engine that dies or never starts, little room, long pastes, the demo."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,6 +75,9 @@ async def test_a_terminal_that_is_too_small_says_so_and_recovers(show: Show) -> 
         assert "hello" not in screen.text()
         await screen.pilot.resize_terminal(120, 30)
         await screen.sees("1 base", "2 sql", "hello")
+        await screen.until(lambda: screen.app.focused is screen.app.prompt)
+        await screen.pilot.press("x")
+        assert screen.app.prompt.text == "x"
 
 
 async def test_resizing_keeps_the_end_in_sight(show: Show) -> None:
@@ -145,10 +147,14 @@ async def test_the_demo_asks_by_itself_until_a_key_is_pressed(show: Show, store:
         await screen.until(lambda: "the columns are yours" in screen.notices())
         assert screen.app.prompt.text == ""  # the key does nothing else
         await screen.answered()
+        assert store.saved() == []
         count = len(screen.engine.requests)
         await screen.ask("say mine")
         await screen.answered()
         assert len(screen.engine.requests) == count + 2
+        # What a user has asked is kept, what the demo has asked was not.
+        await screen.until(lambda: len(store.saved()) == 2)
+        assert all("mine" in str(store.load(row.name).to_dict()) for row in store.saved())
 
 
 async def test_the_latest_conversations_are_gone_on_with(show: Show, store: Store) -> None:
@@ -171,9 +177,22 @@ async def test_leaving_in_the_middle_keeps_what_has_come(show: Show, store: Stor
     assert "Let me think" in store.load(saved.name).branch()[-1].content
 
 
-async def test_a_disk_that_refuses_is_said(show: Show, store: Store, tmp_path: Path) -> None:
+async def test_a_disk_that_refuses_is_said_once(show: Show, store: Store) -> None:
     store.path.write_text("no database, whatever the name says" * 50)
-    async with show() as screen:
+    async with show("sql") as screen:
         await screen.ask("say x")
         await screen.answered()
         await screen.until(lambda: "cannot be used" in screen.notices())
+        await screen.board.settle()
+        assert screen.notices().count("cannot be used") == 1
+
+
+async def test_ctrl_c_stops_answers_and_then_says_how_to_leave(show: Show) -> None:
+    async with show("sql") as screen:
+        await screen.ask("hang")
+        await screen.until(lambda: "Let me think" in screen.says(2))
+        await screen.pilot.press("ctrl+c", "ctrl+c")  # the current column, then all
+        await screen.answered()
+        await screen.pilot.press("ctrl+c")
+        await screen.until(lambda: "^q leaves" in screen.notices())
+        assert screen.app.is_running

@@ -27,7 +27,7 @@ from kvrun.runtime.engine.start import choose_device, choose_dtype
 from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.plan import size
 from kvrun.runtime.quant import _round
-from kvrun.runtime.tensorfile import INDEX, TensorFolder
+from kvrun.runtime.tensorfile import INDEX, TensorFolder, share
 
 PARTIAL = ".partial"
 RECIPE, PLAN = "recipe.json", "plan.json"
@@ -352,6 +352,7 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     beside = path.with_name(path.name + ".new")
     kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(kept, beside, metadata={"format": "pt"})
+    share(beside)
     beside.rename(path)
 
 

@@ -24,6 +24,8 @@ KINDS = {
     "ids": "a list of token ids",
     "biases": "a map from token ids to numbers",
 }
+# How values of a kind are typed, where that is no matter of course.
+WRITTEN = {"texts": 'one text, or ["a", "b"]', "ids": "1,2,3", "biases": "5:-100,7:2.5"}
 
 
 class Bounds(NamedTuple):
@@ -215,7 +217,10 @@ def parse(name: str, text: str) -> Any:
     try:
         value = _READERS[option.type](text if option.type == "texts" else stripped)
     except ValueError as error:
-        raise _wrong(option.name, repr(text), KINDS[option.type]) from error
+        wrong = _wrong(option.name, repr(text), KINDS[option.type])
+        if option.type in WRITTEN:
+            wrong.hint = f"write it as {WRITTEN[option.type]}"
+        raise wrong from error
     return _checked(option, value)
 
 

@@ -187,7 +187,7 @@ def of_each(images: Pictures | Sequence[Pictures], count: int | None) -> list[li
     """The images of so many prompts each; None for a prompt that stands alone."""
     if count is None or images is None:
         alone = list(images) if isinstance(images, list | tuple) else [images]
-        return [[] if images is None else alone] * (count or 1)
+        return [[] if images is None else alone] * (1 if count is None else count)
     if not isinstance(images, list | tuple) or len(images) != count:
         raise InvalidRequest(f"{count} prompts need a list of images with as many entries.")
     return [of_each(each, None)[0] for each in images]

@@ -9,7 +9,7 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from kvrun.chat.commands import COMMANDS
+from kvrun.chat.commands import overview
 from kvrun.tui.keys import GROUPS
 
 WORDS = (
@@ -34,8 +34,7 @@ def lines() -> list[str]:
         if any("jump" in (b.id or "") for b in bindings):
             made.append(f"  {'1-9':<8} Column by number")
     made += ["  ^p       Every action, by name", "", "Commands"]
-    wide = max(len(f"{c.name} {c.args}") for c in COMMANDS) + 2
-    return made + [f"  /{f'{c.name} {c.args}'.rstrip():<{wide}} {c.help}" for c in COMMANDS]
+    return made + [f"  {line}" for line in overview()]
 
 
 class HelpScreen(ModalScreen[None]):

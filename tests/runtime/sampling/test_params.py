@@ -128,6 +128,16 @@ def test_text_that_is_no_value(text: str) -> None:
         parse_option(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "way"),
+    [('logit_bias={"5": 1}', "5:-100,7:2.5"), ("stop_token_ids=a", "1,2,3"), ("stop=[1", '["a"')],
+)
+def test_how_a_value_is_written_is_said(text: str, way: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        parse_option(text)
+    assert way in refused.value.hint
+
+
 def test_near_names() -> None:
     with pytest.raises(InvalidRequest) as refused:
         parse_option("temprature=1")

@@ -161,6 +161,44 @@ def test_the_form_it_chooses_itself(m: int, kind: str) -> None:
     assert m == 0 or off(got, twin.linear(x, made)) < CLOSE
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("group", [128, 256, 1 << 20])
+@pytest.mark.parametrize("kind", ["int4", "int4-zero"])
+def test_one_row_that_stays(kind: str, group: int, dtype: torch.dtype) -> None:
+    """By more programs than tiles, by one for all, and by some that come to few tiles."""
+    made = matrix(kind, group=group)
+    made = twin.beside(made._replace(scale=made.scale.to(torch.bfloat16)))
+    x, bias, norm = torch.randn(1, K).to(dtype), torch.randn(N).to(dtype), torch.rand(K) + 0.5
+    for block_n, programs in ((4, 1), (8, 2), (4, 9)):
+        form = Form(False, block_n, 1, 128, turning=programs)
+        assert off(w4a16.run(form, x, made), twin.linear(x, made)) < TOLERANCE[dtype]
+        options: dict[str, Any] = {"bias": bias, "add": torch.randn(1, N).to(dtype)}
+        options |= {"norm": norm, "eps": 1e-3}
+        ref = twin.linear(x, made, **options)
+        got = w4a16.run(form, x, made, **options, out=options["add"])
+        assert got is options["add"]
+        assert off(got, ref) < TOLERANCE[dtype]
+
+
+def test_which_single_rows_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with a gate, with long rows, with small groups or with zeros that lie apart."""
+    forms: list[Form] = []
+    monkeypatch.setattr(w4a16, "run", lambda form, x, matrix, **_: forms.append(form))
+    w4a16.linear(torch.randn(1, K), matrix("int4", group=128))
+    assert forms.pop().turning
+    others = [
+        (matrix("int4", group=128), {"act": "silu"}, 1),
+        (matrix("int4", group=64), {}, 1),
+        (matrix("int4-zero", group=128), {}, 1),
+        (matrix("int4", k=8192, group=128), {}, 1),
+        (matrix("int8", group=128), {}, 1),
+        (matrix("int4", group=128), {}, 2),
+    ]
+    for made, options, rows in others:
+        w4a16.linear(torch.randn(rows, made.columns), made, **options)
+        assert not forms.pop().turning
+
+
 @pytest.mark.parametrize("form", ["dot", "split"])
 def test_several_tiles_of_rows(form: str) -> None:
     made, x = matrix("int4-zero", 40, 1024, 32), torch.randn(37, 1024)

@@ -2,7 +2,7 @@
 
 Two forms, as in `skinny.py`: `fma` multiplies and adds in fp32, for the fewest rows; `dot` uses
 tensor cores, their left operand values that are rounded once to x's dtype. What is beyond both is
-turned into values first.
+turned into values first. Of `fma` there is another form for a single row, `one_row`.
 """
 
 from functools import cache
@@ -12,6 +12,7 @@ import torch
 import triton
 
 from kvrun.runtime.kernels.triton import skinny
+from kvrun.runtime.kernels.triton._one_row import one_row
 from kvrun.runtime.kernels.triton._overlap import overlap
 from kvrun.runtime.kernels.triton._w4a16 import dot, fma, values
 from kvrun.runtime.kernels.w4a16 import WORDS, Coded, block
@@ -19,6 +20,7 @@ from kvrun.runtime.kernels.w4a16 import WORDS, Coded, block
 FEW = 4  # rows up to which `fma` may be used
 # Rows that `linear` takes: beyond, making the values first is faster.
 MOST = {4: 256, 8: 512}
+_ONE_ROW = ("K", "G", "WORDS", "ZERO", "BLOCK_N", "BIAS", "ADD", "num_warps")
 _LONG = 1024  # words of a row of 4 bits beyond which it is cut in another way
 
 
@@ -32,6 +34,7 @@ class Form(NamedTuple):
     rows: int = 1  # rows of x in a tile
     stages: int = 1  # tiles in flight, of `dot`
     splits: int = 1  # programs that share K, of `dot`
+    turning: int = 0  # programs that turn to one tile after another with the only row of x
     registers: int | None = None  # of a thread, at most; fewer let more programs run at once
 
 
@@ -49,6 +52,8 @@ def linear(
     """As the twin. `norm` and `act` up to FEW rows; not on two streams of a device at once."""
     n, k = len(matrix.codes), matrix.columns
     form = config(len(x), n, k, _kind(matrix), skinny.sm_count(x.device))
+    if len(x) == 1 and act is None and _turns(matrix):
+        form = _turning(n, _words(matrix).shape[1], skinny.sm_count(x.device))
     form = fitting(form, matrix.bits, _wide(matrix), _room(x.device))
     return run(form, x, matrix, bias=bias, add=add, norm=norm, eps=eps, act=act, out=out)
 
@@ -78,6 +83,16 @@ def run(
         0 if add is None else add.stride(0), out.stride(0),
     )  # fmt: skip
     tiles = triton.cdiv(n, form.block_n)
+    if form.turning:
+        assert m == 1 and act is None  # noqa: PT018
+        pairs = 2 if options["ZERO"] else 1
+        one_row[(min(tiles, form.turning),)](
+            x, words, matrix.scale, bias, add, norm, out,
+            n, matrix.scale.stride(0) // pairs, words.stride(0), eps, tiles,
+            NORM=norm is not None, BLOCK_W=form.block_w, ASM=device.type == "cuda",
+            **{key: options[key] for key in _ONE_ROW}, **overlap(device),
+        )  # fmt: skip
+        return out
     if not form.dot:
         fma[(tiles,)](
             x, *stored, bias, add, norm, out, m, n, *strides, eps,
@@ -188,6 +203,23 @@ def _streamed(m: int, n: int, words: int, kind: str, sm_count: int) -> Form:
         block_n //= 2
     rows = triton.next_power_of_2(m)
     return Form(False, block_n, warps, 128 * warps, rows=rows, registers=registers)
+
+
+def _turns(matrix: Coded) -> bool:
+    """Whether there is `one_row` for this matrix: all words of a row at once, one group for each
+    half of their fields, zeros with their scales or none."""
+    half, words = block(4) // 2, _words(matrix).shape[1]
+    whole = matrix.group % half == 0 or matrix.group >= matrix.columns
+    return _kind(matrix) == "int4" and words <= 512 and whole and _zero(matrix) != 1
+
+
+def _turning(n: int, words: int, sm_count: int) -> Form:
+    """How `one_row` is cut, measured as above: 4 outputs where 8 would leave programs idle."""
+    warps = 4 if words > 256 else 2 if words > 128 else 1
+    eight = 12 // warps * sm_count
+    if n >= 0.8 * 8 * eight * triton.cdiv(n, 8 * eight):
+        return Form(False, 8, warps, 128 * warps, turning=eight)
+    return Form(False, 4, warps, 128 * warps, turning=16 // warps * sm_count)
 
 
 def fitting(form: Form, bits: int, wide: int, room: int) -> Form:

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from kvrun.bench import shapes, workloads
+from kvrun.bench import plot, shapes, workloads
 from kvrun.bench.roofline import Ceilings, Cost
 from kvrun.runtime.hf_config import HFConfig
 
@@ -165,6 +165,29 @@ def alone(work: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(work, *args).result()
 
 
+def picture(found: list[dict[str, Any]]) -> str:
+    """How many times as fast kvrun is as another engine, an SVG; found holds records of both."""
+    bars = []
+    for one in found:
+        mine = next((f for f in found if f["shape"] == one["shape"] and _name(f) == "kvrun"), None)
+        if mine is None or _name(one) == "kvrun":
+            continue
+        for key in (k for k in one if k in mine and k.endswith(("_ms", "_tok_s"))):
+            ours, theirs = (
+                statistics.median(f[key]["steps"]) if isinstance(f[key], dict) else f[key]
+                for f in (mine, one)
+            )
+            ratio = theirs / ours if key.endswith("_ms") else ours / theirs
+            label = key.removesuffix("_ms").removesuffix("_tok_s").replace("_", " ")
+            bars.append(plot.Bar(f"{label}, {one['shape']}", ratio, 1.0, group=one["shape"]))
+    others = ", ".join(dict.fromkeys(f["engine"] for f in found if _name(f) != "kvrun"))
+    return plot.svg(f"kvrun's speed as a multiple of {others}", found[0]["device"], bars)
+
+
+def _name(record: dict[str, Any]) -> str:
+    return str(record["engine"]).split()[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
@@ -172,6 +195,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="kvrun beside the others")
     args = parser.parse_args()
     found: list[dict[str, Any]] = []
     device, rates = alone(named_ceilings)
@@ -183,6 +207,8 @@ def main() -> None:
             found.append(alone(measured, engine, name, args.only, args.repeats, rates) | about)
             if args.json:
                 args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if args.plot:
+        plot.save(args.plot, picture(found))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,9 @@ def watched() -> Iterator[dict[str, float]]:
 def write_adapter(folder: Path, sites: Sites, dtype: torch.dtype = torch.bfloat16) -> None:
     """A PEFT folder of rank 16 on every product."""
     tensors = {}
-    for shard in {shard.name: shard for shards in sites.shards for shard in shards}.values():
+    of_products = zip(sites.shards, sites.roles, strict=True)
+    found = [shard for shards, role in of_products if role == "linear" for shard in shards]
+    for shard in {shard.name: shard for shard in found}.values():
         name = f"base_model.model.{shard.name}"
         for side, size in (("A", (RANK, shard.in_features)), ("B", (shard.out_features, RANK))):
             tensors[f"{name}.lora_{side}.weight"] = torch.randn(size).mul_(0.01).to(dtype)

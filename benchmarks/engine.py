@@ -25,6 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import needs  # beside this file
 import torch
 
 from kvrun.bench import shapes, workloads
@@ -173,6 +174,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
+    needs.gpu("measure a CPU with benchmarks/peers.py")
     found: list[dict[str, Any]] = []
     device, rates = alone(named_ceilings)
     print(f"{device} reads {rates[0] / 1e12:.2f} TB/s, multiplies {rates[1] / 1e12:.0f} TFLOP/s")

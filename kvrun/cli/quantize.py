@@ -155,6 +155,7 @@ def _check(folder: Path, output: Path, kept: Any, device: str) -> None:
     import json
     from dataclasses import asdict
 
+    from kvrun.chat.plain import note
     from kvrun.runtime.calibrate import job
     from kvrun.runtime.calibrate.check import compare
     from kvrun.runtime.plan import size
@@ -173,3 +174,10 @@ def _check(folder: Path, output: Path, kept: Any, device: str) -> None:
     for name, before, after in rows:
         typer.echo(f"{name:<18}{before:>12}{after:>18}")
     typer.echo(f"on {found.tokens:,} tokens that calibration has not seen", err=True)
+    if found.foreign:
+        note(
+            "note: this text is foreign to the model, which says it worse than by guessing (a "
+            f"perplexity of {found.vocab_size:,}); KL and first choices still compare the two. "
+            "Better: --calibration with a file of what it knows, of a chat model conversations "
+            "with the tokens that its template writes"
+        )

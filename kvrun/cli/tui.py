@@ -81,6 +81,7 @@ def command(
     option: options.Assignments = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     max_model_len: options.MaxModelLen = None,
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
@@ -100,6 +101,7 @@ def command(
     engine = {
         "device": device,
         "dtype": dtype,
+        "quantize": quantize,
         "max_model_len": max_model_len,
         "kv_memory": options.memory(kv_memory),
         "threads": threads,

@@ -73,6 +73,7 @@ def test_without_a_terminal_chat_is_named(kvrun_command: Callable[..., Result]) 
         (("--adapter", "sqll"), 3, "there is no adapter 'sqll'"),
         (("-o", "temperatur=1"), 2, "did you mean 'temperature'?"),
         (("-t", "-1"), 2, "temperature is -1"),
+        (("--quantize", "gptq"), 2, "leave it out"),
         (("--url", "ftp://x"), 2, "is no URL"),
         (("--url", "http://127.0.0.1:1"), 5, "no answer from"),
     ],

@@ -109,18 +109,20 @@ def images_of(folder: Path, tokenizer: Tokenizer) -> Images | None:
 
 def sees(folder: str | Path) -> bool:
     """Whether the model in a folder takes images, by its config.json; False for a damaged one."""
-    return _places(folder) is not None
+    return places_in(folder) is not None
 
 
 def dialog_of(folder: Path, tokenizer: Tokenizer) -> tuple[str, str] | None:
     """A chat template and the token that ends an answer, where a model's makers describe both and
     its files hold neither; by its config.json, and None for a damaged one."""
-    where = _places(folder)
+    where = places_in(folder)
     told = None if where is None else where.dialog
     return told if told and tokenizer.token_to_id(told[1]) is not None else None
 
 
-def _places(folder: str | Path) -> places.Places | None:
+def places_in(folder: str | Path) -> places.Places | None:
+    """Where images go in prompts of the model in a folder, by its config.json; None for one that
+    takes none, and for a damaged file."""
     try:
         return places.of(HFConfig.read(folder))
     except KvrunError:

@@ -22,6 +22,7 @@ MOST = 64  # images of a prompt
 # Of processed images that are kept: a conversation shows its images again with every turn.
 KEPT_BYTES = 128 << 20
 IMAGE = {"type": "image"}  # as templates know it
+SEEING = tuple(places.KINDS)  # types of models that take images, as config.json names them
 NO_EYES = "the model reads only text; it takes no images."
 
 

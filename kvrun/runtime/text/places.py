@@ -50,7 +50,7 @@ class Places(Protocol):
 
 def of(config: HFConfig) -> Places | None:
     """Where images go in prompts of this model; None for one whose images are not taken in."""
-    kind = _KINDS.get(config.whole or "")
+    kind = KINDS.get(config.whole or "")
     try:
         return None if kind is None else kind(config)
     except Unsupported:
@@ -299,7 +299,8 @@ def _is_pair(pair: object) -> bool:
     return ints and len(pair) == 2  # type: ignore[arg-type]
 
 
-_KINDS: dict[str, Callable[[HFConfig], Places]] = {
+# By the `model_type` of the whole.
+KINDS: dict[str, Callable[[HFConfig], Places]] = {
     "llava": Llava,
     "llava_next": LlavaNext,
     "idefics": Idefics,

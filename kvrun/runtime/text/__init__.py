@@ -120,7 +120,7 @@ class Text:
         Raises InvalidRequest for images that the model does not take, too, and NotFound.
         """
         checked = check_messages(messages)
-        plain, files = taken_out(with_files(checked) if local else checked)
+        plain, files = taken_out(with_files(checked) if local else checked, local=local)
         images = self._seeing.look(files) if files else []
         template = self._template
         if self.images is not None and self._wants_parts:

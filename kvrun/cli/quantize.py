@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kvrun.cli import _options as options
+from kvrun.cli._interrupt import import_torch
 from kvrun.errors import InvalidRequest
 from kvrun.runtime.config import METHODS
 
@@ -99,6 +100,7 @@ def command(
 
     Layer by layer; when it is interrupted, the same command goes on where it was.
     """
+    import_torch()
     from kvrun.chat.plain import note
     from kvrun.hub.local import resolve
     from kvrun.runtime.calibrate import job

@@ -1,7 +1,8 @@
 """Which rows of a step use which adapters, and what that adds to a product."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from contextlib import nullcontext
+from functools import cache, cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 HEIGHT = 16  # rows of a tile where sequences decode: the least that tensor cores multiply
 TALL = 64  # where prompts are computed
 _MANY = 512  # tokens of a step from which on it is taller
+_FEW = 16  # rows whose products are kvrun's own
 
 
 class Assigned(NamedTuple):
@@ -110,24 +112,28 @@ class Tiled:
         width = LARGEST_RANK * parts if self._ranks is None else self._ranks[site]
         if not width:
             return None
-        sums: torch.Tensor = self._kernel.shrink(
-            x,
-            self._resident.arena,
-            self._resident.table[:, site],
-            self._rows,
-            self._tiles,
-            height=self._height,
-            features=self._resident.sites.inner[site],
-            width=width,
-            norm=prologue.get("norm"),
-            act=prologue.get("act"),
-            parts=parts,
-        )
+        beside = _branch(x)
+        with torch.cuda.stream(beside) if beside is not None else nullcontext():
+            sums: torch.Tensor = self._kernel.shrink(
+                x,
+                self._resident.arena,
+                self._resident.table[:, site],
+                self._rows,
+                self._tiles,
+                height=self._height,
+                features=self._resident.sites.inner[site],
+                width=width,
+                norm=prologue.get("norm"),
+                act=prologue.get("act"),
+                parts=parts,
+            )
         return sums
 
     def expand(
         self, site: int, low: torch.Tensor, y: torch.Tensor, prologue: dict[str, Any]
     ) -> None:
+        if (beside := _beside(y)) is not None:
+            torch.cuda.current_stream().wait_stream(beside)
         self._kernel.expand(
             low,
             y,
@@ -157,6 +163,29 @@ class Tiled:
             first=first,
             back=back,
         )
+
+
+def _branch(x: torch.Tensor) -> torch.cuda.Stream | None:
+    """Where `shrink` runs beside the product of a captured step, from here on; None: before it.
+
+    Measured on an H100 with the 8B shape: a step of one row on an adapter goes from 6.45 to 6.06
+    ms, of 64 rows from 9.52 to 9.31; of 8 rows, whose products leave it little room, it loses.
+    """
+    if (beside := _beside(x)) is not None:
+        beside.wait_stream(torch.cuda.current_stream())
+    return beside
+
+
+def _beside(x: torch.Tensor) -> torch.cuda.Stream | None:
+    worth = len(x) == 1 or len(x) > _FEW
+    if not (worth and x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    return _second(x.device)
+
+
+@cache
+def _second(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def tiled(of_row: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarray]:

@@ -24,6 +24,27 @@ def _field(x, norm, j, i: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, EVE
 
 
 @triton.jit
+def _fields(x, norm, j, K: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr):
+    """The row where each field of words j is, and sums of its squares."""
+    a, squares = _field(x, norm, j, 0, K, NORM, EVEN)
+    b, more = _field(x, norm, j, 1, K, NORM, EVEN)
+    squares += more
+    c, more = _field(x, norm, j, 2, K, NORM, EVEN)
+    squares += more
+    d, more = _field(x, norm, j, 3, K, NORM, EVEN)
+    squares += more
+    e, more = _field(x, norm, j, 4, K, NORM, EVEN)
+    squares += more
+    f, more = _field(x, norm, j, 5, K, NORM, EVEN)
+    squares += more
+    g, more = _field(x, norm, j, 6, K, NORM, EVEN)
+    squares += more
+    h, more = _field(x, norm, j, 7, K, NORM, EVEN)
+    squares += more
+    return a, b, c, d, e, f, g, h, squares
+
+
+@triton.jit
 def _half(words, a, b, c, d, FIRST: tl.constexpr, ASM: tl.constexpr):
     """Four fields of words times the row there."""
     sums = a * _code(words, None, FIRST, "int4", ASM)
@@ -76,21 +97,7 @@ def one_row(
     at_low = _stored(scale, own * groups + low // G, low < K, ZERO)
     at_high = _stored(scale, own * groups + high // G, high < K, ZERO)
     wait(PDL)
-    a, squares = _field(x, norm, j, 0, K, NORM, EVEN)
-    b, more = _field(x, norm, j, 1, K, NORM, EVEN)
-    squares += more
-    c, more = _field(x, norm, j, 2, K, NORM, EVEN)
-    squares += more
-    d, more = _field(x, norm, j, 3, K, NORM, EVEN)
-    squares += more
-    e, more = _field(x, norm, j, 4, K, NORM, EVEN)
-    squares += more
-    f, more = _field(x, norm, j, 5, K, NORM, EVEN)
-    squares += more
-    g, more = _field(x, norm, j, 6, K, NORM, EVEN)
-    squares += more
-    h, more = _field(x, norm, j, 7, K, NORM, EVEN)
-    squares += more
+    a, b, c, d, e, f, g, h, squares = _fields(x, norm, j, K, NORM, EVEN)
     whole_low, whole_high = _fold(a + b + c + d), _fold(e + f + g + h)
     # See `_code`: 128 too much and the middle of a code's range; in fields 1, 3 and 5, 2048.
     much_low = (128.0 + 8.0) * whole_low + (2048.0 - 128.0) * _fold(b + d)

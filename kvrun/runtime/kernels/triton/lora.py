@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 
 from kvrun.runtime.kernels.lora import CROWD
+from kvrun.runtime.kernels.triton._device import sm_count
 from kvrun.runtime.kernels.triton._lora_expand import _dot, _expand
 from kvrun.runtime.kernels.triton._lora_stream import _expand_stream
 from kvrun.runtime.kernels.triton._overlap import overlap, release, wait
 from kvrun.runtime.kernels.triton._skinny import _input
-from kvrun.runtime.kernels.triton.skinny import sm_count
 
 RANKS = 16  # of a block: the least that tensor cores multiply
 _FEW_TILES = 16  # up to which the input is cut as finely as it goes

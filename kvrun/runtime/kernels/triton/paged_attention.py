@@ -4,6 +4,7 @@ import torch
 
 from kvrun.runtime.kernels.paged_attention import Options
 from kvrun.runtime.kernels.triton import _decode, _prefill
+from kvrun.runtime.kernels.triton._device import shared_memory
 
 __all__ = ["Options", "decode", "prefill"]
 
@@ -47,7 +48,8 @@ def prefill(
     tokens, heads, dim = q.shape
     if out is None:
         out = torch.empty((tokens, heads * dim), dtype=q.dtype, device=q.device)
-    tiling = prefill_tiling(max_query_len, heads // options.kv_heads, dim, q.dtype)
+    room = shared_memory(q.device)
+    tiling = prefill_tiling(max_query_len, heads // options.kv_heads, dim, q.dtype, room)
     _prefill.launch(
         q, k, v, cache, block_tables, cu_seqlens, context_lens, options, fresh, out, tiling
     )
@@ -68,7 +70,10 @@ def decode_tiling(batch: int, dim: int, dtype: torch.dtype) -> _decode.Tiling:
     return _decode.Tiling(keys=64, warps=4, stages=2, programs=264)
 
 
-def prefill_tiling(longest: int, share: int, dim: int, dtype: torch.dtype) -> _prefill.Tiling:
+def prefill_tiling(
+    longest: int, share: int, dim: int, dtype: torch.dtype, room: int
+) -> _prefill.Tiling:
+    """`room`: bytes of shared memory."""
     packed = share > 1 and longest <= _SHORT
     if dtype is torch.float32:
         return _prefill.Tiling(rows=32, keys=32, warps=4, stages=1, packed=packed)
@@ -76,4 +81,6 @@ def prefill_tiling(longest: int, share: int, dim: int, dtype: torch.dtype) -> _p
         return _prefill.Tiling(
             rows=64, keys=64 if dim <= 128 else 32, warps=4, stages=2, packed=packed
         )
+    if 64 < dim <= 128 and room >= 227 << 10:
+        return _prefill.Tiling(rows=128, keys=128, warps=8, stages=3, packed=False)
     return _prefill.Tiling(rows=128, keys=64, warps=8, stages=3 if dim <= 128 else 2, packed=False)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from kvrun.runtime.kernels.triton._device import sm_count
 from kvrun.runtime.kernels.triton._overlap import overlap
 from kvrun.runtime.kernels.triton._skinny import dot, fma
 
@@ -142,11 +143,3 @@ def _ahead(form: Form, weight: torch.Tensor) -> int:
 @cache
 def _counters(device: torch.device) -> torch.Tensor:
     return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
-
-
-@cache
-def sm_count(device: torch.device) -> int:
-    """Programs that a device runs side by side, at least; 1 in the interpreter."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -12,6 +12,7 @@ import torch
 import triton
 
 from kvrun.runtime.kernels.triton import skinny
+from kvrun.runtime.kernels.triton._device import shared_memory, sm_count
 from kvrun.runtime.kernels.triton._one_row import one_row
 from kvrun.runtime.kernels.triton._overlap import overlap
 from kvrun.runtime.kernels.triton._w4a16 import dot, fma, values
@@ -51,10 +52,10 @@ def linear(
 ) -> torch.Tensor:
     """As the twin. `norm` and `act` up to FEW rows; not on two streams of a device at once."""
     n, k = len(matrix.codes), matrix.columns
-    form = config(len(x), n, k, _kind(matrix), skinny.sm_count(x.device))
+    form = config(len(x), n, k, _kind(matrix), sm_count(x.device))
     if len(x) == 1 and act is None and _turns(matrix):
-        form = _turning(n, _words(matrix).shape[1], skinny.sm_count(x.device))
-    form = fitting(form, matrix.bits, _wide(matrix), _room(x.device))
+        form = _turning(n, _words(matrix).shape[1], sm_count(x.device))
+    form = fitting(form, matrix.bits, _wide(matrix), shared_memory(x.device))
     return run(form, x, matrix, bias=bias, add=add, norm=norm, eps=eps, act=act, out=out)
 
 
@@ -242,16 +243,6 @@ def _wide(matrix: Coded) -> int:
     return _parts(matrix) * sum(
         grid is not None and grid.itemsize == 4 for grid in (matrix.scale, matrix.zero)
     )
-
-
-@cache
-def _room(device: torch.device) -> int:
-    """Bytes of shared memory that a program can have. Source: CUDA programming guide, table of
-    technical specifications by compute capability."""
-    if device.type != "cuda":
-        return 1 << 30
-    large = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
-    return large.get(torch.cuda.get_device_capability(device), 99) << 10
 
 
 @cache

@@ -25,6 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import needs  # beside this file
 import torch
 
 from kvrun.bench import plot, shapes, workloads
@@ -197,6 +198,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="kvrun beside the others")
     args = parser.parse_args()
+    needs.gpu("measure a CPU with benchmarks/peers.py")
     found: list[dict[str, Any]] = []
     device, rates = alone(named_ceilings)
     print(f"{device} reads {rates[0] / 1e12:.2f} TB/s, multiplies {rates[1] / 1e12:.0f} TFLOP/s")

@@ -23,16 +23,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import needs  # beside this file, as the next two
 import numpy as np
 import torch
-from engine import ceilings  # beside this file
+from engine import ceilings
 from lora_load import RANK, write_adapter
 
 from kvrun import LLM, SamplingParams
 from kvrun.bench import shapes, workloads
 from kvrun.runtime.checkpoint import Shard
 from kvrun.runtime.kernels import lora as twin
-from kvrun.runtime.kernels.triton import lora
 from kvrun.runtime.lora.rows import tiled
 from kvrun.runtime.lora.sites import Sites
 
@@ -48,6 +48,8 @@ MIXES = {
 
 def check_kernels() -> None:
     """Every mix, dtype and prologue: the kernels' result is the twins'."""
+    from kvrun.runtime.kernels.triton import lora
+
     torch.manual_seed(0)
     outs, k = (512, 128, 136), 1032
     sites = Sites([tuple(Shard(str(p), out, k) for p, out in enumerate(outs))])
@@ -185,6 +187,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("steps", "load"))
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
+    needs.gpu("measure a CPU with `kvrun bench lora`", triton=True)
     if args.only is None:
         check_kernels()
         check_tokens()

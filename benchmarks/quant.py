@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import needs  # beside this file
 import torch
 
 from kvrun import LLM, SamplingParams
@@ -206,6 +207,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
+    if not args.cpu:
+        needs.gpu("use --cpu", triton=True)
     methods = [None if name == "bf16" else name for name in args.methods]
     found: dict[str, Any] = {}
     if args.cpu:

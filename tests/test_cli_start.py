@@ -155,3 +155,55 @@ def test_the_command_is_what_python_m_runs() -> None:
     """Both begin in the file that knows what an early interrupt is."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"kvrun": "kvrun.__main__:main"}
+
+
+DEAF = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000):
+        pass
+except BaseException:
+    pass
+print("it goes on")
+raise SystemExit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fuse", "tiny", "pirate", "-o"], ["quantize", "tiny", "-o"],
+        *(["bench", word, "-o"] for word in ("micro", "latency", "throughput", "lora", "hw")),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_no_import_of_torch_takes_ctrl_c_for_itself(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(DEAF)
+    target = "json" if words[0] == "bench" else str(tmp_path / "new")
+    done = kvrun(*words, target, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    ("before", "ends"), [("default_int_handler", "KeyboardInterrupt"), ("SIG_IGN", "ignored")]
+)
+def test_ctrl_c_is_as_it_was_behind_the_import(before: str, ends: str) -> None:
+    script = f"""
+import os, signal
+signal.signal(signal.SIGINT, signal.{before})
+from kvrun.cli._interrupt import at_once
+with at_once():
+    inside = signal.getsignal(signal.SIGINT)
+assert (inside is signal.{before}) == ({ends!r} == "ignored")
+os.kill(os.getpid(), signal.SIGINT)
+print("ignored")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ends in done.stdout + done.stderr

@@ -1,6 +1,7 @@
 """The rules of docs/architecture.md, enforced on the source: imports, sizes, banned calls."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -208,6 +209,22 @@ def test_banned_calls(path: Path) -> None:
         assert "trust_remote_code" not in keywords
         if name == "torch.load":
             assert keywords.get("weights_only") == "True"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_messages_name_only_files_that_everybody_has(path: Path) -> None:
+    """A wheel holds kvrun/ and nothing else."""
+    explained = {
+        id(node.body[0].value)
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and ast.get_docstring(node) is not None
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            told = re.search(r"\b(docs|benchmarks|recipes|tests)/", node.value)
+            assert id(node) in explained or not told, node.value
 
 
 def loaded(code: str) -> set[str]:

@@ -66,7 +66,8 @@ class Cost:
     """A decoder by its parameters.
 
     `linear` and `head` count the parameters of the layers' matrices and of the output, `experts`
-    those of experts, of which a token goes through `share`; `windows` has for each layer the most
+    those of experts, of which a token goes through `share`, `embedding` those of an embedding that
+    is not the output too: a step reads next to nothing of it. `windows` has for each layer the most
     tokens it attends to, 0 for all. Widths are bytes of a value.
     """
 
@@ -82,6 +83,7 @@ class Cost:
     kv_width: float = 2
     linear_width: float | None = None  # of the layers' matrices, where it is another
     head_width: float | None = None  # of the output's
+    embedding: int = 0
 
     @classmethod
     def of(
@@ -109,9 +111,10 @@ class Cost:
         head_dim = config.integer("head_dim", hidden // heads)
         attention = hidden * (heads + 2 * kv_heads) * head_dim + heads * head_dim * hidden
         dense, experts, share = _mlps(config, hidden, layers)
+        head = config.integer("vocab_size") * hidden
         return cls(
             linear=layers * attention + dense,
-            head=config.integer("vocab_size") * hidden,
+            head=head,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
@@ -122,11 +125,17 @@ class Cost:
             kv_width=WIDTHS.get(kv_dtype or dtype, 1),
             linear_width=linear_width,
             head_width=head_width,
+            embedding=0 if config.flag("tie_word_embeddings", True) else head,
         )
 
     @property
+    def parameters(self) -> int:
+        """Of all matrices that are counted, which is all but norms, biases and positions."""
+        return self.linear + self.head + self.experts + self.embedding
+
+    @property
     def weight_bytes(self) -> float:
-        """What the weights take."""
+        """What the weights take, without such an embedding."""
         return self._fixed_bytes + self.experts * self.width
 
     def weights_read(self, tokens: float) -> float:

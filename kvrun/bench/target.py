@@ -132,7 +132,7 @@ class Target:
             "weights": "random" if self.model.random else "real",
             "model_type": config.model_type,
             "shape": {name: config.get(name) for name in DIMENSIONS},
-            "parameters": self.cost.linear + self.cost.head + self.cost.experts,
+            "parameters": self.cost.parameters,
             "dtype": ready.dtype,
             "kv_dtype": self.kv_dtype,
             "device": ready.device,
@@ -210,16 +210,14 @@ def _check_room(model: Model, device: str, dtype: str) -> None:
     where = choose_device(device)
     chosen = choose_dtype(dtype, model.config.dtype, where)
     cost = Cost.of(model.config, str(chosen).removeprefix("torch."))
-    tied = model.config.flag("tie_word_embeddings", True)
-    table = 0 if tied else cost.head  # of the embedding
-    needed = int(cost.weight_bytes + table * cost.width)
+    needed = int(cost.weight_bytes + cost.embedding * cost.width)
     free = psutil.virtual_memory().available
     if where.type == "cuda":
         free = torch.cuda.mem_get_info(where)[0]
     if needed > free:
         raise Unsupported(
             f"the weights of {model.name} need {size(needed)}, {size(free)} are free.",
-            cause=f"{cost.linear + cost.head + cost.experts + table:,} parameters, "
+            cause=f"{cost.parameters:,} parameters, "
             f"{size(int(cost.kv_bytes_per_token))} more for each token of context",
             hint="choose a smaller shape or --dtype bfloat16, or close other programs",
         )

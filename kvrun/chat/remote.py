@@ -3,8 +3,8 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from kvrun.chat.session import Timing
@@ -14,6 +14,8 @@ from kvrun.runtime.engine.request import AdapterChoice
 from kvrun.runtime.sampling.params import SamplingParams
 
 SECONDS = 30  # until a server has to have accepted, and answered a list of models
+PATIENCE = 300  # seconds that a server may take to become ready
+PAUSE = 1.0  # seconds until it is asked again
 COMPLETIONS = "/chat/completions"
 # What OpenAI's API itself knows; every server must take these.
 FIELDS = ("max_tokens", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed")
@@ -40,23 +42,37 @@ class Remote:
     def name(self) -> str:
         return self.model or str(self.address)
 
-    async def models(self) -> list[str]:
-        """The models the server lists. Raises Unreachable, NotFound or what the server says."""
-        try:
-            async with (
-                asyncio.timeout(SECONDS),
-                self._request("GET", f"{self.base}/models") as response,
-            ):
-                body = await response.read()
-        except (OSError, EOFError, ValueError) as error:
-            raise self._unreachable(error) from error
-        if response.status != 200:
-            raise self._refused(response.status, body)
+    async def models(self, waiting: Callable[[str], None] | None = None) -> list[str]:
+        """The models the server lists. Raises Unreachable, NotFound or what the server says.
+
+        With `waiting` a server that is not ready (503) is asked again for PATIENCE seconds;
+        `waiting` hears once what the server says of it.
+        """
+        status, body = await self._listed()
+        if status == 503 and waiting:
+            waiting(said(body))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PATIENCE):
+                    while status == 503:
+                        await asyncio.sleep(PAUSE)
+                        status, body = await self._listed()
+        if status != 200:
+            raise self._refused(status, body)
         try:
             names = [str(one["id"]) for one in json.loads(body)["data"]]
         except (ValueError, KeyError, TypeError) as error:
             raise NotFound(f"{self.address} lists no model.", cause=str(error)) from error
         return names
+
+    async def _listed(self) -> tuple[int, bytes]:
+        try:
+            async with (
+                asyncio.timeout(SECONDS),
+                self._request("GET", f"{self.base}/models") as response,
+            ):
+                return response.status, await response.read()
+        except (OSError, EOFError, ValueError) as error:
+            raise self._unreachable(error) from error
 
     async def ask(
         self, messages: list[dict[str, str]], params: SamplingParams, adapter: AdapterChoice = None
@@ -110,8 +126,10 @@ class Remote:
         cause = f"HTTP {status}: {said(body)}"
         if status == 404:
             return NotFound(f"{self.address} has no such route or model.", cause=cause)
-        hint = "--api-key KEY" if status in (401, 403) else ""
-        return KvrunError(f"{self.address} refuses the request.", cause=cause, hint=hint)
+        hints = {401: "--api-key KEY", 403: "--api-key KEY", 503: "try again when it is ready"}
+        return KvrunError(
+            f"{self.address} refuses the request.", cause=cause, hint=hints.get(status, "")
+        )
 
 
 class RemoteReply:

@@ -5,7 +5,7 @@ from typing import Any
 from kvrun.chat.pictures import content, named
 from kvrun.chat.plain import note
 from kvrun.errors import InvalidRequest
-from kvrun.runtime.text.images import NO_EYES, file_at, sees
+from kvrun.runtime.text.images import NO_EYES, SEEING, file_at, sees
 
 
 def with_images(
@@ -28,7 +28,7 @@ def with_images(
         if typed and found:
             question = question.removesuffix(typed) + rest
     elif images:
-        raise InvalidRequest(NO_EYES, hint="docs/images.md says which models see")
+        raise InvalidRequest(NO_EYES, hint=f"models that see: {', '.join(SEEING)}")
     for path in images + found:
         file_at(path)
     for path in found:

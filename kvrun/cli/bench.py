@@ -5,6 +5,7 @@ from typing import Annotated
 
 from kvrun.cli import _bench as bench
 from kvrun.cli import _options as options
+from kvrun.cli._interrupt import import_torch
 from kvrun.errors import InvalidRequest
 
 PANEL = "Tools"
@@ -58,6 +59,7 @@ def micro(
 
     A step is (time of 8 + N tokens - time of 8) / N: the prompt falls out of it.
     """
+    import_torch()
     from kvrun.bench import measure, ranges, report, run
 
     bench.check(repetitions=repetitions)
@@ -113,6 +115,7 @@ def latency(
 
     Each repetition has prompts of its own: those of seed, seed + 1, ...
     """
+    import_torch()
     from kvrun.bench import report, run, workloads
 
     bench.check(
@@ -160,6 +163,7 @@ def throughput(
 
     A file has one JSON object a line: {"prompt": text or [ids], "output_tokens": N}.
     """
+    import_torch()
     from kvrun.bench import report, run, workloads
 
     bench.check(requests=requests, output_len=output_len, repetitions=repetitions)
@@ -208,6 +212,7 @@ def lora(
     "bytes" is the time to read each adapter in use once. -e lora_memory=BYTES says how many are
     on the device at once.
     """
+    import_torch()
     from kvrun.bench import lora, ranges, report, run, workloads
 
     bench.check(p=prompt, n=new, repetitions=repetitions, adapters=adapters, rank=rank)
@@ -283,6 +288,7 @@ def hw(
 
     They measure the same, in short, on their own when it has never been done.
     """
+    import_torch()
     from kvrun.bench import report, run
 
     out = report.Report(form, chart, plot)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from kvrun.cli import _options as options
+from kvrun.cli._interrupt import import_torch
 from kvrun.errors import KvrunError
 
 PANEL = "Models"
@@ -37,6 +38,7 @@ def command(model: Model, adapter: Adapter, output: Out) -> None:
     DoRA, biases, saved modules, embeddings and experts too.
     Tokenizer and configuration are copied. Serving the adapter beside others needs none of this.
     """
+    import_torch()
     from safetensors import SafetensorError
 
     from kvrun.chat.plain import note

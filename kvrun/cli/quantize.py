@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kvrun.cli import _options as options
+from kvrun.cli._interrupt import import_torch
 from kvrun.errors import InvalidRequest
 from kvrun.runtime.config import METHODS
 
@@ -99,6 +100,7 @@ def command(
 
     Layer by layer; when it is interrupted, the same command goes on where it was.
     """
+    import_torch()
     from kvrun.chat.plain import note
     from kvrun.hub.local import resolve
     from kvrun.runtime.calibrate import job
@@ -155,6 +157,7 @@ def _check(folder: Path, output: Path, kept: Any, device: str) -> None:
     import json
     from dataclasses import asdict
 
+    from kvrun.chat.plain import note
     from kvrun.runtime.calibrate import job
     from kvrun.runtime.calibrate.check import compare
     from kvrun.runtime.plan import size
@@ -173,3 +176,10 @@ def _check(folder: Path, output: Path, kept: Any, device: str) -> None:
     for name, before, after in rows:
         typer.echo(f"{name:<18}{before:>12}{after:>18}")
     typer.echo(f"on {found.tokens:,} tokens that calibration has not seen", err=True)
+    if found.foreign:
+        note(
+            "note: this text is foreign to the model, which says it worse than by guessing (a "
+            f"perplexity of {found.vocab_size:,}); KL and first choices still compare the two. "
+            "Better: --calibration with a file of what it knows, of a chat model conversations "
+            "with the tokens that its template writes"
+        )

@@ -100,6 +100,7 @@ def _facts(model: str, folder: Path) -> dict[str, Any]:
         "quant_method": facts.quant_method,
         "tokenizer": (folder / "tokenizer.json").is_file(),
         "chat_template": _has_template(folder),
+        "images": _images(folder),
         "adapters": _adapters(model, folder),
         **_fit(facts),
     }
@@ -114,6 +115,36 @@ def _path(kind: str, folder: Path) -> tuple[str | None, str | None]:
     raw = json.loads((folder / "config.json").read_bytes())
     reason = load("kvrun.runtime.fallback", "load").refusal(raw)
     return (None, reason) if reason else ("transformers", None)
+
+
+def _images(folder: Path) -> dict[str, Any] | None:
+    """What looks at images, and what stands for one in a prompt; None where nothing does.
+
+    A model with a tower that kvrun does not use has the name of that alone.
+    """
+    raw = json.loads((folder / "config.json").read_bytes())
+    vision = raw.get("vision_config")
+    if not isinstance(vision, dict):
+        return None
+    from kvrun.runtime.text import Text
+    from kvrun.runtime.text.images import places_in
+
+    where = places_in(folder)
+    if where is None:
+        return {"taken": False, "tower": vision.get("model_type")}
+    try:
+        text = Text.open(folder)
+        word = text.decode([where.token], skip_special=False) if text else None
+    except KvrunError:
+        word = None
+    return {
+        "taken": True,
+        "model": raw.get("model_type"),
+        "tower": where.tower,
+        "pixels": where.pixels,
+        "token": word,
+        "token_id": where.token,
+    }
 
 
 def _fit(facts: Any) -> dict[str, Any]:
@@ -169,6 +200,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if facts["quant_method"]:
         weights += f", quantized: {facts['quant_method']}"
     fits = facts["fits"] and facts["supported"]
+    seen = [("images", _seen(facts["images"]))] if facts["images"] else []
     return [
         ("model", facts["model"]),
         ("folder", facts["folder"]),
@@ -179,6 +211,15 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("weights", weights),
         ("tokenizer", "yes" if facts["tokenizer"] else "no: prompts must be token ids"),
         ("chat template", "yes" if facts["chat_template"] else "no"),
+        *seen,
         ("adapters", ", ".join(facts["adapters"]) or "none"),
         ("runs here", f"{'yes' if fits else 'no'}: {facts['why']}"),
     ]
+
+
+def _seen(images: dict[str, Any]) -> str:
+    if not images["taken"]:
+        return "not taken: only its text part runs here"
+    word = f"{images['token']} (token {images['token_id']})" if images["token"] else ""
+    word = word or f"token {images['token_id']}"
+    return f"yes ({images['model']}): {images['tower']}, {images['pixels']}; {word} stands for one"

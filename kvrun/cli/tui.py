@@ -81,6 +81,7 @@ def command(
     option: options.Assignments = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     max_model_len: options.MaxModelLen = None,
     kv_memory: options.KvMemory = None,
     threads: options.Threads = None,
@@ -100,6 +101,7 @@ def command(
     engine = {
         "device": device,
         "dtype": dtype,
+        "quantize": quantize,
         "max_model_len": max_model_len,
         "kv_memory": options.memory(kv_memory),
         "threads": threads,
@@ -189,13 +191,18 @@ def _server_board(
 ) -> "Board":
     import asyncio
 
-    from kvrun.chat.remote import Remote
+    from kvrun.chat.plain import note
+    from kvrun.chat.remote import PATIENCE, Remote
     from kvrun.chat.store import Store
     from kvrun.tui.board import Board
     from kvrun.tui.talk import Speaker
 
     remote = Remote(url, api_key=api_key)
-    names = asyncio.run(remote.models())
+
+    def waiting(said: str) -> None:
+        note(f"waiting for {remote.address}, {PATIENCE} s at most: {said}")
+
+    names = asyncio.run(remote.models(waiting))
     if not names:
         raise InvalidRequest(f"{remote.address} lists no model.")
     board = Board(None, Store() if save else None, chosen=sampling, system=system)

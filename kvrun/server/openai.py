@@ -1,6 +1,6 @@
 """OpenAI's dialect: bodies to sampling parameters, what came of them to choices and usage."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from kvrun.errors import InvalidRequest
 from kvrun.runtime.engine.request import Logprob
 from kvrun.runtime.sampling.params import SamplingParams
-from kvrun.runtime.text import Text
+from kvrun.runtime.text import Text, TextStream
 from kvrun.server.call import Call
 from kvrun.server.errors import ApiError
 from kvrun.server.generation import Generation
@@ -167,21 +167,66 @@ def chat_logprobs(text: Text, entries: Sequence[Logprob]) -> dict[str, Any]:
     }
 
 
-class CompletionLogprobs:
-    """Log-probabilities in the shape of completions, a part at a time."""
+class _Places:
+    """Where tokens begin in the text that they make, in characters, one token after the other."""
 
-    def __init__(self, text: Text | None) -> None:
+    def __init__(self, stream: TextStream | None, start: int = 0) -> None:
+        self._stream, self._at = stream, start
+
+    @property
+    def here(self) -> int:
+        return self._at + (self._stream.unsettled if self._stream else 0)
+
+    def step(self, token: int) -> int:
+        """Where this token begins."""
+        start = self.here
+        if self._stream:
+            self._at += len(self._stream.push([token]))
+        return start
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt that is repeated: its text, and where each of its tokens begins in that."""
+
+    text: str
+    places: Sequence[int]
+
+    @classmethod
+    def of(
+        cls, text: Text, prompt: str | Sequence[int], ids: Sequence[int], placed: bool
+    ) -> "Echo":
+        """Of a text what the tokenizer adds takes no place; of token ids every one is shown.
+
+        Unless it is to be `placed` no place is known.
+        """
+        said = prompt if isinstance(prompt, str) else text.decode(ids, skip_special=False)
+        if not placed:
+            return cls(said, [])
+        added = text.added(said) if said is prompt else [False] * len(ids)
+        places = _Places(text.stream(skip_special=False))
+        found = [
+            places.here if extra else places.step(token)
+            for token, extra in zip(ids, added, strict=True)
+        ]
+        return cls(said, [min(place, len(said)) for place in found])
+
+
+class CompletionLogprobs:
+    """Log-probabilities in the shape of completions, a part at a time; those of `echo` first."""
+
+    def __init__(self, text: Text | None, echo: Echo) -> None:
         self._text = text
-        self._offset = 0
+        self._prompt = iter(echo.places)
+        self._answer = _Places(text.stream() if text else None, len(echo.text))
 
     def take(self, entries: Sequence[tuple[int, Logprob | None]]) -> dict[str, Any]:
         """Tokens with what is known of them; nothing is of the first token of a prompt."""
-        tokens = [shown(self._text, token) for token, _ in entries]
         return {
-            "tokens": tokens,
+            "tokens": [shown(self._text, token) for token, _ in entries],
             "token_logprobs": [finite(e.logprob) if e else None for _, e in entries],
             "top_logprobs": [self._top(e) for _, e in entries],
-            "text_offset": list(self._offsets(tokens)),
+            "text_offset": [self._place(token) for token, _ in entries],
         }
 
     def _top(self, entry: Logprob | None) -> dict[str, float] | None:
@@ -189,10 +234,9 @@ class CompletionLogprobs:
             return None
         return {shown(self._text, token): finite(value) for token, value in reversed(entry.top)}
 
-    def _offsets(self, tokens: Sequence[str]) -> Iterator[int]:
-        for token in tokens:
-            yield self._offset
-            self._offset += len(token)
+    def _place(self, token: int) -> int:
+        known = next(self._prompt, None)
+        return self._answer.step(token) if known is None else known
 
 
 def finite(value: float) -> float:

@@ -157,7 +157,8 @@ def test_about_says_what_a_figure_needs(tiny: Target) -> None:
     assert about["engine"]["prefix_caching"] is False
     assert {"dtype", "kv_dtype", "device_name", "threads", "attention", "sampling"} <= about.keys()
     assert about["versions"].keys() >= {"kvrun", "torch", "python"}
-    assert json.loads(json.dumps(about))["parameters"] == about["parameters"]
+    assert json.loads(json.dumps(about)) == about
+    assert about["parameters"] == 8_131_328 - 19 * 256  # all but its norms, two a layer and one
 
 
 def test_a_folder_with_nothing_but_a_config_gets_random_weights(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from math import prod
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from kvrun.bench.datasheet import promised
 from kvrun.bench.roofline import Ceilings, Cost
 from kvrun.errors import NotFound, Unsupported
 from kvrun.runtime.hf_config import HFConfig
+from kvrun.runtime.plan import examine
+from kvrun.runtime.tensorfile import TensorFolder
 from tests.runtime.models import zoo
 
 H200 = Ceilings(4.3e12, 790e12)
@@ -133,6 +137,29 @@ def test_parameters_are_those_of_transformers(family: str, variant: str) -> None
     assert found.experts == experts
     assert found.linear == sum(p.numel() for p in layers.values()) - experts - gates
     assert found.head == head.numel()
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "tied"),
+    [
+        ("llama", "v3", False), ("llama", "v3.1", True), ("qwen2", "plain", False),
+        ("gemma2", "plain", True), ("mixtral", "plain", False), ("gpt_neox", "pythia", False),
+    ],
+)  # fmt: skip
+def test_parameters_are_those_of_the_checkpoint(
+    tmp_path: Path, family: str, variant: str, tied: bool
+) -> None:
+    """An embedding beside the output is one more matrix, one that is the output too is none."""
+    zoo.make(tmp_path, family, variant)
+    stored = TensorFolder(tmp_path)
+    shapes = [stored.find(name)[1].shape for name in stored.names]
+    stored.close()
+    found = Cost.of(HFConfig.read(tmp_path))
+    assert found.parameters == sum(prod(shape) for shape in shapes if len(shape) > 1)
+    assert (found.embedding == 0) is tied
+    parameters = examine(tmp_path).parameters
+    assert parameters is not None
+    assert found.parameters == pytest.approx(parameters, rel=0.03)  # norms and biases
 
 
 def test_experts_are_read_as_far_as_they_are_chosen() -> None:

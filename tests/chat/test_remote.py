@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from kvrun.chat import remote as module
 from kvrun.chat.remote import Remote
 from kvrun.errors import InvalidRequest, KvrunError, NotFound, Unreachable
 from kvrun.runtime.sampling.params import SamplingParams
@@ -36,15 +37,15 @@ def chunked(body: bytes, size: int = 7) -> bytes:
 
 
 @asynccontextmanager
-async def serving(reply: bytes) -> AsyncIterator[tuple[str, list[bytes]]]:
-    """A server that gives every request the same bytes."""
+async def serving(*replies: bytes) -> AsyncIterator[tuple[str, list[bytes]]]:
+    """A server that gives each request the next of these, and the last again and again."""
     seen: list[bytes] = []
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
         seen.append(head + await reader.readexactly(length))
-        writer.write(reply)
+        writer.write(replies[min(len(seen), len(replies)) - 1])
         await writer.drain()
         writer.close()
 
@@ -92,6 +93,28 @@ async def test_the_models_of_a_server() -> None:
     async with serving(b"HTTP/1.1 200 OK\r\n\r\n" + body) as (url, seen):
         assert await Remote(f"{url}/v1/").models() == ["a", "b"]
         assert seen[0].startswith(b"GET /v1/models ")
+
+
+LOADING = b'HTTP/1.1 503 No\r\n\r\n{"error": {"message": "The model is loading."}}'
+
+
+async def test_a_server_that_loads_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAUSE", 0)
+    ready = b'HTTP/1.1 200 OK\r\n\r\n{"data": [{"id": "a"}]}'
+    told: list[str] = []
+    async with serving(LOADING, LOADING, LOADING, ready) as (url, seen):
+        assert await Remote(url).models(told.append) == ["a"]
+        assert len(seen) == 4
+    assert told == ["The model is loading."]
+
+
+async def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 0)
+    async with serving(LOADING) as (url, seen):
+        with pytest.raises(KvrunError, match="refuses the request") as error:
+            await Remote(url).models(lambda said: None)
+    assert error.value.cause == "HTTP 503: The model is loading."
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ def test_fuse(kvrun_command: Run, tmp_path: Path) -> None:
     out = tmp_path / "fused"
     assert kvrun_command("fuse", "tiny", "pirate", "-o", str(out)).code == 0
     assert (out / "tokenizer.json").is_file()
+    modes = {path.name: path.stat().st_mode for path in out.iterdir()}
+    assert set(modes.values()) == {modes["config.json"]}, "who may read one may read all"
     assert [p.name for p in tmp_path.iterdir() if "fused" in p.name] == ["fused"]
     again = kvrun_command("fuse", "tiny", "pirate", "-o", str(out))
     assert (again.code, "exists" in again.err) == (2, True)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from kvrun.cli import _machine, _transfer, env
 from kvrun.errors import EXTRAS
 from kvrun.hub.known import MODELS
 from kvrun.hub.transfer import File
+from kvrun.runtime.text import Text
 from tests.cli.conftest import SCRIPTED, Result, Terminal
 from tests.hub.conftest import MODEL, cache, hub
 from tests.hub.server import Fault, Hub
@@ -224,6 +226,38 @@ def test_show_what_cannot_run_here(
     assert "runs here      no: the weights need 16.3 MB, 1.0 MB are free." in done.out
     assert "chat template  no" in done.out
     assert kvrun_command("show", "org/none").code == 3
+
+
+def test_show_what_a_model_sees(kvrun_command: Run, tmp_path: Path) -> None:
+    source = Path(kvrun.__path__[0]) / "tiny"
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).symlink_to(source / name)
+    text = json.loads((source / "config.json").read_text())
+    tower = {"model_type": "clip_vision_model", "image_size": 42, "patch_size": 14}
+
+    def shown(**values: Any) -> tuple[dict[str, str], Any]:
+        whole = {"text_config": text, "image_token_index": 3, **values}
+        (tmp_path / "config.json").write_text(json.dumps(whole))
+        done = kvrun_command("show", str(tmp_path))
+        rows = dict(re.split(r"  +", line, maxsplit=1) for line in done.out.splitlines())
+        return rows, json.loads(kvrun_command("show", str(tmp_path), "--json").out)["images"]
+
+    rows, told = shown(model_type="llava", vision_config=tower)
+    assert rows["architecture"] == "llama"
+    word = Text(source).decode([3], skip_special=False)
+    seen = f"clip_vision_model, 42 × 42; {word} (token 3) stands for one"
+    assert rows["images"] == f"yes (llava): {seen}"
+    assert (told["tower"], told["token"], told["token_id"]) == ("clip_vision_model", word, 3)
+    odd = tower | {"model_type": "odd_tower"}
+    rows, told = shown(model_type="llava", vision_config=odd)
+    assert rows["images"] == "not taken: only its text part runs here"
+    assert told == {"taken": False, "tower": "odd_tower"}
+    (tmp_path / "tokenizer.json").unlink()
+    rows, told = shown(model_type="mistral3", vision_config={"model_type": "pixtral"})
+    assert rows["images"] == "yes (mistral3): pixtral, at most 1540 × 1540; token 3 stands for one"
+    rows, told = shown(model_type="llama")
+    assert "images" not in rows
+    assert told is None
 
 
 def test_show_an_adapter(hub: Hub, kvrun_command: Run) -> None:

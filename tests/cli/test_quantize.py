@@ -40,6 +40,24 @@ def test_a_folder_and_what_it_cost(kvrun_command: Run, tmp_path: Path, text: Pat
     assert "quantized already" in again.err
 
 
+def test_a_perplexity_that_means_nothing_is_said(kvrun_command: Run, tmp_path: Path) -> None:
+    """The built-in model knows conversations, and little of the built-in text."""
+    talk = tmp_path / "talk.txt"
+    turn = "<|user|>What is 12 + 30?<|end|><|assistant|>12 + 30 = 42.<|end|>"
+    talk.write_text(turn * 40)
+    told = {}
+    for name, words in {"foreign": [], "own": ["--calibration", str(talk)]}.items():
+        out = tmp_path / name
+        done = kvrun_command(
+            "quantize", "tiny", "--method", "int8", "-o", str(out), "--check", *words
+        )
+        assert done.code == 0, done.err
+        told[name] = "foreign to the model" in done.err
+        found = json.loads((out / "recipe.json").read_text())["check"]
+        assert (found["perplexity_before"] > 4096) == told[name]
+    assert told == {"foreign": True, "own": False}
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [

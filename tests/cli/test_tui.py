@@ -1,7 +1,10 @@
 """`kvrun tui` as a command: a terminal of its own, and where it refuses to begin."""
 
+import json
 import re
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -73,6 +76,7 @@ def test_without_a_terminal_chat_is_named(kvrun_command: Callable[..., Result]) 
         (("--adapter", "sqll"), 3, "there is no adapter 'sqll'"),
         (("-o", "temperatur=1"), 2, "did you mean 'temperature'?"),
         (("-t", "-1"), 2, "temperature is -1"),
+        (("--quantize", "gptq"), 2, "leave it out"),
         (("--url", "ftp://x"), 2, "is no URL"),
         (("--url", "http://127.0.0.1:1"), 5, "no answer from"),
     ],
@@ -84,6 +88,42 @@ def test_bad_input_is_refused_before_anything_starts(
     assert terminal.wait() == code
     assert said in terminal.seen.replace("\r\n", " ")
     assert "\x1b[?1049h" not in terminal.seen  # no screen was opened
+
+
+@pytest.fixture
+def loading() -> Iterator[tuple[str, threading.Event]]:
+    """A server's address; it lists no model before the event is set."""
+    ready = threading.Event()
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            listed = {"data": [{"id": "slow-one"}]}
+            words = listed if ready.is_set() else {"error": {"message": "The model is loading."}}
+            self.send_response(200 if ready.is_set() else 503)
+            self.end_headers()
+            self.wfile.write(json.dumps(words).encode())
+
+        def log_message(self, *_: object) -> None:
+            """Nothing is told on stderr."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", ready
+        server.shutdown()
+        thread.join()
+
+
+def test_a_server_that_loads_is_waited_for(
+    screen: Start, loading: tuple[str, threading.Event]
+) -> None:
+    url, ready = loading
+    terminal = screen("tui", "--url", url)
+    terminal.expect(f"waiting for {url}, 300 s at most: The model is loading.")
+    ready.set()
+    until(terminal, "slow-one")
+    terminal.type(CTRL_Q)
+    assert terminal.wait() == 0
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
 """/v1/completions in OpenAI's shapes."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
+from kvrun.hub.local import resolve
+from kvrun.runtime.text import Text
+from kvrun.server.openai import Echo
 from tests.server.conftest import Served, events
 
 PATH = "/v1/completions"
@@ -95,6 +99,22 @@ async def test_echo_with_logprobs_tells_those_of_the_prompt(server: Served) -> N
         assert "".join(chunk["text"] for chunk in own) == "say aba"
         assert own[0]["logprobs"]["token_logprobs"] == [None, -1, -2, -3, -4, -5]
         assert own[1]["logprobs"]["text_offset"] == [6]
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_offsets_are_places_in_what_is_repeated(raw: bool) -> None:
+    """<|bos|>, which the tokenizer adds, is in the text only where token ids were sent."""
+    text = Text(resolve("tiny"))
+    prompt = "Once upon — 雪 <|user|> a time"
+    ids = text.encode(prompt)
+    echo = Echo.of(text, prompt if raw else ids, ids, True)
+    assert echo.text == (prompt if raw else "<|bos|>" + prompt)
+    parts = [echo.text[a:b] for a, b in pairwise([*echo.places, len(echo.text)])]
+    shown = [text.decode([token], skip_special=False) for token in ids]
+    assert "".join(parts) == echo.text
+    known = [place for place, token in enumerate(shown) if "\ufffd" not in token]
+    assert len(known) > 8
+    assert [parts[n] for n in known] == ["" if raw and n == 0 else shown[n] for n in known]
 
 
 async def test_no_tokens_at_all_but_the_prompt(server: Served) -> None:

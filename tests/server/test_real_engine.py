@@ -133,6 +133,8 @@ async def test_the_chances_of_a_prompt(tiny: Server) -> None:
     openai = {"prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
     prefill = (await tiny.http.post("/generate", json=native)).json()["details"]["prefill"]
     told = (await tiny.http.post("/v1/completions", json=openai)).json()["choices"][0]["logprobs"]
+    assert told["tokens"][:3] == ["<|bos|>", "Once", " upon"]
+    assert told["text_offset"][:3] == [0, 0, len("Once")]
     values = [token["logprob"] for token in prefill]
     assert values == told["token_logprobs"]
     assert values[0] is None

@@ -16,6 +16,7 @@ from kvrun.runtime.hf_config import HFConfig
 class Check:
     """Two models on the same tokens; bytes are of their files, KL is in nats."""
 
+    vocab_size: int
     tokens: int
     perplexity: float
     perplexity_before: float
@@ -24,6 +25,11 @@ class Check:
     top1_agreement: float
     bytes: int
     bytes_before: int
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the original says the text worse than if it took every token for as likely."""
+        return self.perplexity_before > self.vocab_size
 
 
 def compare(
@@ -43,6 +49,7 @@ def compare(
         parts.append(torch.stack([*own, kl, same]))
     said_before, said, kl, same = torch.cat(parts, 1).double()
     return Check(
+        vocab_size=old[0].shape[-1],
         tokens=len(kl),
         perplexity=math.exp(-float(said.mean())),
         perplexity_before=math.exp(-float(said_before.mean())),

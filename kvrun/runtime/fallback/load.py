@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvrun.errors import BadCheckpoint, Unsupported
+from kvrun.folder import names
 from kvrun.runtime import models
 from kvrun.runtime.checkpoint import Checkpoint
 from kvrun.runtime.fallback.probe import probed
@@ -115,7 +116,7 @@ def _refused(kind: str, reason: str) -> Unsupported:
         f"the architecture '{kind}' is not supported: kvrun has no family for it, and "
         "transformers' own code would not be right here.",
         cause=reason,
-        hint="use a model of a family that `docs/models.md` lists",
+        hint=f"use a model of a family of kvrun: {', '.join(names(models.__name__))}",
     )
 
 

@@ -16,7 +16,7 @@ from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.lora.adapter import AdapterFolder, embeddings, read_config
 from kvrun.runtime.lora.sites import Sites
 from kvrun.runtime.lora.stacks import Stacks
-from kvrun.runtime.tensorfile import Stored, TensorFile, TensorFolder
+from kvrun.runtime.tensorfile import Stored, TensorFile, TensorFolder, share
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -171,6 +171,7 @@ class _Fused:
                 stored = self._tensors.find(self._tied)[1]
                 found[HEAD] = self._tensor(self._tied, file, stored, HEAD)
             save_file(found, out / file.path.name, {"format": "pt"})
+            share(out / file.path.name)
 
     def _tensor(
         self, name: str, file: TensorFile, stored: Stored, becomes: str = ""

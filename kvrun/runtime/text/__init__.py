@@ -88,6 +88,11 @@ class Text:
         pairs = zip(encoding.ids, encoding.offsets, strict=True)
         return [(token, at[start], at[end]) for token, (start, end) in pairs]
 
+    def added(self, prompt: str) -> list[bool]:
+        """Of each token id of a raw prompt, whether the tokenizer has added it."""
+        encoding = _encoding(self._tokenizer, prompt, add_special_tokens=True)
+        return [bool(flag) for flag in encoding.special_tokens_mask]
+
     def chat(
         self, messages: Sequence[Mapping[str, Any]], *, continue_final: bool = False
     ) -> list[int]:
@@ -115,7 +120,7 @@ class Text:
         Raises InvalidRequest for images that the model does not take, too, and NotFound.
         """
         checked = check_messages(messages)
-        plain, files = taken_out(with_files(checked) if local else checked)
+        plain, files = taken_out(with_files(checked) if local else checked, local=local)
         images = self._seeing.look(files) if files else []
         template = self._template
         if self.images is not None and self._wants_parts:

@@ -22,6 +22,7 @@ MOST = 64  # images of a prompt
 # Of processed images that are kept: a conversation shows its images again with every turn.
 KEPT_BYTES = 128 << 20
 IMAGE = {"type": "image"}  # as templates know it
+SEEING = tuple(places.KINDS)  # types of models that take images, as config.json names them
 NO_EYES = "the model reads only text; it takes no images."
 
 
@@ -38,7 +39,7 @@ class Prompt(NamedTuple):
 
 
 class _Processor(Protocol):
-    def __call__(self, data: bytes) -> Image: ...
+    def __call__(self, data: bytes, name: str) -> Image: ...
 
 
 class Images:
@@ -60,12 +61,15 @@ class Images:
         image that is taken, MissingExtra without Pillow."""
         if len(pictures) > MOST:
             raise InvalidRequest(f"a prompt has {len(pictures)} images; {MOST} are taken.")
-        return [p if isinstance(p, Image) else self._look(file_at(p)) for p in pictures]
+        return [
+            p if isinstance(p, Image) else self._look(file_at(p), _name(p, number))
+            for number, p in enumerate(pictures, 1)
+        ]
 
-    def _look(self, data: bytes) -> Image:
+    def _look(self, data: bytes, name: str) -> Image:
         key = blake2b(data, digest_size=32).digest()
         with self._lock:
-            found = self._kept.pop(key, None) or self._processor(data)
+            found = self._kept.pop(key, None) or self._processor(data, name)
             self._kept[key] = found
             while sum(map(_size, self._kept.values())) > KEPT_BYTES:
                 self._kept.popitem(last=False)
@@ -109,18 +113,20 @@ def images_of(folder: Path, tokenizer: Tokenizer) -> Images | None:
 
 def sees(folder: str | Path) -> bool:
     """Whether the model in a folder takes images, by its config.json; False for a damaged one."""
-    return _places(folder) is not None
+    return places_in(folder) is not None
 
 
 def dialog_of(folder: Path, tokenizer: Tokenizer) -> tuple[str, str] | None:
     """A chat template and the token that ends an answer, where a model's makers describe both and
     its files hold neither; by its config.json, and None for a damaged one."""
-    where = _places(folder)
+    where = places_in(folder)
     told = None if where is None else where.dialog
     return told if told and tokenizer.token_to_id(told[1]) is not None else None
 
 
-def _places(folder: str | Path) -> places.Places | None:
+def places_in(folder: str | Path) -> places.Places | None:
+    """Where images go in prompts of the model in a folder, by its config.json; None for one that
+    takes none, and for a damaged file."""
     try:
         return places.of(HFConfig.read(folder))
     except KvrunError:
@@ -132,18 +138,19 @@ def _size(image: Image) -> int:
 
 
 def taken_out(
-    messages: Sequence[Mapping[str, Any]],
-) -> tuple[list[Mapping[str, Any]], list[bytes]]:
-    """Messages as templates know them, and the files of their images, in order.
+    messages: Sequence[Mapping[str, Any]], *, local: bool = False
+) -> tuple[list[Mapping[str, Any]], list[Any]]:
+    """Messages as templates know them, and their images, in order.
 
-    An image is a part {"type": "image", "image": its file as bytes}.
+    An image is a part {"type": "image", "image": its file as bytes}; with `local` it may be
+    anything that `file_at` takes.
     """
-    files: list[bytes] = []
+    files: list[Any] = []
 
     def plain(part: Any) -> Any:
         if isinstance(part, Mapping) and part.get("type") == "image" and "image" in part:
             data = part["image"]
-            if not isinstance(data, bytes):
+            if not local and not isinstance(data, bytes):
                 raise InvalidRequest("an image is given by its file, as bytes.")
             files.append(data)
             return IMAGE
@@ -183,6 +190,12 @@ def file_at(source: object) -> bytes:
     raise InvalidRequest(f"a {type(source).__name__} is no image.", hint="give a file's path")
 
 
+def _name(source: object, number: int) -> str:
+    """What a message calls an image: its path as it was given, or its place."""
+    given = isinstance(source, str) and not source.startswith("data:")
+    return str(source) if given or isinstance(source, Path) else f"image {number} of the request"
+
+
 def of_each(images: Pictures | Sequence[Pictures], count: int | None) -> list[list[Picture]]:
     """The images of so many prompts each; None for a prompt that stands alone."""
     if count is None or images is None:
@@ -194,12 +207,12 @@ def of_each(images: Pictures | Sequence[Pictures], count: int | None) -> list[li
 
 
 def with_files(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Messages whose images are given as `file_at` takes them, or as parts of OpenAI's."""
+    """Messages in which images may be parts of OpenAI's, for callers on this machine."""
 
     def plain(part: Any) -> Any:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "image":
-            return {"type": "image", "image": file_at(part.get("image"))}
+            return {"type": "image", "image": part.get("image")}
         if kind == "image_url":
             given = part.get("image_url")
             url = given.get("url") if isinstance(given, Mapping) else given

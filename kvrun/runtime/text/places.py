@@ -23,9 +23,12 @@ class Places(Protocol):
     """`token` is the id that stands for one feature, `arrays` what its processor gives when it is
     asked with `options`. Where features are `attended` to, so many of each image, one `token` says
     from where on; behind a text that `ends` nothing is seen. 0: they stand in the prompt. `dialog`
-    is a chat template, and the token that ends an answer, of models whose files hold none."""
+    is a chat template, and the token that ends an answer, of models whose files hold none.
+    `tower` is the `model_type` of what looks, `pixels` says for people at how many."""
 
     token: int
+    tower: str
+    pixels: str
     attended: int
     ends: int
     dialog: tuple[str, str] | None
@@ -47,7 +50,7 @@ class Places(Protocol):
 
 def of(config: HFConfig) -> Places | None:
     """Where images go in prompts of this model; None for one whose images are not taken in."""
-    kind = _KINDS.get(config.whole or "")
+    kind = KINDS.get(config.whole or "")
     try:
         return None if kind is None else kind(config)
     except Unsupported:
@@ -109,11 +112,12 @@ class Llava(_Placed):
         vision.defaults(**CLIP_USUAL)
         self.size, self.patch = vision.integer("image_size"), vision.integer("patch_size")
         self.side = self.size // self.patch
-        tower = said_type(config, "vision_config", CLIP)
-        if tower not in (CLIP, SIGLIP):
-            raise Unsupported(f"the tower '{tower}' of this model is not known.")
+        self.pixels = f"{self.size} × {self.size}"
+        self.tower = said_type(config, "vision_config", CLIP)
+        if self.tower not in (CLIP, SIGLIP):
+            raise Unsupported(f"the tower '{self.tower}' of this model is not known.")
         # Towers without a class token lose their first patch to the usual choice of features.
-        self.classed = tower == CLIP
+        self.classed = self.tower == CLIP
         self.cut = config.text("vision_feature_select_strategy", "default") != "full"
 
     def count(self, image: Image) -> int:
@@ -144,6 +148,7 @@ class LlavaNext(Llava):
 
     def __init__(self, config: HFConfig) -> None:
         super().__init__(config)
+        self.pixels += ", whole and in tiles"
         self.sizes = config.get("image_grid_pinpoints", PINPOINTS)
         if not isinstance(self.sizes, list) or not all(_is_pair(pair) for pair in self.sizes):
             raise BadCheckpoint("config.json: 'image_grid_pinpoints' must be a list of sizes.")
@@ -194,6 +199,8 @@ class Idefics:
         self.options: dict[str, Any] = {}
         vision = config.part("vision_config")
         self.size = vision.integer("image_size", 224)
+        self.tower = said_type(config, "vision_config", "idefics_vision")
+        self.pixels = f"{self.size} × {self.size}"
         side = self.size // vision.integer("patch_size", 14)
         self.attended = side**2 + 1
         if config.flag("use_resampler", False):
@@ -231,6 +238,8 @@ class Idefics2(_Placed):
         self.latents = config.part("perceiver_config").integer("resampler_n_latents", 64)
         vision = config.part("vision_config")
         self.patch, self.size = vision.integer("patch_size", 32), vision.integer("image_size", 224)
+        self.tower = said_type(config, "vision_config", "idefics2_vision")
+        self.pixels = f"at most {self.size} × {self.size}"
 
     def count(self, image: Image) -> int:
         parts, channels, height, width = image.shape(PIXELS, 4)
@@ -257,10 +266,12 @@ class Mistral3(_Placed):
 
     def __init__(self, config: HFConfig) -> None:
         self.token = _token(config, 10)
-        tower = said_type(config, "vision_config", "pixtral")
-        if tower != "pixtral" or config.get("vision_feature_layer", -1) != -1:
-            raise Unsupported(f"the tower '{tower}' of this model is not known.")
-        self.patch = config.part("vision_config").integer("patch_size", 14)
+        self.tower = said_type(config, "vision_config", "pixtral")
+        if self.tower != "pixtral" or config.get("vision_feature_layer", -1) != -1:
+            raise Unsupported(f"the tower '{self.tower}' of this model is not known.")
+        vision = config.part("vision_config")
+        size, self.patch = vision.integer("image_size", 1540), vision.integer("patch_size", 14)
+        self.pixels = f"at most {size} × {size}"
         self.merge = config.integer("spatial_merge_size", 2)
         square = self.patch * self.merge
         self.options: dict[str, Any] = {"patch_size": {"height": square, "width": square}}
@@ -288,7 +299,8 @@ def _is_pair(pair: object) -> bool:
     return ints and len(pair) == 2  # type: ignore[arg-type]
 
 
-_KINDS: dict[str, Callable[[HFConfig], Places]] = {
+# By the `model_type` of the whole.
+KINDS: dict[str, Callable[[HFConfig], Places]] = {
     "llava": Llava,
     "llava_next": LlavaNext,
     "idefics": Idefics,

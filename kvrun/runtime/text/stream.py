@@ -103,6 +103,11 @@ class TextStream:
         """The stop string that was met."""
         return None if self._finder.found is None else self._finder.found.text
 
+    @property
+    def unsettled(self) -> int:
+        """Characters that are whole, but not given out: a later token could change them."""
+        return len(self._decode(self._ids)[self._shown :].rstrip(REPLACEMENT))
+
     def push(self, ids: Iterable[int]) -> str:
         """The text that these ids make certain."""
         pieces = []

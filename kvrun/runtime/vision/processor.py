@@ -38,9 +38,10 @@ class Processor:
                 hint="it is said in preprocessor_config.json or processor_config.json",
             ) from error
 
-    def __call__(self, data: bytes) -> Image:
-        """The image in a file. Raises InvalidRequest for one that is not taken, and says why."""
-        picture = opened(data)
+    def __call__(self, data: bytes, name: str) -> Image:
+        """The image in a file. Raises InvalidRequest for one that is not taken, by its `name`, and
+        says why."""
+        picture = opened(data, name)
         try:
             made: Any = self._process(picture, return_tensors="np", **self._options)
             if isinstance(made, np.ndarray):  # some give nothing but pixels
@@ -49,7 +50,7 @@ class Processor:
             arrays = {name: np.asarray(made[name])[0] for name in self._arrays}
         except Exception as error:
             raise InvalidRequest(
-                "the model's image processor fails on an image.", cause=str(error)
+                f"the model's image processor fails on {name}.", cause=str(error)
             ) from error
         return Image.of({name: _plain(name, array) for name, array in arrays.items()})
 
@@ -60,38 +61,38 @@ def _plain(name: str, array: np.ndarray) -> np.ndarray:
     return array.astype(np.uint8 if name.endswith("mask") else np.int64)
 
 
-def opened(data: bytes) -> Pillow.Image:
+def opened(data: bytes, name: str) -> Pillow.Image:
     """A decoded image in RGB, turned as it says it should be. Raises InvalidRequest."""
     if len(data) > BYTES:
-        raise InvalidRequest(f"an image has {len(data):,} bytes; {BYTES:,} are taken.")
+        raise InvalidRequest(f"{name} has {len(data):,} bytes; {BYTES:,} are taken.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes; they are looked at here
             picture = Pillow.open(io.BytesIO(data), formats=FORMATS)
-            _check(picture)
+            _check(picture, name)
             picture.load()
             return ImageOps.exif_transpose(picture).convert("RGB")
     except InvalidRequest:
         raise
     except Pillow.DecompressionBombError as error:  # its own limit is far above
-        raise InvalidRequest(f"an image has more than {PIXELS:,} pixels.") from error
+        raise InvalidRequest(f"{name} has more than {PIXELS:,} pixels.") from error
     except UnidentifiedImageError as error:
-        raise InvalidRequest("a file is no image.", hint="PNG and JPEG are taken") from error
+        raise InvalidRequest(f"{name} is no PNG or JPEG image.") from error
     except Exception as error:  # a decoder may raise anything on a damaged file
-        raise InvalidRequest("an image cannot be read.", cause=str(error)) from error
+        raise InvalidRequest(f"{name} cannot be read.", cause=str(error)) from error
 
 
-def _check(picture: Pillow.Image) -> None:
+def _check(picture: Pillow.Image, name: str) -> None:
     """Before anything is decoded: a small file may say that it is huge."""
     width, height = picture.size
     if width * height > PIXELS:
         raise InvalidRequest(
-            f"an image has {width:,} x {height:,} pixels; {PIXELS:,} in all are taken."
+            f"{name} has {width:,} x {height:,} pixels; {PIXELS:,} in all are taken."
         )
     if max(width, height) > RATIO * min(width, height):
         raise InvalidRequest(
-            f"an image has {width:,} x {height:,} pixels; one side may be {RATIO} times as long as "
+            f"{name} has {width:,} x {height:,} pixels; one side may be {RATIO} times as long as "
             "the other."
         )
     if getattr(picture, "n_frames", 1) != 1:
-        raise InvalidRequest("an image has several frames; one is taken.")
+        raise InvalidRequest(f"{name} has several frames; one is taken.")

@@ -13,7 +13,7 @@ from kvrun.server import openai, sse
 from kvrun.server.call import Call, ReadyService, ThisCall
 from kvrun.server.errors import ApiError, json_response
 from kvrun.server.generation import Choice, Generation, Piece, together
-from kvrun.server.openai import CompletionLogprobs, Head, usage_of
+from kvrun.server.openai import CompletionLogprobs, Echo, Head, usage_of
 from kvrun.server.schemas.common import openai_errors, or_events
 from kvrun.server.schemas.openai import Completion, CompletionBody
 from kvrun.server.service import Service
@@ -28,7 +28,7 @@ class Plan:
     body: CompletionBody
     service: Service
     generations: list[Generation]
-    texts: list[str]  # of the prompts, where they shall be repeated
+    echoes: list[Echo]  # empty ones, where prompts shall not be repeated
     n: int  # answers to return for each prompt
     head: Head
 
@@ -77,7 +77,7 @@ async def _plan(body: CompletionBody, service: Service, call: Call) -> Plan:
     if len(prompts) > most:
         words = f"prompt has {len(prompts)} prompts; at most {most} (--max-client-batch-size)."
         raise ApiError("validation", words, param="prompt")
-    generations, texts = [], []
+    generations, echoes = [], []
     for prompt in prompts:
         if isinstance(prompt, str):
             ids = await service.encode(prompt)
@@ -85,9 +85,9 @@ async def _plan(body: CompletionBody, service: Service, call: Call) -> Plan:
             ids = openai.check_ids(prompt, service, "prompt")
         service.check_length(len(ids), params.max_tokens, "prompt")
         generations.append(Generation(service, call, ids, params, adapter=adapter))
-        texts.append(_repeated(prompt, service) if body.echo else "")
+        echoes.append(await _echoed(body, service, prompt, ids))
     head = Head.of(generations[0], call, body, "cmpl", "text_completion")
-    return Plan(body, service, generations, texts, n, head)
+    return Plan(body, service, generations, echoes, n, head)
 
 
 def _sampling(body: CompletionBody, service: Service) -> tuple[SamplingParams, int]:
@@ -117,10 +117,15 @@ def _sampling(body: CompletionBody, service: Service) -> tuple[SamplingParams, i
     return params, n
 
 
-def _repeated(prompt: str | list[int], service: Service) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return service.text.decode(prompt, skip_special=False) if service.has_text else ""
+async def _echoed(
+    body: CompletionBody, service: Service, prompt: str | list[int], ids: list[int]
+) -> Echo:
+    if not body.echo:
+        return Echo("", [])
+    if not service.has_text:
+        return Echo("", [0] * len(ids))
+    placed = body.logprobs is not None
+    return await service.in_thread(Echo.of, service.text, prompt, ids, placed)
 
 
 def _best(plan: Plan, number: int) -> Sequence[Choice]:
@@ -143,11 +148,11 @@ def _choice(plan: Plan, index: int, number: int, choice: Choice) -> dict[str, An
     logprobs = None
     if plan.body.logprobs is not None:
         text = plan.service.text if plan.service.has_text else None
-        answer = [(entry.token_id, entry) for entry in choice.logprobs]
-        logprobs = CompletionLogprobs(text).take([*_prompt(plan, number), *answer])
+        known = [*_prompt(plan, number), *((entry.token_id, entry) for entry in choice.logprobs)]
+        logprobs = CompletionLogprobs(text, plan.echoes[number]).take(known)
     return {
         "index": index,
-        "text": plan.texts[number] + choice.text,
+        "text": plan.echoes[number].text + choice.text,
         "logprobs": logprobs,
         "finish_reason": choice.finish_reason,
     }
@@ -161,7 +166,7 @@ async def _events(plan: Plan) -> AsyncGenerator[bytes]:
     each = bool(options and options.continuous_usage_stats)
     text = plan.service.text if plan.service.has_text else None
     templates = [_template(plan, index) for index in range(len(plan.generations) * plan.n)]
-    logprobs = [CompletionLogprobs(text) for _ in templates]
+    logprobs = [CompletionLogprobs(text, echo) for echo in plan.echoes for _ in range(plan.n)]
     with plan.service.admitted(plan.answers):
         echoed = set() if plan.body.echo else set(range(len(plan.generations)))
         async for number, piece in together(plan.generations):
@@ -185,7 +190,7 @@ async def _events(plan: Plan) -> AsyncGenerator[bytes]:
 def _echo(plan: Plan, number: int, index: int, logprobs: CompletionLogprobs) -> bytes:
     asked = plan.body.logprobs is not None
     entries = logprobs.take(_prompt(plan, number)) if asked else None
-    part = Piece(index, plan.texts[number], [], [], None)
+    part = Piece(index, plan.echoes[number].text, [], [], None)
     return sse.frame(plan.head.around([_part(index, part, entries)], None))
 
 

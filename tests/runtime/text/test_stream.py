@@ -58,6 +58,21 @@ def test_h12_pieces_joined_are_the_whole(
     stream = text.stream(skip_special=skip_special)
     assert "".join(pushed(stream, ids, cuts)) == whole
     assert stream.tokens_used == len(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@relaxed
+def test_what_is_out_and_what_is_whole_are_the_text_so_far(
+    open_text: Open, kind: str, data: st.DataObject
+) -> None:
+    text = open_text(kind)
+    stream, out = text.stream(skip_special=False), ""
+    ids = data.draw(st.lists(vocabulary(kind), max_size=24))
+    for end, token in enumerate(ids, 1):
+        out += stream.push([token])
+        whole = text.decode(ids[:end], skip_special=False).rstrip("\ufffd")
+        assert len(out.rstrip("\ufffd")) <= len(whole) <= len(out) + stream.unsettled
     assert not stream.stopped
 
 

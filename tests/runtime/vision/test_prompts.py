@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -176,9 +177,9 @@ def animated() -> bytes:
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (b"", "no image"),
-        (b"hello, I am a text", "no image"),
-        (gif(), "no image"),
+        (b"", "no PNG or JPEG"),
+        (b"hello, I am a text", "no PNG or JPEG"),
+        (gif(), "no PNG or JPEG"),
         (png(1)[:200], "cannot be read"),
         (bomb(50_000, 50_000), "more than 20,000,000 pixels"),
         (bomb(5_000, 4_001), "20,000,000"),
@@ -191,6 +192,22 @@ def test_files_that_are_refused(tmp_path: Path, data: bytes, why: str) -> None:
     readers.make(tmp_path, "llava")
     with pytest.raises(InvalidRequest, match=why):
         Text(tmp_path).encode_with("<image>", [data])
+
+
+def test_the_image_that_is_refused_is_named(tmp_path: Path) -> None:
+    readers.make(tmp_path, "llava")
+    text, path = Text(tmp_path), tmp_path / "notes.txt"
+    path.write_text("hello, I am a text")
+    name = re.escape(str(path))
+    for source in (path, str(path)):
+        with pytest.raises(InvalidRequest, match=f"^{name} is no PNG or JPEG image"):
+            text.encode_with("<image><image>", [png(1), source])
+        with pytest.raises(InvalidRequest, match=f"^{name} is no PNG or JPEG image"):
+            text.converse(parts({"type": "image", "image": source}), local=True)
+    url = "data:image/png;base64," + base64.b64encode(bomb(5_000, 4_001)).decode()
+    for data in (bomb(5_000, 4_001), url):
+        with pytest.raises(InvalidRequest, match=r"^image 2 of the request has 5,000 x 4,001"):
+            text.encode_with("<image><image>", [png(1), data])
 
 
 def test_files_that_are_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ def test_of_an_unknown_tower_the_text_part_runs(tmp_path: Path) -> None:
 
 
 def test_the_families_that_are_known_have_towers() -> None:
-    assert sorted(places._KINDS) == registry.names("kvrun.runtime.vision.towers")
+    assert sorted(places.KINDS) == registry.names("kvrun.runtime.vision.towers")
 
 
 def test_adapters_do_not_change_what_is_seen(made: Made) -> None:

@@ -153,7 +153,7 @@ async def test_image_parts_over_http(http: httpx2.AsyncClient, folder: Folder) -
         ({"url": "file:///etc/hostname"}, "no URL is ever fetched"),
         ({"url": "/etc/hostname"}, "no URL is ever fetched"),
         ({"url": "data:image/png;base64,%%%"}, "not in base64"),
-        ({"url": url(b"no image")}, "no image"),
+        ({"url": url(b"no image")}, "image 1 of the request is no PNG or JPEG"),
         (None, "neither text nor an image"),
     ],
 )

@@ -189,7 +189,7 @@ def check_fp32(name: str, found: Said, wanted: Said) -> None:
 
 
 # In 16 bits a device may be so much further from fp32 than a CPU in 16 bits is, in the middle.
-FURTHER, LEAST = 1.5, 0.002
+FURTHER, LEAST = 2.0, 0.002
 # A token that leads by so many times that is drawn on both. A router at a near tie sends a token to
 # another expert: two answers may turn, in both of their runs.
 CLEAR, TURNS = 10, 4

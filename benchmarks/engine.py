@@ -167,26 +167,32 @@ def alone(work: Callable[..., Any], *args: Any) -> Any:
 
 
 def picture(found: list[dict[str, Any]]) -> str:
-    """How many times as fast kvrun is as another engine, an SVG; found holds records of both."""
+    """How many times as fast kvrun is as another engine, an SVG: the best of each one's records."""
     bars = []
+    others = dict.fromkeys(f["engine"] for f in found if not f["engine"].startswith("kvrun"))
+    for shape in dict.fromkeys(f["shape"] for f in found):
+        for other in others:
+            mine, theirs = _best(found, shape, "kvrun"), _best(found, shape, other)
+            for key in (key for key in theirs if key in mine):
+                time = key.endswith("_ms")
+                ratio = theirs[key] / mine[key] if time else mine[key] / theirs[key]
+                label = key.removesuffix("_ms").removesuffix("_tok_s").replace("_", " ")
+                bars.append(plot.Bar(f"{label}, {shape}", round(ratio, 2), group=shape))
+    title = f"kvrun's speed as a multiple of {', '.join(others)}"
+    return plot.svg(title, str(found[0]["device"]), bars)
+
+
+def _best(found: list[dict[str, Any]], shape: str, engine: str) -> dict[str, float]:
+    best: dict[str, float] = {}
     for one in found:
-        mine = next((f for f in found if f["shape"] == one["shape"] and _name(f) == "kvrun"), None)
-        if mine is None or _name(one) == "kvrun":
+        if one["shape"] != shape or not one["engine"].startswith(engine):
             continue
-        for key in (k for k in one if k in mine and k.endswith(("_ms", "_tok_s"))):
-            ours, theirs = (
-                statistics.median(f[key]["steps"]) if isinstance(f[key], dict) else f[key]
-                for f in (mine, one)
-            )
-            ratio = theirs / ours if key.endswith("_ms") else ours / theirs
-            label = key.removesuffix("_ms").removesuffix("_tok_s").replace("_", " ")
-            bars.append(plot.Bar(f"{label}, {one['shape']}", ratio, 1.0, group=one["shape"]))
-    others = ", ".join(dict.fromkeys(f["engine"] for f in found if _name(f) != "kvrun"))
-    return plot.svg(f"kvrun's speed as a multiple of {others}", found[0]["device"], bars)
-
-
-def _name(record: dict[str, Any]) -> str:
-    return str(record["engine"]).split()[0]
+        for key in (key for key in one if key.endswith(("_ms", "_tok_s"))):
+            value = one[key]
+            value = statistics.median(value["steps"]) if isinstance(value, dict) else value
+            better = min if key.endswith("_ms") else max
+            best[key] = better(value, best.get(key, value))
+    return best
 
 
 def main() -> None:

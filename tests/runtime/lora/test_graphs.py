@@ -7,6 +7,7 @@ tensors: what the tiles, the rows and the slots know is put to the test, not the
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +84,16 @@ def test_kinds_that_no_graph_knows_take_steps_of_their_own(
     replays.clear()
     run(engine, work(4, ["dora"]))
     assert not replays
+
+
+@torch.inference_mode()
+def test_few_rows_share_no_tile(graphed: Any) -> None:
+    engine, _ = graphed()
+    lora, send = engine._runner.graphs._lora, engine._runner._slots.send
+    for rows, tiles in (([2] * 8 + [0] * 3, 8), ([2] * 9, 1), ([2, 3, 3], 3), ([0], 0)):
+        lora.show(np.array(rows), send)
+        assert len(lora.rows(16, 16)._tiles.unique(dim=0)) == tiles + (tiles < 16)
+        assert lora.few(16) == (tiles <= 4)
 
 
 @pytest.mark.parametrize("run_ahead", [0, 2])

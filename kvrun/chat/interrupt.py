@@ -21,7 +21,12 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        self._before = signal.signal(signal.SIGINT, self._on_signal)
+        self._before = signal.getsignal(signal.SIGINT)
+        try:
+            # The loop's own: one of Python's is not run once the loop has decided to wait.
+            self._loop.add_signal_handler(signal.SIGINT, self._stop)
+        except NotImplementedError:  # on Windows
+            signal.signal(signal.SIGINT, self._on_signal)
         return self
 
     def __exit__(
@@ -30,6 +35,8 @@ class Interrupts:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        with contextlib.suppress(NotImplementedError):
+            self._loop.remove_signal_handler(signal.SIGINT)
         signal.signal(signal.SIGINT, self._before)
 
     async def run(self, work: Coroutine[Any, Any, None]) -> bool:

@@ -92,7 +92,7 @@ Apertus, HunYuan dense, ERNIE 4.5 MoE, VaultGemma, Persimmon.
 On one H100 every family, those that take images too, gave the CPU's log-probabilities, tokens and
 states of embeddings in fp32 within 1e-3, captured and launched, and in bfloat16 was about as far
 from them as a CPU in bfloat16 is; so were all codes and adapters of every kind
-(`pytest -m gpu tests/gpu`). Not seen there again since it was mended: SigLIP's tower in bfloat16.
+(`pytest -m gpu tests/gpu`).
 """
 WEIGHTS = """
 ## Quantized weights

@@ -205,6 +205,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="kvrun beside the others")
     args = parser.parse_args()
     needs.gpu("measure a CPU with benchmarks/peers.py")
+    for engine in args.engine:
+        needs.package(engine, engine)
     found: list[dict[str, Any]] = []
     device, rates = alone(named_ceilings)
     print(f"{device} reads {rates[0] / 1e12:.2f} TB/s, multiplies {rates[1] / 1e12:.0f} TFLOP/s")

@@ -19,8 +19,14 @@ def gpu(instead: str, *, triton: bool = False) -> None:
         else:
             why, remedy = "torch finds none", "run it where there is one"
         _end("a CUDA GPU", why, f"{remedy}, or {instead}")
-    if triton and find_spec("triton") is None:
-        _end("Triton", "it is not installed", "pip install triton")
+    if triton:
+        package("triton", "Triton")
+
+
+def package(name: str, called: str) -> None:
+    """Ends the program with code 2 where a package is not installed."""
+    if find_spec(name) is None:
+        _end(called, "it is not installed", f"pip install {name}")
 
 
 def _end(what: str, why: str, hint: str) -> NoReturn:

@@ -52,3 +52,18 @@ def test_without_triton(
         module.main()
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"{name}.py needs Triton: it is not installed; {PIP}\n"
+
+
+def test_without_a_peer(
+    program: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = program("engine")
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--engine", "kvrun", "vllm"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("needs.find_spec", lambda name: None if name == "vllm" else name)
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 2
+    assert (
+        capsys.readouterr().err == "engine.py needs vllm: it is not installed; pip install vllm\n"
+    )

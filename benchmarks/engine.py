@@ -2,8 +2,8 @@
 
 `python benchmarks/engine.py --shape llama-3-8b`; with `--engine kvrun vllm` the same on each, one
 after the other, if vLLM is installed. Weights are random (nothing to download), prompts are token
-ids, decoding is greedy, ends of text are ignored, the prefix cache is off, 92 % of the memory may
-be used; what else there is to choose is as the engine has it. Workloads:
+ids, decoding is greedy, ends of text are ignored, the prefix cache is off, vLLM may use 92 % of the
+memory; what else there is to choose is as the engine has it. Workloads:
 
 * decode step at batch b: b prompts of 512 tokens; (time of 136 new tokens - time of 8) / 128
 * prefill: 8 prompts of 8192 tokens, one new token each
@@ -59,7 +59,7 @@ def ceilings() -> tuple[float, float]:
     return read, _rate(lambda: square @ square, 2 * 8192**3)
 
 
-def named_ceilings() -> tuple[str, tuple[float, float]]:
+def device_and_ceilings() -> tuple[str, tuple[float, float]]:
     return torch.cuda.get_device_name(), ceilings()
 
 
@@ -208,7 +208,7 @@ def main() -> None:
     for engine in args.engine:
         needs.package(engine, engine)
     found: list[dict[str, Any]] = []
-    device, rates = alone(named_ceilings)
+    device, rates = alone(device_and_ceilings)
     print(f"{device} reads {rates[0] / 1e12:.2f} TB/s, multiplies {rates[1] / 1e12:.0f} TFLOP/s")
     about = {"device": device, "torch": torch.__version__}
     about |= {"read_bytes_s": rates[0], "flops_s": rates[1]}

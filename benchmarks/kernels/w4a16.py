@@ -1,10 +1,10 @@
 """Products with codes of 4 and 8 bits on a GPU: which form is the fastest for how many rows.
 
 `python benchmarks/kernels/w4a16.py [--bits 4 8] [--rows 1 16 256]`. The four products of a layer of
-Llama 3 8B, codes in groups of 128 (4 bits) or with a scale for each row (8 bits), from rotating
-copies larger than the L2 cache, inside one CUDA graph; every form is right within 1e-2 or is not
-timed. Beside the forms: `values`, which makes all values and multiplies them by cuBLAS, and `now`,
-the form in use. Microseconds.
+Llama 3 8B, codes in groups of 128 with zeros (4 bits) or with a scale for each row (8 bits), from
+rotating copies larger than the L2 cache, inside one CUDA graph; every form is right within 1e-2 or
+is not timed. Beside the forms: `values`, which makes all values and multiplies them by cuBLAS, and
+`now`, the form in use. Microseconds.
 """
 
 import argparse
@@ -65,7 +65,10 @@ def matrix(bits: int, n: int, k: int) -> twin.Coded:
     codes = torch.randint(-(2**31), 2**31 - 1, (n, words), dtype=torch.int32, device="cuda")
     group = 128 if bits == 4 else k
     scale = (torch.rand(n, k // group, device="cuda") * 0.01 + 0.01).bfloat16()
-    return twin.Coded(codes, scale, k, group, bits=bits)
+    zero = None
+    if bits == 4:
+        zero = torch.randint(-8, 8, scale.shape, device="cuda").to(torch.int8)
+    return twin.beside(twin.Coded(codes, scale, k, group, zero, bits=bits))
 
 
 def forms(m: int, n: int, k: int, bits: int) -> list[Form]:

@@ -138,14 +138,19 @@ def _less(values, offset, ASM: tl.constexpr):
 
 
 @triton.jit
+def halves(both, dtype: tl.constexpr):
+    """The lower and the upper 16 bits of words, each a value of `dtype`, in fp32."""
+    low = both.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return low, (both >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def grid(scale, zero, at, there, ZERO: tl.constexpr, ONCE: tl.constexpr):
     """Scale and zero of groups `at` in fp32. ZERO: 0, there is none; 1, it lies where `zero` says;
     2, a small integer behind its scale in 16 bits, where ONCE loads both in one go."""
     if ZERO == 2 and ONCE:
         both = tl.load(scale.to(tl.pointer_type(tl.int32)) + at, mask=there, other=0)
-        kind: tl.constexpr = scale.dtype.element_ty
-        factor = both.to(tl.int16).to(kind, bitcast=True).to(tl.float32)
-        return factor, (both >> 16).to(tl.int16).to(kind, bitcast=True).to(tl.float32)
+        return halves(both, scale.dtype.element_ty)
     if ZERO == 2:
         at *= 2
     factor = tl.load(scale + at, mask=there, other=0.0).to(tl.float32)

@@ -7,6 +7,7 @@ program, and the words of the next tile are on their way while one is multiplied
 import triton
 import triton.language as tl
 
+from kvrun.runtime.kernels.triton._codes import halves
 from kvrun.runtime.kernels.triton._overlap import release, wait
 from kvrun.runtime.kernels.triton._skinny import _finish, _load
 from kvrun.runtime.kernels.triton._w4a16 import _code, _column, _fold
@@ -66,8 +67,7 @@ def _stored(grid, at, there, ZERO: tl.constexpr):
 def _grid(stored, dtype: tl.constexpr, ZERO: tl.constexpr):
     """What `_stored` has loaded, in fp32."""
     if ZERO:
-        factor = stored.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-        return factor, (stored >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        return halves(stored, dtype)
     else:  # noqa: RET505
         return stored.to(tl.float32), 0.0
 

@@ -52,10 +52,11 @@ def linear(
 ) -> torch.Tensor:
     """As the twin. `norm` and `act` up to FEW rows; not on two streams of a device at once."""
     n, k = len(matrix.codes), matrix.columns
-    form = config(len(x), n, k, _kind(matrix), sm_count(x.device))
     if len(x) == 1 and act is None and _turns(matrix):
         form = _turning(n, _words(matrix).shape[1], sm_count(x.device))
-    form = fitting(form, matrix.bits, _wide(matrix), shared_memory(x.device))
+    else:
+        form = config(len(x), n, k, _kind(matrix), sm_count(x.device))
+        form = fitting(form, matrix.bits, _wide(matrix), shared_memory(x.device))
     return run(form, x, matrix, bias=bias, add=add, norm=norm, eps=eps, act=act, out=out)
 
 

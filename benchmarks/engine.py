@@ -32,7 +32,7 @@ from kvrun.bench import plot, shapes, workloads
 from kvrun.bench.roofline import Ceilings, Cost
 from kvrun.runtime.hf_config import HFConfig
 
-SHAPES = ("llama-3-8b", "qwen3-0.6b")
+SHAPES = ("llama-3-8b", "qwen3-0.6b")  # of "all"
 BATCHES = (1, 8, 32, 128, 256)
 CONTEXT = 576  # the mean of a decode step's sequences
 LONGEST = 10240  # tokens of a prompt and its answer
@@ -85,8 +85,9 @@ def decode(generate: Generate, batch: int, repeats: int) -> list[float]:
 
 
 def measured(
-    engine: str, name: str, wanted: list[str], repeats: int, rates: tuple[float, float]
-) -> dict[str, Any]:
+    engine: str, name: str, wanted: list[str], batches: list[int], repeats: int,
+    rates: tuple[float, float],
+) -> dict[str, Any]:  # fmt: skip
     """Prints and returns the figures, in a process that has not used the GPU yet."""
     with shapes.folder(name) as folder:
         cost = Cost.of(HFConfig.read(folder))
@@ -96,7 +97,7 @@ def measured(
     gc.collect()  # what the start has left is not the first workload's to clear away
     print(f"{name}, {version}: ready after {start:.1f} s", flush=True)
     found: dict[str, Any] = {"shape": name, "engine": version, "start_s": start}
-    for batch in BATCHES if "decode" in wanted else ():
+    for batch in batches if "decode" in wanted else ():
         steps = [1e3 * s for s in decode(generate, batch, repeats)]
         middle = statistics.median(steps)
         least = 1e3 * cost.step(batch, CONTEXT).seconds(Ceilings(*rates))
@@ -197,9 +198,10 @@ def _best(found: list[dict[str, Any]], shape: str, engine: str) -> dict[str, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
+    parser.add_argument("--shape", choices=[*shapes.SHAPES, "all"], default="all")
     parser.add_argument("--engine", nargs="+", choices=[*OPEN], default=["kvrun"])
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES), help="of decode")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="kvrun beside the others")
@@ -214,7 +216,8 @@ def main() -> None:
     about |= {"read_bytes_s": rates[0], "flops_s": rates[1]}
     for name in SHAPES if args.shape == "all" else (args.shape,):
         for engine in args.engine:
-            found.append(alone(measured, engine, name, args.only, args.repeats, rates) | about)
+            asked = args.only, args.batch, args.repeats, rates
+            found.append(alone(measured, engine, name, *asked) | about)
             if args.json:
                 args.json.write_text(json.dumps(found, indent=1) + "\n")
     if args.plot:

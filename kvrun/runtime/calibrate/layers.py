@@ -71,12 +71,15 @@ class Lazy:
     def takes_in(self, rows: int) -> bool:
         return False
 
+    def gates(self, rows: int) -> bool:
+        return False
+
     def matmul(
         self,
         x: torch.Tensor,
         add: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
-        **prologue: Any,
+        **fused: Any,
     ) -> torch.Tensor:
         if self.seen is not None:
             self.seen.add(x)

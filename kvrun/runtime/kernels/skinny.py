@@ -18,15 +18,17 @@ def linear(
     norm: torch.Tensor | None = None,
     eps: float = 0.0,
     act: str | None = None,
+    gated: str | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [M, K] · weight [N, K] transposed + bias [N] + add [M, N] -> [M, N] in x's dtype.
 
     `norm` [K] fp32: the row enters as x / sqrt(mean(x²) + eps) · norm. `act` ("silu", "gelu",
     "gelu_tanh", "relu"): x is [M, 2K] = [gate | up] and the row enters as act(gate) · up. Either
-    or neither of the two. What enters is rounded to x's dtype, sums are in fp32, and the result
-    is rounded once. `out` may be `add` itself. Columns of all matrices are contiguous, rows may
-    be apart; `weight`, `bias` and `add` have x's dtype.
+    or neither of the two. `gated`, of the same names: what comes out is [gate | up] and becomes
+    act(gate) · up [M, N / 2]; then there is no bias and no `add`. What enters is rounded to x's
+    dtype, sums are in fp32, and the result is rounded once. `out` may be `add` itself. Columns of
+    all matrices are contiguous, rows may be apart; `weight`, `bias` and `add` have x's dtype.
     """
     assert norm is None or act is None
     row = x.float()
@@ -36,6 +38,9 @@ def linear(
         gate, up = row.chunk(2, -1)
         row = activate(gate, act) * up
     y = row.to(x.dtype).float() @ weight.float().t()
+    if gated is not None:
+        gate, up = y.chunk(2, -1)
+        y = activate(gate, gated) * up
     for term in (bias, add):
         if term is not None:
             y = y + term.float()

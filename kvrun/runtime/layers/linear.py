@@ -24,10 +24,18 @@ class Prologue(Protocol):
     def prologue(self) -> dict[str, Any]: ...
 
 
+class Epilogue(Protocol):
+    """What happens to the output of a product, where that does it itself."""
+
+    @property
+    def epilogue(self) -> dict[str, Any]: ...
+
+
 class Linear:
     """x [tokens, in] -> [tokens, out], plus `add` [tokens, out] (a residual) if given.
 
     `before` (a norm, a gate) is applied to x first. `add` may be overwritten with the result.
+    `gate`, only where `gates` says so, makes the output of [gate | up] what it makes of them.
     Adapters find it by the names of its shards, and are cut as they are.
     """
 
@@ -41,16 +49,22 @@ class Linear:
         self._site = len(w.products)
         w.products.append(Product(shards))
 
+    def gates(self, x: torch.Tensor, batch: "Batch") -> bool:
+        """Whether the product of a step makes of its gates and ups what the next one wants."""
+        # What adapters add to gates and ups comes first.
+        return batch.lora is None and not self._partial and self._weight.gates(x.shape[0])
+
     def __call__(
         self,
         x: torch.Tensor,
         batch: "Batch",
         add: torch.Tensor | None = None,
         before: Prologue | None = None,
+        gate: Epilogue | None = None,
     ) -> torch.Tensor:
         if not self._partial:
             if batch.lora is None:
-                return product(self._weight, x, add, before)
+                return product(self._weight, x, add, before, gate=gate)
             return self._product(x, batch, add, before)
         y = self._group.all_reduce(self._product(x, batch, None, before))
         if self._late_bias is not None:
@@ -110,13 +124,15 @@ def product(
     add: torch.Tensor | None = None,
     before: Prologue | None = None,
     out: torch.Tensor | None = None,
+    gate: Epilogue | None = None,
 ) -> torch.Tensor:
     """weight · before(x) + add, in one kernel where the weight takes in what comes before."""
+    behind = {} if gate is None else gate.epilogue
     if before is None:
-        return weight.matmul(x, add, out)
+        return weight.matmul(x, add, out, **behind)
     if weight.takes_in(x.shape[0]):
-        return weight.matmul(x, add, out, **before.prologue)
-    return weight.matmul(before(x), add, out)
+        return weight.matmul(x, add, out, **before.prologue, **behind)
+    return weight.matmul(before(x), add, out, **behind)
 
 
 def split_rows(w: "Checkpoint", name: str, out_features: int, in_features: int) -> Shard:

@@ -88,6 +88,11 @@ class Gate:
         """How a product that takes in the gate is asked for it."""
         return {"act": self._name}
 
+    @property
+    def epilogue(self) -> dict[str, Any]:
+        """How the product in front is asked for it."""
+        return {"gated": self._name}
+
 
 class GatedMLP:
     """x [tokens, hidden] -> [tokens, hidden], plus `add` if given; `norm` is applied to x first.
@@ -119,6 +124,8 @@ class GatedMLP:
         norm: Norm | None = None,
     ) -> torch.Tensor:
         x, before = before_product(norm, x)
+        if self._gate_up.gates(x, batch):
+            return self._down(self._gate_up(x, batch, before=before, gate=self._gate), batch, add)
         return self._down(self._gate_up(x, batch, before=before), batch, add, before=self._gate)
 
 

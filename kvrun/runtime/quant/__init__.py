@@ -33,12 +33,16 @@ class Weight(Protocol):
         """Whether `matmul` for so many rows knows prologues (Prologue.prologue of a norm, a gate)
         and is faster with them than behind them."""
 
+    def gates(self, rows: int) -> bool:
+        """Whether `matmul` for so many rows knows epilogues (Gate.epilogue): of a product that is
+        [gate | up] it returns act(gate) · up [tokens, out / 2]."""
+
     def matmul(
         self,
         x: torch.Tensor,
         add: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
-        **prologue: Any,
+        **fused: Any,
     ) -> torch.Tensor:
         """x [tokens, in] -> [tokens, out], plus the bias, plus `add` [tokens, out] if given.
 

@@ -11,6 +11,7 @@ from kvrun.errors import BadCheckpoint
 from kvrun.runtime.kernels import w4a16
 from kvrun.runtime.kernels.w4a16 import Coded
 from kvrun.runtime.quant import dense
+from kvrun.runtime.quant._apart import Apart
 from kvrun.runtime.quant._cpu import Int4, Int8, Native
 from kvrun.runtime.quant._cuda import Fused, Scaled
 
@@ -207,7 +208,7 @@ def fuses(matrix: Coded, dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2 and whole and even
 
 
-class Gathered:
+class Gathered(Apart):
     """A weight whose columns stand in another order than the values of a row."""
 
     def __init__(self, weight: Native | Int4 | Int8, order: torch.Tensor) -> None:
@@ -215,34 +216,28 @@ class Gathered:
         self._order = order
         self.nbytes = weight.nbytes + order.nbytes
 
-    def takes_in(self, rows: int) -> bool:
-        return False
-
     def matmul(
         self,
         x: torch.Tensor,
         add: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
-        **prologue: Any,
+        **fused: Any,
     ) -> torch.Tensor:
         return self._weight.matmul(x.index_select(1, self._order), add, out)
 
 
-class Beside:
+class Beside(Apart):
     """Weights that share their input; their outputs stand side by side."""
 
     def __init__(self, weights: "Sequence[Weight]") -> None:
         self._weights = weights
 
-    def takes_in(self, rows: int) -> bool:
-        return False
-
     def matmul(
         self,
         x: torch.Tensor,
         add: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
-        **prologue: Any,
+        **fused: Any,
     ) -> torch.Tensor:
         y = torch.cat([weight.matmul(x) for weight in self._weights], 1)
         if add is not None:

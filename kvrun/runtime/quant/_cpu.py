@@ -13,6 +13,7 @@ from kvrun.runtime.device import native
 from kvrun.runtime.kernels import w4a16
 from kvrun.runtime.kernels.w4a16 import Coded
 from kvrun.runtime.quant import dense
+from kvrun.runtime.quant._apart import Apart
 
 _GROUPS = (256, 128, 64, 32)  # that the kernel of 4 bits knows
 # From so many rows on, int8 codes are turned back to values first: 2 times as fast at 512.
@@ -42,12 +43,15 @@ class Native:
     def takes_in(self, rows: int) -> bool:
         return rows <= _FEW
 
+    def gates(self, rows: int) -> bool:
+        return False
+
     def matmul(
         self,
         x: torch.Tensor,
         add: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
-        **prologue: Any,
+        **fused: Any,
     ) -> torch.Tensor:
         if x.shape[0] > _FEW:
             return _sum(self._many(x), self._bias, add, out)
@@ -56,7 +60,7 @@ class Native:
             x = x.float()
         if add is not None and (add.dtype is not x.dtype or not add.is_contiguous()):
             add, late = None, add
-        y: torch.Tensor = self._stored.linear(x, add=add, out=add, **prologue)
+        y: torch.Tensor = self._stored.linear(x, add=add, out=add, **fused)
         if x.dtype is dtype and late is None and out is None:
             return y  # a product is over sooner than the calls below
         return _sum(y.to(dtype), None, late, out)
@@ -84,7 +88,7 @@ def _native() -> Any:
     return native("w4a16")
 
 
-class Int4:
+class Int4(Apart):
     """4-bit codes with scales and zeros for groups of 32 columns or more."""
 
     def __init__(self, matrix: Coded, bias: torch.Tensor | None) -> None:
@@ -106,15 +110,12 @@ class Int4:
         coded = matrix.codes.dtype is torch.int32 and matrix.bits == 4 and matrix.table is None
         return coded and _whole(matrix) and matrix.group % _GROUPS[-1] == 0
 
-    def takes_in(self, rows: int) -> bool:
-        return False
-
     def matmul(
         self,
         x: torch.Tensor,
         add: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
-        **prologue: Any,
+        **fused: Any,
     ) -> torch.Tensor:
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.bfloat16(), self._packed, self._group, self._scales
@@ -122,7 +123,7 @@ class Int4:
         return _sum(y.to(x.dtype), self._bias, add, out)
 
 
-class Int8:
+class Int8(Apart):
     """8-bit codes with one scale for a row."""
 
     def __init__(self, matrix: Coded, bias: torch.Tensor | None) -> None:
@@ -138,15 +139,12 @@ class Int8:
         alone = matrix.group >= matrix.columns and matrix.zero is None
         return matrix.bits == 8 and matrix.codes.dtype is torch.int32 and alone and _whole(matrix)
 
-    def takes_in(self, rows: int) -> bool:
-        return False
-
     def matmul(
         self,
         x: torch.Tensor,
         add: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
-        **prologue: Any,
+        **fused: Any,
     ) -> torch.Tensor:
         if len(x) < _MANY:
             y = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self._codes, self._rounded)

@@ -28,12 +28,17 @@ class Fused:
     def takes_in(self, rows: int) -> bool:
         return self._order is None and bool(self._kernel.takes_in(rows, self._matrix))
 
+    def gates(self, rows: int) -> bool:
+        # Of 4 bits it costs more than it spares: 2.52 ms for 2.43 a step of one row of the 8B shape
+        # on an H100, 18.7 for 18.5 of 256.
+        return False
+
     def matmul(
         self,
         x: torch.Tensor,
         add: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
-        **prologue: Any,
+        **fused: Any,
     ) -> torch.Tensor:
         out = add if out is None else out
         if self._order is not None:
@@ -41,7 +46,7 @@ class Fused:
         few = self.most is None or len(x) <= self.most
         if few and self._kernel.serves(len(x), self._matrix):
             y: torch.Tensor = self._kernel.linear(
-                x, self._matrix, bias=self._bias, add=add, out=out, **prologue
+                x, self._matrix, bias=self._bias, add=add, out=out, **fused
             )
             return y
         y = self._many(x)

@@ -68,6 +68,23 @@ def test_activations(form: Form, act: str) -> None:
     assert off(skinny.run(form, **given), twin.linear(**given)) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_a_gate_behind_the_product(form: Form, act: str, dtype: torch.dtype) -> None:
+    given = arguments(3, 38, dtype=dtype, norm=True, gated=act)
+    given["weight"] /= 10  # gates between -3 and 3, where the activations differ
+    got = skinny.run(form, **given)
+    assert got.shape == (3, 19)
+    assert off(got, twin.linear(**given)) < 2 * TOLERANCE[dtype]  # of two factors
+
+
+def test_a_gate_and_its_up_are_in_one_tile(form: Form) -> None:
+    given = arguments(1, 6, gated="silu")
+    got = skinny.run(form if form.dot else form._replace(block_n=1), **given)
+    gate, up = F.linear(given["x"], given["weight"]).chunk(2, 1)
+    assert off(got, F.silu(gate) * up) < 1e-6
+
+
 @pytest.mark.parametrize(("n", "k"), [(17, 8), (50, 75), (64, 512)])
 def test_sizes(form: Form, n: int, k: int) -> None:
     given = arguments(2, n, k, torch.bfloat16, norm=True)

@@ -7,13 +7,25 @@ from kvrun.runtime.kernels.triton._overlap import release, wait
 
 
 @triton.jit
-def _prefetch(w, n0, N, stride, AHEAD: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr):
+def _row(n, N, GATED: tl.constexpr):
+    """The row of the matrix whose product stands at n of a tile; a gate and its up are neighbours
+    if they are to meet."""
+    n = tl.minimum(n, N - 1)
+    if GATED != "":
+        n = n // 2 + n % 2 * (N // 2)
+    return n.to(tl.int64)
+
+
+@triton.jit
+def _prefetch(
+    w, n0, N, stride, AHEAD: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr,
+    GATED: tl.constexpr,
+):  # fmt: skip
     """Asks for AHEAD columns of BLOCK_N rows into L2; every few threads, one asks for its row."""
     share: tl.constexpr = THREADS // BLOCK_N
     size: tl.constexpr = AHEAD * w.dtype.element_ty.primitive_bitwidth // 8
     thread = tl.arange(0, THREADS)
-    n = tl.minimum(n0 + thread // share, N - 1)
-    at = (w + n.to(tl.int64) * stride).to(tl.int64)
+    at = (w + _row(n0 + thread // share, N, GATED) * stride).to(tl.int64)
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.eq.s32 p, $2, 0; "
         "@p cp.async.bulk.prefetch.L2.global [$1], $3; mov.b32 $0, 0; }",
@@ -31,37 +43,60 @@ def _load(at, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _act(x, ACT: tl.constexpr):
+    if ACT == "silu":
+        return x / (1.0 + tl.exp(-x))
+    elif ACT == "gelu_tanh":  # noqa: RET505
+        # (1 + tanh(z)) / 2 is the logistic function of 2z.
+        return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    elif ACT == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        tl.static_assert(ACT == "relu")
+        return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
 def _input(at, inside, K: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr):
     """x, or act(gate) · up in fp32."""
     x = _load(at, inside, EVEN)
     if ACT != "":
-        x = x.to(tl.float32)
-        up = _load(at + K, inside, EVEN).to(tl.float32)
-        if ACT == "silu":
-            x = x / (1.0 + tl.exp(-x))
-        elif ACT == "gelu_tanh":
-            # (1 + tanh(z)) / 2 is the logistic function of 2z.
-            x = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-        elif ACT == "gelu":
-            x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-        else:
-            tl.static_assert(ACT == "relu")
-            x = tl.where(x < 0.0, 0.0, x)
-        x = x * up
+        x = _act(x.to(tl.float32), ACT) * _load(at + K, inside, EVEN).to(tl.float32)
     return x
 
 
 @triton.jit
 def _finish(
-    y, m, n, bias, add, out, M, N, add_stride, out_stride, BIAS: tl.constexpr, ADD: tl.constexpr
-):
-    """Stores y + bias + add at rows m and columns n, which broadcast to y's shape."""
-    inside = (m < M) & (n < N)
-    if BIAS:
-        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    if ADD:
-        y += tl.load(add + m * add_stride + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + m * out_stride + n, y.to(out.dtype.element_ty), mask=inside)
+    y, m, n, bias, add, out, M, N, add_stride, out_stride, BIAS: tl.constexpr, ADD: tl.constexpr,
+    GATED: tl.constexpr = "",
+):  # fmt: skip
+    """Stores y + bias + add at rows m and columns n, which broadcast to y's shape; or, GATED, what
+    is left when each gate has met its up, without the two."""
+    if GATED != "":
+        _meet(y, m, n, out, M, N, out_stride, GATED)
+    else:
+        inside = (m < M) & (n < N)
+        if BIAS:
+            y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+        if ADD:
+            y += tl.load(add + m * add_stride + n, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + m * out_stride + n, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _meet(y, m, n, out, M, N, out_stride, GATED: tl.constexpr):
+    """act(gate) · up, neighbours along the dimension of n."""
+    if n.shape[0] == 1:
+        pairs = tl.reshape(y, [y.shape[0], y.shape[1] // 2, 2])
+        n = tl.reshape(n, [1, n.shape[1] // 2, 2])
+    else:
+        pairs = tl.permute(tl.reshape(y, [y.shape[0] // 2, 2, y.shape[1]]), (0, 2, 1))
+        n = tl.permute(tl.reshape(n, [n.shape[0] // 2, 2, 1]), (0, 2, 1))
+    gate, up = tl.split(pairs)
+    even, _ = tl.split(n)
+    inside = (m < M) & (even < N)
+    y = _act(gate, GATED) * up
+    tl.store(out + m * out_stride + even // 2, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -108,7 +143,8 @@ def fma(
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     NORM: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
     STAGES: tl.constexpr, PACKED: tl.constexpr,
-    AHEAD: tl.constexpr, EARLY: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, EARLY: tl.constexpr, THREADS: tl.constexpr, GATED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs [ROWS, BLOCK_N]; three dimensions, so that x and w share a layout.
 
@@ -119,12 +155,12 @@ def fma(
         release(PDL)
     n0 = tl.program_id(0) * BLOCK_N
     if PDL and AHEAD:
-        _prefetch(w, n0, N, w_stride, AHEAD, BLOCK_N, THREADS)
+        _prefetch(w, n0, N, w_stride, AHEAD, BLOCK_N, THREADS, GATED)
     n = n0 + tl.arange(0, BLOCK_N)
     EVEN: tl.constexpr = K % BLOCK_K == 0
     FOLD: tl.constexpr = 2 if PACKED else 1
     j = tl.arange(0, BLOCK_K // FOLD)[None, None, :]
-    weights = w + tl.minimum(n, N - 1).to(tl.int64)[None, :, None] * w_stride
+    weights = w + _row(n, N, GATED)[None, :, None] * w_stride
     if PACKED:
         weights = weights.to(tl.pointer_type(tl.int32))
     weights += j
@@ -158,7 +194,7 @@ def fma(
     y = tl.sum(sums, 2)
     if NORM:
         y *= tl.rsqrt(tl.sum(squares, 2) / K + eps)
-    _finish(y, m, n[None, :], bias, add, out, M, N, add_stride, out_stride, BIAS, ADD)
+    _finish(y, m, n[None, :], bias, add, out, M, N, add_stride, out_stride, BIAS, ADD, GATED)
 
 
 @triton.jit
@@ -233,7 +269,8 @@ def dot(
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     NORM: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
-    AHEAD: tl.constexpr, EARLY: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, EARLY: tl.constexpr, THREADS: tl.constexpr, GATED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, transposed [BLOCK_N, ROWS], over columns `span` · split and on."""
     if EARLY:
@@ -241,11 +278,11 @@ def dot(
     tile, split = tl.program_id(0), tl.program_id(1)
     first = split * span
     if PDL and AHEAD:
-        _prefetch(w + first, tile * BLOCK_N, N, w_stride, AHEAD, BLOCK_N, THREADS)
+        _prefetch(w + first, tile * BLOCK_N, N, w_stride, AHEAD, BLOCK_N, THREADS, GATED)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     m = tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)[None, :]
-    weights = w + tl.minimum(n, N - 1).to(tl.int64) * w_stride + k
+    weights = w + _row(n, N, GATED) * w_stride + k
     rows = x + tl.minimum(m, M - 1)[:, None] * x_stride + k
     wait(PDL)
     # Unscaled, x · norm may be beyond fp16.
@@ -268,4 +305,4 @@ def dot(
         y, square = _collect(parts, counters + tile, splits, BLOCK_N, ROWS)
     if NORM and not SCALED:
         y *= tl.rsqrt(square / K + eps)[None, :]
-    _finish(y, m[None, :], n, bias, add, out, M, N, add_stride, out_stride, BIAS, ADD)
+    _finish(y, m[None, :], n, bias, add, out, M, N, add_stride, out_stride, BIAS, ADD, GATED)

@@ -9,7 +9,7 @@ A norm is applied as (W · (x · norm)) / rms(x): one pass over x finds both fac
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -43,24 +43,30 @@ def linear(
     norm: torch.Tensor | None = None,
     eps: float = 0.0,
     act: str | None = None,
+    gated: str | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As the twin. Up to 64 rows; not on two streams of a device at once (they share counters)."""
     form = config(x.shape[0], *weight.shape, x.dtype, sm_count(x.device))
-    return run(form, x, weight, bias=bias, add=add, norm=norm, eps=eps, act=act, out=out)
+    given: Any = {"norm": norm, "eps": eps, "act": act, "gated": gated}
+    return run(form, x, weight, bias=bias, add=add, out=out, **given)
 
 
 def run(
     form: Form, x: torch.Tensor, weight: torch.Tensor, *,
     bias: torch.Tensor | None = None, add: torch.Tensor | None = None,
     norm: torch.Tensor | None = None, eps: float = 0.0, act: str | None = None,
-    out: torch.Tensor | None = None,
+    gated: str | None = None, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`linear` in a form of the caller's choice."""
     assert norm is None or act is None
     (m, (n, k)), device = (x.shape[0], weight.shape), x.device
+    if gated is not None:
+        assert bias is None
+        assert add is None
+        form = form._replace(block_n=max(2, form.block_n))  # a gate and its up at least
     if out is None:
-        out = torch.empty((m, n), dtype=x.dtype, device=device)
+        out = torch.empty((m, n // 2 if gated else n), dtype=x.dtype, device=device)
     if not m:
         return out
     assert x.stride(1) == weight.stride(1) == out.stride(1) == 1, "rows must be dense"
@@ -68,7 +74,7 @@ def run(
         "K": k, "ROWS": _rows(m, form.dot), "BLOCK_N": form.block_n, "BLOCK_K": form.block_k,
         "NORM": norm is not None, "ACT": act or "",
         "BIAS": bias is not None, "ADD": add is not None,
-        "AHEAD": _ahead(form, weight), "EARLY": form.early,
+        "AHEAD": _ahead(form, weight), "EARLY": form.early, "GATED": gated or "",
         "THREADS": 32 * form.warps, "num_warps": form.warps, "STAGES": form.stages,
         **overlap(device),
     }  # fmt: skip

@@ -6,7 +6,8 @@
 
 A workload is one that `kvrun bench throughput` knows, with xN for N requests. Libraries (kvrun,
 transformers, vllm) run in processes of their own, which hold the model and wait while another's
-turn is on; the median of the turns counts, because the speed of a shared machine drifts. Prompts
+turn is on, each with an even share of a GPU's memory; the median of the turns counts, because the
+speed of a shared machine drifts. Prompts
 are token ids, answers greedy, end of text ignored, no prefix cache. A --server is asked over HTTP
 by `kvrun bench load` with every request at once; kvrun then serves the same way beside it.
 """
@@ -29,14 +30,18 @@ from pathlib import Path
 from typing import Any
 
 from kvrun.bench import plot, shapes
+from kvrun.bench.roofline import Cost
 from kvrun.bench.workloads import Workload, find
 from kvrun.hub.local import resolve
+from kvrun.runtime.hf_config import HFConfig
 
 LIBRARIES = ("kvrun", "transformers", "vllm")
 USUAL = ("32/128x1", "32/128x8", "128/64x32")
 PORT = 3917
 SEEDS = itertools.count(1)
 ROWS = 64  # sequences in a batch of transformers
+SHARED = 0.9  # of a GPU's memory, by all engines
+RESERVE = 2 << 30  # bytes that an engine takes beside weights and cache
 Run = Callable[[Workload], None]
 
 
@@ -52,9 +57,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=float, default=1.0, help=argparse.SUPPRESS)
+    parser.add_argument("--longest", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        serve_turns(options.child, options.model, options.dtype, options.shape is not None)
+        serve_turns(options.child, options)
         return
     works = {name: workload(name) for name in options.workload}
     with contextlib.ExitStack() as stack:
@@ -63,9 +70,16 @@ def main() -> None:
             folder = stack.enter_context(shapes.folder(options.shape))
         elif not folder or not folder.is_dir():
             folder = resolve(options.model)
+        options.longest = max(map(longest, works.values()))
         peers = peers_of(options, folder, stack)
         rows = [row for name in works for row in compare(name, works[name], peers, options.turns)]
     report(rows, options)
+
+
+def longest(work: Workload) -> int:
+    """Tokens of a prompt and its answer, rounded up to what engines like."""
+    most = max(len(p) + n for p, n in zip(work.prompts, work.output_tokens, strict=True))
+    return -(-most // 256) * 256
 
 
 def workload(text: str) -> Workload:
@@ -87,7 +101,8 @@ def peers_of(
         sys.exit(f"not installed here: {', '.join(missing)}; pip install it, or name others")
     if options.server:
         wanted = []
-    argv = ["--model", str(folder), "--dtype", options.dtype]
+    argv = ["--model", str(folder), "--dtype", options.dtype, "--longest", str(options.longest)]
+    argv += ["--share", str(SHARED / max(1, len(wanted)))]
     argv += ["--shape", options.shape] if options.shape else []
     found: dict[str, Callable[[str], float]] = {}
     for name in wanted:
@@ -156,34 +171,43 @@ def versions() -> dict[str, str]:
 
 @contextlib.contextmanager
 def child(name: str, argv: list[str]) -> Iterator[Callable[[str], float]]:
-    """Workload names go in, a line each; seconds come out."""
+    """Workload names go in, a line each; seconds come out. It is there when the model is."""
+    environment = dict(os.environ)
+    if not importlib.util.find_spec("flashinfer"):
+        environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # which vLLM takes for granted
     process = subprocess.Popen(
         [sys.executable, __file__, "--child", name, *argv],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     assert process.stdin
     assert process.stdout
 
-    def run(work: str) -> float:
-        print(work, file=process.stdin, flush=True)
+    def answer() -> float:
         line = process.stdout.readline()  # type: ignore[union-attr]
         if not line:
             sys.exit(f"{name} has ended with code {process.wait()}")
         return float(line)
 
+    def run(work: str) -> float:
+        print(work, file=process.stdin, flush=True)
+        return answer()
+
     try:
+        print(f"{name} is ready after {answer():.1f} s", file=sys.stderr, flush=True)
         yield run
     finally:
         process.stdin.close()
         process.wait()
 
 
-def serve_turns(name: str, folder: str, dtype: str, random: bool) -> None:
+def serve_turns(name: str, options: argparse.Namespace) -> None:
     """The child: the model is loaded once, then one line per turn."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not get between the answers
-    vocab = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
-    run = OPEN[name](folder, dtype, random)
+    vocab = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"]
+    begun = time.perf_counter()
+    run = OPEN[name](options)
+    print(time.perf_counter() - begun, file=answers, flush=True)
     for line in sys.stdin:
         work = workload(line.strip()).within(vocab)
         begun = time.perf_counter()
@@ -191,11 +215,13 @@ def serve_turns(name: str, folder: str, dtype: str, random: bool) -> None:
         print(time.perf_counter() - begun, file=answers, flush=True)
 
 
-def open_kvrun(folder: str, dtype: str, random: bool) -> Run:
+def open_kvrun(options: argparse.Namespace) -> Run:
     from kvrun import LLM, SamplingParams
 
-    load_format = "dummy" if random else "auto"
-    llm = LLM(folder, dtype=dtype, prefix_caching=False, load_format=load_format)
+    llm = LLM(
+        options.model, dtype=options.dtype, prefix_caching=False, load_format=load_format(options),
+        max_model_len=options.longest, kv_memory=cache_bytes(options),
+    )  # fmt: skip
 
     def run(work: Workload) -> None:
         params = [
@@ -207,7 +233,22 @@ def open_kvrun(folder: str, dtype: str, random: bool) -> Run:
     return run
 
 
-def open_transformers(folder: str, dtype: str, random: bool) -> Run:
+def load_format(options: argparse.Namespace) -> str:
+    return "auto" if options.shape is None else "dummy"
+
+
+def cache_bytes(options: argparse.Namespace) -> int | None:
+    """What kvrun's share of a GPU leaves for its cache; vLLM counts the same way by itself."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    cost = Cost.of(HFConfig.read(Path(options.model)), options.dtype)
+    weights = cost.width * (cost.linear + cost.experts + cost.head + cost.embedding)
+    return int(options.share * torch.cuda.mem_get_info()[1] - weights - RESERVE)
+
+
+def open_transformers(options: argparse.Namespace) -> Run:
     """Batches of prompts of similar lengths, padded on the left; each goes on to its longest
     answer, as `generate` does."""
     import torch
@@ -215,7 +256,8 @@ def open_transformers(folder: str, dtype: str, random: bool) -> Run:
 
     transformers.logging.set_verbosity_error()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    dtype = getattr(torch, options.dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
     model = model.to(device)
     model.generation_config = transformers.GenerationConfig(do_sample=False)
 
@@ -238,13 +280,13 @@ def open_transformers(folder: str, dtype: str, random: bool) -> Run:
     return run
 
 
-def open_vllm(folder: str, dtype: str, random: bool) -> Run:
+def open_vllm(options: argparse.Namespace) -> Run:
     from vllm import LLM, SamplingParams
 
-    load_format = "dummy" if random else "auto"
     llm = LLM(
-        folder, dtype=dtype, enable_prefix_caching=False, load_format=load_format,
-        skip_tokenizer_init=True,
+        options.model, dtype=options.dtype, enable_prefix_caching=False,
+        load_format=load_format(options), max_model_len=options.longest,
+        gpu_memory_utilization=options.share, skip_tokenizer_init=True,
     )  # fmt: skip
 
     def run(work: Workload) -> None:

@@ -125,10 +125,15 @@ def measured(
     return found
 
 
+def longest(folder: Path) -> int:
+    return min(LONGEST, HFConfig.read(folder).integer("max_position_embeddings"))
+
+
 def open_kvrun(folder: Path) -> tuple[str, Generate]:
     from kvrun import LLM, SamplingParams, __version__
 
-    llm = LLM(str(folder), load_format="dummy", prefix_caching=False, max_model_len=LONGEST)
+    llm = LLM(str(folder), load_format="dummy", prefix_caching=False,
+              max_model_len=longest(folder))  # fmt: skip
 
     def generate(prompts: list[Any], counts: list[int]) -> None:
         params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in counts]
@@ -143,7 +148,7 @@ def open_vllm(folder: Path) -> tuple[str, Generate]:
 
     llm = LLM(
         str(folder), dtype="bfloat16", load_format="dummy", enable_prefix_caching=False,
-        skip_tokenizer_init=True, max_model_len=LONGEST, gpu_memory_utilization=0.92,
+        skip_tokenizer_init=True, max_model_len=longest(folder), gpu_memory_utilization=0.92,
     )  # fmt: skip
 
     def generate(prompts: list[Any], counts: list[int]) -> None:

@@ -72,7 +72,7 @@ def run(llm: LLM, batch: int, prompt: int, new: int, adapters: list[str]) -> Non
 def recorded(llm: LLM, batch: int, prompt: int, new: int, adapters: list[str]) -> list[Event]:
     """What the device has done, in order."""
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
         run(llm, batch, prompt, new, adapters)
         torch.cuda.synchronize()
     results = found.profiler.kineto_results  # type: ignore[union-attr]

@@ -67,25 +67,20 @@ def _input(at, inside, K: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def _finish(
-    y, m, n, bias, add, out, M, N, add_stride, out_stride, BIAS: tl.constexpr, ADD: tl.constexpr,
-    GATED: tl.constexpr = "",
-):  # fmt: skip
-    """Stores y + bias + add at rows m and columns n, which broadcast to y's shape; or, GATED, what
-    is left when each gate has met its up, without the two."""
-    if GATED != "":
-        _meet(y, m, n, out, M, N, out_stride, GATED)
-    else:
-        inside = (m < M) & (n < N)
-        if BIAS:
-            y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-        if ADD:
-            y += tl.load(add + m * add_stride + n, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + m * out_stride + n, y.to(out.dtype.element_ty), mask=inside)
+    y, m, n, bias, add, out, M, N, add_stride, out_stride, BIAS: tl.constexpr, ADD: tl.constexpr
+):
+    """Stores y + bias + add at rows m and columns n, which broadcast to y's shape."""
+    inside = (m < M) & (n < N)
+    if BIAS:
+        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    if ADD:
+        y += tl.load(add + m * add_stride + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + m * out_stride + n, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _meet(y, m, n, out, M, N, out_stride, GATED: tl.constexpr):
-    """act(gate) · up, neighbours along the dimension of n."""
+    """Stores act(gate) · up of what are neighbours along the dimension of n; else as `_finish`."""
     if n.shape[0] == 1:
         pairs = tl.reshape(y, [y.shape[0], y.shape[1] // 2, 2])
         n = tl.reshape(n, [1, n.shape[1] // 2, 2])
@@ -194,7 +189,10 @@ def fma(
     y = tl.sum(sums, 2)
     if NORM:
         y *= tl.rsqrt(tl.sum(squares, 2) / K + eps)
-    _finish(y, m, n[None, :], bias, add, out, M, N, add_stride, out_stride, BIAS, ADD, GATED)
+    if GATED != "":
+        _meet(y, m, n[None, :], out, M, N, out_stride, GATED)
+    else:
+        _finish(y, m, n[None, :], bias, add, out, M, N, add_stride, out_stride, BIAS, ADD)
 
 
 @triton.jit
@@ -305,4 +303,7 @@ def dot(
         y, square = _collect(parts, counters + tile, splits, BLOCK_N, ROWS)
     if NORM and not SCALED:
         y *= tl.rsqrt(square / K + eps)[None, :]
-    _finish(y, m[None, :], n, bias, add, out, M, N, add_stride, out_stride, BIAS, ADD, GATED)
+    if GATED != "":
+        _meet(y, m[None, :], n, out, M, N, out_stride, GATED)
+    else:
+        _finish(y, m[None, :], n, bias, add, out, M, N, add_stride, out_stride, BIAS, ADD)

@@ -7,9 +7,9 @@
 A workload is one that `kvrun bench throughput` knows, with xN for N requests. Libraries (kvrun,
 transformers, vllm) run in processes of their own, which hold the model and wait while another's
 turn is on, each with an even share of a GPU's memory; the median of the turns counts, because the
-speed of a shared machine drifts. Prompts
-are token ids, answers greedy, end of text ignored, no prefix cache. A --server is asked over HTTP
-by `kvrun bench load` with every request at once; kvrun then serves the same way beside it.
+speed of a shared machine drifts. Prompts are token ids, answers greedy, end of text ignored, no
+prefix cache. A --server is asked over HTTP by `kvrun bench load` with every request at once; kvrun
+then serves the same way beside it.
 """
 
 import argparse
@@ -29,11 +29,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kvrun.bench import plot, shapes
-from kvrun.bench.roofline import Cost
+from kvrun.bench.roofline import WIDTHS, Cost
 from kvrun.bench.workloads import Workload, find
 from kvrun.hub.local import resolve
 from kvrun.runtime.hf_config import HFConfig
+from kvrun.runtime.plan import examine, size
 
 LIBRARIES = ("kvrun", "transformers", "vllm")
 USUAL = ("32/128x1", "32/128x8", "128/64x32")
@@ -57,7 +60,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--share", type=float, default=1.0, help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--longest", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -70,16 +73,31 @@ def main() -> None:
             folder = stack.enter_context(shapes.folder(options.shape))
         elif not folder or not folder.is_dir():
             folder = resolve(options.model)
-        options.longest = max(map(longest, works.values()))
+        options.longest = max(map(tokens_of, works.values()))
         peers = peers_of(options, folder, stack)
         rows = [row for name in works for row in compare(name, works[name], peers, options.turns)]
     report(rows, options)
 
 
-def longest(work: Workload) -> int:
-    """Tokens of a prompt and its answer, rounded up to what engines like."""
-    most = max(len(p) + n for p, n in zip(work.prompts, work.output_tokens, strict=True))
-    return -(-most // 256) * 256
+def tokens_of(work: Workload) -> int:
+    """Of the longest prompt with its answer; a text has no more of them than characters."""
+    return max(len(prompt) + answer for prompt, answer in work.requests())
+
+
+def context_of(longest: int, most: int | None) -> int:
+    """What engines are limited to: rounded up, but no more than the model was made for."""
+    return min(-(-longest // 256) * 256, most or sys.maxsize)
+
+
+def share_of(engines: int) -> float:
+    """Of a GPU's memory, for each."""
+    return SHARED / engines
+
+
+def cache_bytes(share: float, total: int, free: int, weights: int) -> int:
+    """What a share of `total` leaves for the cache, where `free` bytes are there; not above 0 when
+    the weights fill it."""
+    return min(int(share * total), free) - weights - RESERVE
 
 
 def workload(text: str) -> Workload:
@@ -101,8 +119,11 @@ def peers_of(
         sys.exit(f"not installed here: {', '.join(missing)}; pip install it, or name others")
     if options.server:
         wanted = []
-    argv = ["--model", str(folder), "--dtype", options.dtype, "--longest", str(options.longest)]
-    argv += ["--share", str(SHARED / max(1, len(wanted)))]
+    argv = ["--model", str(folder), "--dtype", options.dtype]
+    if wanted and torch.cuda.is_available():
+        most = HFConfig.read(folder).get("max_position_embeddings")
+        argv += ["--longest", str(context_of(options.longest, most))]
+        argv += ["--share", str(share_of(len(wanted)))]
     argv += ["--shape", options.shape] if options.shape else []
     found: dict[str, Callable[[str], float]] = {}
     for name in wanted:
@@ -173,8 +194,8 @@ def versions() -> dict[str, str]:
 def child(name: str, argv: list[str]) -> Iterator[Callable[[str], float]]:
     """Workload names go in, a line each; seconds come out. It is there when the model is."""
     environment = dict(os.environ)
-    if not importlib.util.find_spec("flashinfer"):
-        environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # which vLLM takes for granted
+    if name == "vllm" and not importlib.util.find_spec("flashinfer"):
+        environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # which it takes for granted
     process = subprocess.Popen(
         [sys.executable, __file__, "--child", name, *argv],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
@@ -218,10 +239,22 @@ def serve_turns(name: str, options: argparse.Namespace) -> None:
 def open_kvrun(options: argparse.Namespace) -> Run:
     from kvrun import LLM, SamplingParams
 
+    limits: dict[str, Any] = {}
+    free = total = 0
+    if options.share is not None:
+        free, total = torch.cuda.mem_get_info()
+        weights = weight_bytes(options)
+        room = cache_bytes(options.share, total, free, weights)
+        if room <= 0:
+            sys.exit(f"weights of {size(weights)} leave no room in {options.share:.0%} of a GPU")
+        limits = {"max_model_len": options.longest, "kv_memory": room}
     llm = LLM(
         options.model, dtype=options.dtype, prefix_caching=False, load_format=load_format(options),
-        max_model_len=options.longest, kv_memory=cache_bytes(options),
+        **limits,
     )  # fmt: skip
+    if options.share is not None:
+        held = free - torch.cuda.mem_get_info()[0]
+        print(f"kvrun holds {size(held)}, its share is {size(int(options.share * total))}")
 
     def run(work: Workload) -> None:
         params = [
@@ -237,25 +270,24 @@ def load_format(options: argparse.Namespace) -> str:
     return "auto" if options.shape is None else "dummy"
 
 
-def cache_bytes(options: argparse.Namespace) -> int | None:
-    """What kvrun's share of a GPU leaves for its cache; vLLM counts the same way by itself."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    cost = Cost.of(HFConfig.read(Path(options.model)), options.dtype)
-    weights = cost.width * (cost.linear + cost.experts + cost.head + cost.embedding)
-    return int(options.share * torch.cuda.mem_get_info()[1] - weights - RESERVE)
+def weight_bytes(options: argparse.Namespace) -> int:
+    """What the weights take on the device: a shape has no files to ask."""
+    width = WIDTHS[options.dtype]
+    if options.shape is not None:
+        return Cost.of(HFConfig.read(Path(options.model)), options.dtype).parameters * width
+    facts = examine(options.model)
+    return facts.stored_bytes if facts.parameters is None else facts.parameters * width
 
 
 def open_transformers(options: argparse.Namespace) -> Run:
     """Batches of prompts of similar lengths, padded on the left; each goes on to its longest
     answer, as `generate` does."""
-    import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.share is not None:
+        torch.cuda.set_per_process_memory_fraction(options.share)
     dtype = getattr(torch, options.dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
     model = model.to(device)
@@ -283,10 +315,12 @@ def open_transformers(options: argparse.Namespace) -> Run:
 def open_vllm(options: argparse.Namespace) -> Run:
     from vllm import LLM, SamplingParams
 
+    limits: dict[str, Any] = {}
+    if options.share is not None:
+        limits = {"max_model_len": options.longest, "gpu_memory_utilization": options.share}
     llm = LLM(
         options.model, dtype=options.dtype, enable_prefix_caching=False,
-        load_format=load_format(options), max_model_len=options.longest,
-        gpu_memory_utilization=options.share, skip_tokenizer_init=True,
+        load_format=load_format(options), skip_tokenizer_init=True, **limits,
     )  # fmt: skip
 
     def run(work: Workload) -> None:

@@ -246,7 +246,10 @@ def open_kvrun(options: argparse.Namespace) -> Run:
         weights = weight_bytes(options)
         room = cache_bytes(options.share, total, free, weights)
         if room <= 0:
-            sys.exit(f"weights of {size(weights)} leave no room in {options.share:.0%} of a GPU")
+            sys.exit(
+                f"weights of {size(weights)} leave no room for a cache in {options.share:.0%} of "
+                f"{size(total)}, of which {size(free)} are free"
+            )
         limits = {"max_model_len": options.longest, "kv_memory": room}
     llm = LLM(
         options.model, dtype=options.dtype, prefix_caching=False, load_format=load_format(options),
@@ -272,11 +275,13 @@ def load_format(options: argparse.Namespace) -> str:
 
 def weight_bytes(options: argparse.Namespace) -> int:
     """What the weights take on the device: a shape has no files to ask."""
-    width = WIDTHS[options.dtype]
+    width = WIDTHS.get(options.dtype)  # none of "auto": as they are stored
     if options.shape is not None:
-        return Cost.of(HFConfig.read(Path(options.model)), options.dtype).parameters * width
+        return Cost.of(HFConfig.read(Path(options.model))).parameters * (width or 2)
     facts = examine(options.model)
-    return facts.stored_bytes if facts.parameters is None else facts.parameters * width
+    if facts.parameters is None or width is None:
+        return facts.stored_bytes
+    return facts.parameters * width
 
 
 def open_transformers(options: argparse.Namespace) -> Run:

@@ -126,6 +126,7 @@ def measured(
 
 
 def longest(folder: Path) -> int:
+    """Tokens of a sequence, at most: some shapes were made for fewer than LONGEST."""
     return min(LONGEST, HFConfig.read(folder).integer("max_position_embeddings"))
 
 

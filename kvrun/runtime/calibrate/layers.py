@@ -17,6 +17,7 @@ from kvrun.runtime.checkpoint import Checkpoint, Shard
 from kvrun.runtime.engine.start import choose_backend
 from kvrun.runtime.layers.cross import CrossDecoder
 from kvrun.runtime.quant import dense
+from kvrun.runtime.quant._unfused import Unfused
 
 _BLOCK = 64  # tokens of a block of the cache
 _NUMBER = re.compile(r"\.(\d+)\.")
@@ -37,7 +38,7 @@ class Hessian:
         self.rows += len(x)
 
 
-class Lazy:
+class Lazy(Unfused):
     """A weight that is read when it is first used; it may be watched, or given other values."""
 
     def __init__(self, w: Checkpoint, shards: Sequence[Shard], bias: bool) -> None:
@@ -67,12 +68,6 @@ class Lazy:
 
     def drop(self) -> None:
         self._weight, self.seen = None, None
-
-    def takes_in(self, rows: int) -> bool:
-        return False
-
-    def gates(self, rows: int) -> bool:
-        return False
 
     def matmul(
         self,

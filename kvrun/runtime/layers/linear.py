@@ -62,9 +62,10 @@ class Linear:
         before: Prologue | None = None,
         gate: Epilogue | None = None,
     ) -> torch.Tensor:
+        if not self._partial and batch.lora is None:
+            return product(self._weight, x, add, before, gate=gate)
+        assert gate is None
         if not self._partial:
-            if batch.lora is None:
-                return product(self._weight, x, add, before, gate=gate)
             return self._product(x, batch, add, before)
         y = self._group.all_reduce(self._product(x, batch, None, before))
         if self._late_bias is not None:
@@ -126,7 +127,8 @@ def product(
     out: torch.Tensor | None = None,
     gate: Epilogue | None = None,
 ) -> torch.Tensor:
-    """weight · before(x) + add, in one kernel where the weight takes in what comes before."""
+    """weight · before(x) + add, in one kernel where the weight takes in what comes before; `gate`
+    is for one that gates."""
     behind = {} if gate is None else gate.epilogue
     if before is None:
         return weight.matmul(x, add, out, **behind)

@@ -11,9 +11,9 @@ from kvrun.errors import BadCheckpoint
 from kvrun.runtime.kernels import w4a16
 from kvrun.runtime.kernels.w4a16 import Coded
 from kvrun.runtime.quant import dense
-from kvrun.runtime.quant._apart import Apart
 from kvrun.runtime.quant._cpu import Int4, Int8, Native
 from kvrun.runtime.quant._cuda import Fused, Scaled
+from kvrun.runtime.quant._unfused import Unfused
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint, Shard
@@ -208,7 +208,7 @@ def fuses(matrix: Coded, dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2 and whole and even
 
 
-class Gathered(Apart):
+class Gathered(Unfused):
     """A weight whose columns stand in another order than the values of a row."""
 
     def __init__(self, weight: Native | Int4 | Int8, order: torch.Tensor) -> None:
@@ -226,7 +226,7 @@ class Gathered(Apart):
         return self._weight.matmul(x.index_select(1, self._order), add, out)
 
 
-class Beside(Apart):
+class Beside(Unfused):
     """Weights that share their input; their outputs stand side by side."""
 
     def __init__(self, weights: "Sequence[Weight]") -> None:

@@ -13,7 +13,7 @@ from kvrun.runtime.device import native
 from kvrun.runtime.kernels import w4a16
 from kvrun.runtime.kernels.w4a16 import Coded
 from kvrun.runtime.quant import dense
-from kvrun.runtime.quant._apart import Apart
+from kvrun.runtime.quant._unfused import Unfused
 
 _GROUPS = (256, 128, 64, 32)  # that the kernel of 4 bits knows
 # From so many rows on, int8 codes are turned back to values first: 2 times as fast at 512.
@@ -28,7 +28,7 @@ def _whole(matrix: Coded) -> bool:
     return len(matrix.codes) % _ROWS == 0 and matrix.columns % _COLUMNS == 0 < matrix.columns
 
 
-class Native:
+class Native(Unfused):
     """Codes of 4 or 8 bits in groups of whole blocks of 64 columns, by the kernel in C."""
 
     def __init__(self, matrix: Coded, bias: torch.Tensor | None) -> None:
@@ -42,9 +42,6 @@ class Native:
 
     def takes_in(self, rows: int) -> bool:
         return rows <= _FEW
-
-    def gates(self, rows: int) -> bool:
-        return False
 
     def matmul(
         self,
@@ -88,7 +85,7 @@ def _native() -> Any:
     return native("w4a16")
 
 
-class Int4(Apart):
+class Int4(Unfused):
     """4-bit codes with scales and zeros for groups of 32 columns or more."""
 
     def __init__(self, matrix: Coded, bias: torch.Tensor | None) -> None:
@@ -123,7 +120,7 @@ class Int4(Apart):
         return _sum(y.to(x.dtype), self._bias, add, out)
 
 
-class Int8(Apart):
+class Int8(Unfused):
     """8-bit codes with one scale for a row."""
 
     def __init__(self, matrix: Coded, bias: torch.Tensor | None) -> None:

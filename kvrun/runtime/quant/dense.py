@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kvrun.runtime.device import kernel
-from kvrun.runtime.quant._apart import Apart
+from kvrun.runtime.quant._unfused import Unfused
 
 if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint, Shard
@@ -29,7 +29,7 @@ _KEPT = 1 << 20  # up to this many elements the rows of the file are kept, which
 _NEVER = 1 << 62
 
 
-class Plain(Apart):
+class Plain(Unfused):
     """[out, in], as in the file."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -72,8 +72,8 @@ class Cuda:
         return bool(self._skinny.serves(rows, n, k, self._weight.dtype))
 
     def gates(self, rows: int) -> bool:
-        # Each program of the next product would compute all gates: on an H100 a step of 8 rows of
-        # the 0.6B shape takes 1.35 ms for 1.41, of one row of the 8B shape 5.80 for 5.84.
+        # Else each program of the next product computes all gates: on an H100 a step of 8 rows of
+        # the 0.6B shape took 1.41 ms, not 1.35, of one row of the 8B shape 5.84, not 5.80.
         return self._bias is None and self.takes_in(rows)
 
     def matmul(
@@ -98,7 +98,7 @@ class Cuda:
         return y if out is None else out.copy_(y)
 
 
-class Packed(Apart):
+class Packed(Unfused):
     """Blocks in oneDNN's own order (CPU): 1.3 to 3 times as fast as `Plain` from 1 to 500 rows."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from kvrun.runtime.checkpoint import Checkpoint, Shard
+from kvrun.runtime.kernels import skinny
 from kvrun.runtime.layers import embedding
 from kvrun.runtime.layers.embedding import Embedding, Head
 from kvrun.runtime.layers.linear import Linear
@@ -320,3 +321,36 @@ def test_gated_mlp(tmp_path: Path, act: str, function: Any) -> None:
     wanted = (function(x @ gate.t()) * (x @ up.t())) @ down.t()
     torch.testing.assert_close(mlp(x, batch), wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(mlp(x, batch, add), wanted + add, rtol=1e-4, atol=1e-4)
+
+
+class Gating(dense.Plain):
+    """A weight of up to 4 rows that makes of gates and ups what the next one wants."""
+
+    def gates(self, rows: int) -> bool:
+        return rows <= 4
+
+    def matmul(self, x: torch.Tensor, *others: Any, **fused: Any) -> torch.Tensor:
+        return skinny.linear(x, self.weight, **fused)
+
+
+def test_gated_mlp_on_a_product_that_gates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product makes the gates of few rows, and no gate is made behind it again; of more rows,
+    and of rows with adapters, which come first, it makes none."""
+    torch.manual_seed(0)
+    both, down = torch.randn(24, 8), torch.randn(8, 12)
+    w = stored(tmp_path, g__weight=both[:12], u__weight=both[12:], d__weight=down)
+    mlp = GatedMLP(w, ("g", "u"), "d", hidden=8, inner=12, act="silu")
+    w.close()
+    monkeypatch.setattr(mlp._gate_up, "_weight", Gating(both, None))
+    made: list[int] = []
+    gate = type(mlp._gate).__call__
+    monkeypatch.setattr(
+        type(mlp._gate), "__call__", lambda self, x: made.append(len(x)) or gate(self, x)
+    )
+    x = torch.randn(5, 8)
+    wanted = F.silu(x @ both[:12].t()) * (x @ both[12:].t()) @ down.t()
+    for rows in (4, 5):
+        found = mlp(x[:rows], NOBODY)
+        torch.testing.assert_close(found, wanted[:rows], rtol=1e-4, atol=1e-4)
+    assert made == [5]
+    assert not mlp._gate_up.gates(x[:4], SimpleNamespace(lora=object()))  # type: ignore[arg-type]

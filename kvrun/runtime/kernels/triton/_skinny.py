@@ -4,12 +4,13 @@ import triton
 import triton.language as tl
 
 from kvrun.runtime.kernels.triton._overlap import release, wait
+from kvrun.runtime.kernels.triton.gated import _act
 
 
 @triton.jit
 def _row(n, N, GATED: tl.constexpr):
-    """The row of the matrix whose product stands at n of a tile; a gate and its up are neighbours
-    if they are to meet."""
+    """The row of the matrix whose product stands at n of all tiles: its n-th, or, GATED, a gate and
+    then its up."""
     n = tl.minimum(n, N - 1)
     if GATED != "":
         n = n // 2 + n % 2 * (N // 2)
@@ -43,20 +44,6 @@ def _load(at, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _act(x, ACT: tl.constexpr):
-    if ACT == "silu":
-        return x / (1.0 + tl.exp(-x))
-    elif ACT == "gelu_tanh":  # noqa: RET505
-        # (1 + tanh(z)) / 2 is the logistic function of 2z.
-        return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-    elif ACT == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    else:
-        tl.static_assert(ACT == "relu")
-        return tl.where(x < 0.0, 0.0, x)
-
-
-@triton.jit
 def _input(at, inside, K: tl.constexpr, ACT: tl.constexpr, EVEN: tl.constexpr):
     """x, or act(gate) · up in fp32."""
     x = _load(at, inside, EVEN)
@@ -79,8 +66,9 @@ def _finish(
 
 
 @triton.jit
-def _meet(y, m, n, out, M, N, out_stride, GATED: tl.constexpr):
-    """Stores act(gate) · up of what are neighbours along the dimension of n; else as `_finish`."""
+def _finish_gated(y, m, n, out, M, N, out_stride, GATED: tl.constexpr):
+    """`_finish` for tiles of gates and ups, neighbours along the dimension of n: stores
+    act(gate) · up."""
     if n.shape[0] == 1:
         pairs = tl.reshape(y, [y.shape[0], y.shape[1] // 2, 2])
         n = tl.reshape(n, [1, n.shape[1] // 2, 2])
@@ -190,7 +178,7 @@ def fma(
     if NORM:
         y *= tl.rsqrt(tl.sum(squares, 2) / K + eps)
     if GATED != "":
-        _meet(y, m, n[None, :], out, M, N, out_stride, GATED)
+        _finish_gated(y, m, n[None, :], out, M, N, out_stride, GATED)
     else:
         _finish(y, m, n[None, :], bias, add, out, M, N, add_stride, out_stride, BIAS, ADD)
 
@@ -304,6 +292,6 @@ def dot(
     if NORM and not SCALED:
         y *= tl.rsqrt(square / K + eps)[None, :]
     if GATED != "":
-        _meet(y, m[None, :], n, out, M, N, out_stride, GATED)
+        _finish_gated(y, m[None, :], n, out, M, N, out_stride, GATED)
     else:
         _finish(y, m[None, :], n, bias, add, out, M, N, add_stride, out_stride, BIAS, ADD)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from fused_checks import BF16, DEVICE, DIM, FP32, captured, floats, frequencies
 
 from kvrun.runtime.kernels import rotary
+from kvrun.runtime.kernels.rotary import Rotation
 from kvrun.runtime.kernels.triton import draw as t_draw
 from kvrun.runtime.kernels.triton import gated as t_gated
 from kvrun.runtime.kernels.triton import norm as t_norm
@@ -116,11 +117,10 @@ def rotary_work(model: str, tokens: int) -> Work:
             part.copy_(y * both[0] + torch.cat((-b, a), -1) * both[1])
         cache.index_copy_(0, slots, qkv[:, heads * DIM :])
 
-    kw: dict[str, Any] = {"heads": heads, "kv_heads": kv, "head_dim": DIM, "width": DIM, **norms}
+    rotation = Rotation(cos, sin, **norms)
     return Work(
         "rotate_append" + (" +norm" if norms else ""), model, tokens, t_rotary,
-        [lambda s=s: t_rotary.rotate_append(s, cos, sin, cache, slots, interleaved=False, **kw)
-         for s in sets],
+        [lambda s=s: t_rotary.rotate_append(s, rotation, cache, slots, kv, DIM) for s in sets],
         [lambda s=s: usual(s) for s in sets], moved,
         ((2, 1), (4, 1), (4, 2), (8, 2), (8, 4), (16, 4), (16, 8)), (tokens, total, DIM),
     )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kvrun.runtime.kernels import draw, gated, noise, norm, rotary, step
+from kvrun.runtime.kernels.rotary import Rotation
 from kvrun.runtime.kernels.triton import draw as t_draw
 from kvrun.runtime.kernels.triton import gated as t_gated
 from kvrun.runtime.kernels.triton import norm as t_norm
@@ -107,12 +108,12 @@ def check_rotary(
     slots[tokens // 2] = -1
     positions = torch.randint(0, 9999, (tokens,), device=DEVICE)
     tables = rotary.tables(positions, frequencies(width), 1.0) if width else (None, None)
-    kw: dict[str, Any] = {"heads": heads, "kv_heads": kv, "head_dim": DIM, "width": width}
+    rotation = Rotation(*tables, interleaved)
     if normed:
         weights = torch.rand(2, DIM, device=DEVICE) + 0.5
-        kw |= {"q_weight": weights[0], "k_weight": weights[1], "eps": 1e-6}
-    t_rotary.rotate_append(mine, *tables, rows[0], slots, interleaved=interleaved, **kw)
-    rotary.rotate_append(other, *tables, rows[1], slots, interleaved=interleaved, **kw)
+        rotation = rotation._replace(q_weight=weights[0], k_weight=weights[1], eps=1e-6)
+    t_rotary.rotate_append(mine, rotation, rows[0], slots, kv, DIM)
+    rotary.rotate_append(other, rotation, rows[1], slots, kv, DIM)
     if cache is FP8:
         nan = [r.float().isnan() for r in rows]
         assert torch.equal(*nan), "NaN differ"

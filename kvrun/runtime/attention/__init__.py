@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from kvrun.runtime.cache.tensors import KVCache
+from kvrun.runtime.kernels.rotary import Rotation
 
 if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
@@ -79,4 +80,13 @@ class Backend(Protocol):
 
         k, v [tokens, kv_heads, head_dim] are what this step has stored in the cache already.
         Inputs may be strided views of one buffer.
+        """
+
+    def attend_new(
+        self, spec: AttentionSpec, qkv: torch.Tensor, rotation: Rotation, batch: "Batch"
+    ) -> torch.Tensor | None:
+        """`attend` on heads that are neither rotated nor stored yet, which it does as well.
+
+        qkv [tokens, heads + 2 * kv_heads, head_dim] is not to be read afterwards. None, and
+        nothing done: this backend has no kernel that does all of it for such a layer or step.
         """

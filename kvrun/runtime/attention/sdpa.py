@@ -9,6 +9,7 @@ from kvrun.runtime.attention import AttentionSpec
 from kvrun.runtime.attention._groups import Group, Plan, make_plan
 from kvrun.runtime.cache.tensors import KVCache
 from kvrun.runtime.device import native
+from kvrun.runtime.kernels.rotary import Rotation
 
 if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
@@ -54,6 +55,11 @@ class Attention:
                 y = y.index_select(0, group.kept)
             out.index_copy_(0, group.targets, y)
         return out
+
+    def attend_new(
+        self, spec: AttentionSpec, qkv: torch.Tensor, rotation: Rotation, batch: "Batch"
+    ) -> torch.Tensor | None:
+        return None
 
     def _group(self, spec: AttentionSpec, q: torch.Tensor, group: Group) -> torch.Tensor:
         """q [sequences * queries, heads, head_dim] -> [sequences * queries, out]"""

@@ -10,6 +10,7 @@ from kvrun.runtime.cache.tensors import KVCache
 from kvrun.runtime.device import kernel
 from kvrun.runtime.kernels import latent_attention
 from kvrun.runtime.kernels.paged_attention import Options
+from kvrun.runtime.kernels.rotary import Rotation
 
 if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
@@ -96,6 +97,22 @@ class Attention:
             options, max_query_len=plan.longest, fresh=plan.fresh and spec.causal, out=out[ones:],
         )  # fmt: skip
         return out
+
+    def attend_new(
+        self, spec: AttentionSpec, qkv: torch.Tensor, rotation: Rotation, batch: "Batch"
+    ) -> torch.Tensor | None:
+        plan: Plan = batch.plan
+        if spec.latent is not None or plan.decodes < len(plan.context_lens):
+            return None
+        # Where no angles were computed, none of this step's kernels in front need have waited for
+        # what this one reads before it waits.
+        if rotation.cos is None or not self._kernel.appends(len(qkv), spec.head_dim):
+            return None
+        y: torch.Tensor = self._kernel.append_and_decode(
+            qkv, rotation, batch.slot_mapping, self.cache.rows(spec.layer), plan.block_tables,
+            plan.context_lens, self._options_of(spec),
+        )  # fmt: skip
+        return y
 
     def _attend_latent(self, spec: AttentionSpec, q: torch.Tensor, plan: Plan) -> torch.Tensor:
         if spec not in self._latents:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kvrun.runtime.kernels.rotary import Rotation, rotate_append
+
 
 @dataclass(frozen=True, eq=False)
 class Options:
@@ -58,6 +60,31 @@ def decode(
         keys, values = _gather(cache, block_tables[row], length, options)
         out[row] = _attend(q[row : row + 1], keys, values, options)[0]
     return out
+
+
+def appends(batch: int, dim: int) -> bool:
+    """Whether `append_and_decode` is there for so many sequences and heads of `dim`."""
+    return True
+
+
+def append_and_decode(
+    qkv: torch.Tensor,
+    rotation: Rotation,
+    slot_mapping: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    options: Options,
+) -> torch.Tensor:
+    """`rotate_append` of one token per sequence, then `decode` of its queries.
+
+    qkv [sequences, heads + 2 * kv_heads, head_dim] is not to be read afterwards. slot_mapping
+    [sequences] int64: where the tokens' keys and values go, which block_tables say as well.
+    """
+    kv_heads, dim = options.kv_heads, options.head_dim
+    rotate_append(qkv.view(len(qkv), -1), rotation, cache, slot_mapping, kv_heads, dim)
+    q = qkv[:, : qkv.shape[1] - 2 * kv_heads]
+    return decode(q, cache, block_tables, context_lens, options)
 
 
 def prefill(

@@ -1,11 +1,34 @@
 """Rotary positions: tables of angles once a step; norm, rotation and K/V store once a layer."""
 
+from typing import NamedTuple
+
 import torch
 
 from kvrun.runtime.kernels.norm import rms_norm
 
 # The largest value of float8_e4m3fn.
 FP8_MAX = 448.0
+
+
+class Rotation(NamedTuple):
+    """What becomes of queries and keys between their product and attention.
+
+    With q_weight and k_weight [head_dim] fp32, every query and key head is normalised first and
+    rounded to its dtype. Then its first dims are turned by cos and sin [tokens, half] fp32: as
+    pairs (i, i + half) or, `interleaved`, (2i, 2i + 1); nothing is turned where they are None.
+    """
+
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+    interleaved: bool = False
+    q_weight: torch.Tensor | None = None
+    k_weight: torch.Tensor | None = None
+    eps: float = 0.0
+
+    @property
+    def half(self) -> int:
+        """Pairs of a head that are turned."""
+        return 0 if self.cos is None else self.cos.shape[1]
 
 
 def tables(
@@ -22,37 +45,29 @@ def tables(
 
 def rotate_append(
     qkv: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
+    rotation: Rotation,
     cache_rows: torch.Tensor,
     slot_mapping: torch.Tensor,
-    *,
-    heads: int,
     kv_heads: int,
     head_dim: int,
-    width: int,
-    interleaved: bool,
-    q_weight: torch.Tensor | None = None,
-    k_weight: torch.Tensor | None = None,
-    eps: float = 0.0,
 ) -> None:
     """Norm and rotate queries and keys in place, and store keys and values in the cache.
 
-    qkv: [tokens, (heads + 2 * kv_heads) * head_dim], each row dense. With q_weight and k_weight
-    [head_dim] fp32, every query and key head is normalised first and rounded to its dtype. Then
-    the first `width` dims are turned by cos and sin [tokens, width / 2] fp32: as pairs
-    (i, i + width / 2) or, `interleaved`, (2i, 2i + 1); nothing is turned where they are None.
-    cache_rows: [slots, 2 * kv_heads * head_dim], of qkv's dtype or float8_e4m3fn (saturating).
-    slot_mapping: [tokens] int64; a negative slot stores nothing.
+    qkv: [tokens, (heads + 2 * kv_heads) * head_dim], each row dense. cache_rows: [slots,
+    2 * kv_heads * head_dim], of qkv's dtype or float8_e4m3fn (saturating). slot_mapping: [tokens]
+    int64; a negative slot stores nothing.
     """
     x = qkv.view(len(qkv), -1, head_dim)
+    heads = x.shape[1] - 2 * kv_heads
+    cos, sin, q_weight, k_weight = rotation.cos, rotation.sin, rotation.q_weight, rotation.k_weight
     if q_weight is not None and k_weight is not None:
         for part, weight in ((x[:, :heads], q_weight), (x[:, heads : heads + kv_heads], k_weight)):
-            rms_norm(part, weight, eps, out=part)
+            rms_norm(part, weight, rotation.eps, out=part)
     if cos is not None and sin is not None:
+        width = 2 * rotation.half
         turned = x[:, : heads + kv_heads, :width]
-        step = 2 if interleaved else 1
-        half = 1 if interleaved else width // 2
+        step = 2 if rotation.interleaved else 1
+        half = 1 if rotation.interleaved else width // 2
         first, second = turned[..., : width - half : step], turned[..., half::step]
         a, b = first.float(), second.float()
         cos, sin = cos[:, None], sin[:, None]

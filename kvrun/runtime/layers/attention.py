@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from kvrun.runtime.attention import AttentionSpec
 from kvrun.runtime.device import fused
+from kvrun.runtime.kernels.rotary import Rotation
 from kvrun.runtime.layers.linear import Linear, split_cols
 from kvrun.runtime.layers.norm import HeadNorm, Norm, before_product
 
@@ -16,10 +17,6 @@ if TYPE_CHECKING:
     from kvrun.runtime.checkpoint import Checkpoint, Shard
     from kvrun.runtime.layers.position import Rope
     from kvrun.runtime.layers.qkv import Heads
-
-
-# What the kernel is told where nothing is rotated.
-_UNTURNED: dict[str, Any] = {"cos": None, "sin": None, "width": 0, "interleaved": False}
 
 
 class QKNorm(Protocol):
@@ -81,14 +78,9 @@ class Attention:
         self._head_norm = head_norm
         self._kernel = fused("rotary", w.device)
         norm = head_norm if isinstance(head_norm, HeadNorm) else None
-        self._known: dict[str, Any] = {  # that every step tells the kernel
-            "heads": heads.count,
-            "kv_heads": heads.kv_count,
-            "head_dim": heads.head_dim,
-            "q_weight": None if norm is None else norm.q,
-            "k_weight": None if norm is None else norm.k,
-            "eps": 0.0 if norm is None else norm.eps,
-        }
+        self._rotation = Rotation(interleaved=rope is not None and rope.interleaved)
+        if norm is not None:
+            self._rotation = self._rotation._replace(q_weight=norm.q, k_weight=norm.k, eps=norm.eps)
 
     def __call__(
         self,
@@ -104,28 +96,43 @@ class Attention:
         heads = self._qkv(x, batch, before=before).view(-1, rotated + spec.kv_heads, spec.head_dim)
         if self._clip is not None:
             heads.clamp_(-self._clip, self._clip)
-        q, k, v = heads.split_with_sizes((queries, spec.kv_heads, spec.kv_heads), 1)
         whole = self._kernel is not None
         # The kernel knows HeadNorm only.
         if self._head_norm is not None and not (whole and isinstance(self._head_norm, HeadNorm)):
             self._head_norm(heads.narrow(1, 0, rotated), batch)
         if whole:
-            self._rotate_and_store(heads, batch)
+            y = self._rotate_and_attend(heads, batch)
         else:
             if self._rope is not None:
                 self._rope(heads.narrow(1, 0, rotated), batch)
             kv = heads.narrow(1, queries, 2 * spec.kv_heads)
             batch.backend.cache.store(spec.layer, batch.slot_mapping, kv)
-        return self._out(batch.backend.attend(spec, q, k, v, batch), batch, add)
+            q, k, v = self._split(heads)
+            y = batch.backend.attend(spec, q, k, v, batch)
+        return self._out(y, batch, add)
 
-    def _rotate_and_store(self, heads: torch.Tensor, batch: "Batch") -> None:
-        """Norms, rotation and the cache's new rows by one kernel."""
+    def _rotate_and_attend(self, heads: torch.Tensor, batch: "Batch") -> torch.Tensor:
+        """Norms, rotation and the cache's new rows by one kernel, or attention with them."""
         assert self._kernel is not None
-        rope = _UNTURNED if self._rope is None else self._rope.prologue(batch)
-        self._kernel.rotate_append(
-            heads.view(len(heads), -1),
-            cache_rows=batch.backend.cache.rows(self.spec.layer),
-            slot_mapping=batch.slot_mapping,
-            **self._known,
-            **rope,
-        )
+        spec, backend, rotation = self.spec, batch.backend, self._rotation
+        if self._rope is not None:
+            cos, sin = self._rope.angles(batch)
+            rotation = rotation._replace(cos=cos, sin=sin)
+        y = backend.attend_new(spec, heads, rotation, batch)
+        if y is None:
+            self._kernel.rotate_append(
+                heads.view(len(heads), -1),
+                rotation,
+                backend.cache.rows(spec.layer),
+                batch.slot_mapping,
+                spec.kv_heads,
+                spec.head_dim,
+            )
+            y = backend.attend(spec, *self._split(heads), batch)
+        return y
+
+    def _split(self, heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k, v as views."""
+        kv_heads = self.spec.kv_heads
+        q, k, v = heads.split_with_sizes((self.spec.heads, kv_heads, kv_heads), 1)
+        return q, k, v

@@ -3,7 +3,7 @@ slopes for a bias that grows with the distance."""
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ class Rope:
         interleaved: bool = False,
     ) -> None:
         self._width = int(head_dim * parameters.number("partial_rotary_factor"))
-        self._interleaved = interleaved
+        self.interleaved = interleaved
         self._dtype = dtype
         frequencies, self._factor = scaled_frequencies(parameters, self._width)
         self._frequencies = frequencies.to(device)
@@ -53,20 +53,20 @@ class Rope:
         cos, sin = tables
         if self._width < x.shape[-1]:
             x = x[..., : self._width]
-        if self._interleaved:
+        if self.interleaved:
             partner = x.reshape(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
         else:
             partner = x.roll(self._width // 2, -1)
         x.mul_(cos).addcmul_(partner, sin)
 
-    def prologue(self, batch: "Batch") -> dict[str, Any]:
-        """What the kernel that also stores keys and values is told; cos and sin [T, width / 2]."""
+    def angles(self, batch: "Batch") -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [tokens, width / 2] in fp32, for kernels that turn, of a step's tokens."""
         tables = batch.shared.get(self)
         if tables is None:
             tables = self._kernel.tables(batch.positions, self._frequencies, self._factor)
             batch.shared[self] = tables
-        cos, sin = tables
-        return {"cos": cos, "sin": sin, "width": self._width, "interleaved": self._interleaved}
+        angles: tuple[torch.Tensor, torch.Tensor] = tables
+        return angles
 
     def _tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = positions.view(-1, 1, 1) * self._signed

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from kvrun.runtime.kernels import rotary as rotary_twin
 from kvrun.runtime.kernels import w4a16 as twin
 from kvrun.runtime.kernels.native import _build, one_query, rotary, w4a16
+from kvrun.runtime.kernels.rotary import Rotation
 from kvrun.runtime.kernels.w4a16 import Coded
 from kvrun.runtime.quant import _coded, _round
 
@@ -138,17 +139,14 @@ def test_one_query(heads: int, kv_heads: int, dim: int, count: int, dtype: torch
 def test_rotation_by_threads_and_of_wide_heads(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which the twin turns; tests/runtime/kernels/test_rotary.py has the rest."""
     qkv, slots = torch.randn(7, 4 * dim), torch.tensor([3, 0, 8, 1, 2, 7, 5])
-    tables = rotary.tables(torch.arange(7), torch.rand(dim // 2), 1.0)
-    sizes: dict[str, Any] = {
-        "heads": 2, "kv_heads": 1, "head_dim": dim, "width": dim, "interleaved": False,
-    }  # fmt: skip
+    rotation = Rotation(*rotary.tables(torch.arange(7), torch.rand(dim // 2), 1.0))
     ref, kept = qkv.clone(), torch.zeros(9, 2 * dim)
-    rotary_twin.rotate_append(ref, *tables, kept, slots, **sizes)
+    rotary_twin.rotate_append(ref, rotation, kept, slots, 1, dim)
     monkeypatch.setattr(rotary, "_ALONE", 0)
     threads, cache = torch.get_num_threads(), torch.zeros(9, 2 * dim)
     torch.set_num_threads(2)
     try:
-        rotary.rotate_append(qkv, *tables, cache, slots, **sizes)
+        rotary.rotate_append(qkv, rotation, cache, slots, 1, dim)
     finally:
         torch.set_num_threads(threads)
     assert_close((qkv, cache), (ref, kept), rtol=1e-6, atol=1e-6)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 
 from kvrun.runtime.kernels import paged_attention as twin
+from kvrun.runtime.kernels.rotary import Rotation
 from kvrun.runtime.kernels.triton import _decode, _prefill
 from kvrun.runtime.kernels.triton import paged_attention as fast
 
@@ -219,13 +220,12 @@ def decoded(step: Step, data: Data, tiling: _decode.Tiling) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("programs", [1, 8, 40])
-def test_parts(fused: bool, programs: int) -> None:
+def test_parts(programs: int) -> None:
     """However many parts a sequence is cut into, alone or beside others."""
     # 20 parts are more than are joined at once; with slopes the late ones weigh most.
     options: dict[str, Any] = {1: {}, 8: EVERY, 40: {"alibi": True}}[programs]
-    tiling = SMALL._replace(fused=fused, programs=programs, ahead=fused)
+    tiling = SMALL._replace(programs=programs)
     for sequences in ([(319 if programs == 40 else 99, 1)], [(99, 1), (2, 1), (31, 1)]):
         step = Step(sequences, **options)
         data = make(step)
@@ -280,6 +280,134 @@ def test_rows_that_pad_a_captured_batch(module: ModuleType) -> None:
     assert torch.allclose(padded[:-2], alone, atol=1e-6)
     assert padded.isfinite().all()
     assert not padded[-1].any()
+
+
+@dataclass
+class New:
+    """Heads that are neither rotated nor stored yet, for every row of a decode's `Data`."""
+
+    step: Step
+    data: Data
+    part: float = 1.0  # of a head that turns
+    interleaved: bool = False
+    normed: bool = False
+
+    def __post_init__(self) -> None:
+        (heads, kv_heads, dim), data, rows = self.step.heads, self.data, len(self.data.lengths)
+        self.qkv = torch.randn(rows, heads + 2 * kv_heads, dim).to(self.step.dtype)
+        half = int(dim * self.part) // 2
+        angles = torch.rand(rows, half) * 6
+        norms = (torch.rand(2, dim) + 0.5) if self.normed else [None, None]
+        self.rotation = Rotation(angles.cos(), angles.sin(), self.interleaved, *norms, 1e-6)
+        last = (data.lengths - 1).clamp(min=0).long()
+        page = data.tables.long().gather(1, (last // self.step.page)[:, None])[:, 0]
+        slots = page * self.step.page + last % self.step.page
+        self.slots = torch.where(data.lengths > 0, slots, -1)
+        data.cache[self.slots[self.slots >= 0]] = float("nan")  # to be written, never read
+
+    def attend(self, tiling: _decode.Tiling | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Answers, and the cache that is left behind; without a tiling, those of the twin."""
+        data, options, cache = self.data, self.step.options(), self.data.cache.clone()
+        lengths, qkv = data.lengths, self.qkv.clone()
+        known = (cache, data.tables, lengths, options)
+        if tiling is None:
+            return twin.append_and_decode(qkv, self.rotation, self.slots, *known), cache
+        q = qkv[:, : self.step.heads[0]]
+        out = torch.full((len(q), q[0].numel()), float("nan"), dtype=q.dtype)
+        newest = _decode.Newest(self.rotation, self.slots)
+        _decode.launch(q, *known, out, tiling, newest)
+        assert torch.equal(qkv, self.qkv)
+        return out, cache
+
+    def agrees(self, tiling: _decode.Tiling) -> bool:
+        (found, cache), (wanted, kept) = self.attend(tiling), self.attend(None)
+        new = self.slots[self.slots >= 0]
+        others = torch.ones(len(cache), dtype=torch.bool)
+        others[new] = False
+        raw = [rows[others].view(torch.uint8) for rows in (cache, kept)]
+        return (
+            agree(found, wanted)
+            and difference(cache[new].float(), kept[new].float()) <= STORED[cache.dtype]
+            and torch.equal(*raw)
+        )
+
+
+STORED = {F32: 1e-6, BF16: 8e-3, FP8: 0.0}
+EARLY = [_decode.BEFORE, _decode.AFTER, _decode.EACH]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=named)
+@pytest.mark.parametrize("early", EARLY)
+def test_the_newest_token(early: str, options: dict[str, Any]) -> None:
+    """Rotated, stored and attended to by the kernel that attends to the others."""
+    step = Step(RAGGED, idle=2, **options)
+    assert New(step, make(step)).agrees(SMALL._replace(early=early))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("part", [1.0, 0.5])
+@pytest.mark.parametrize("normed", [True, False])
+def test_what_becomes_of_the_newest_token(
+    normed: bool, part: float, interleaved: bool, dtype: torch.dtype
+) -> None:
+    step = Step(RAGGED, (6, 2, 24), dtype=dtype)
+    assert New(step, make(step), part, interleaved, normed).agrees(SMALL)
+
+
+def test_the_newest_token_in_fp8() -> None:
+    """Values that fp8 holds exactly and nothing turns: Triton's interpreter rounds others wrongly.
+    What does not fit saturates."""
+    step = Step(RAGGED, (4, 1, 16), dtype=BF16, fp8=True)
+    new = New(step, make(step))
+    new.qkv = new.qkv.to(FP8).to(BF16)
+    new.qkv[:, -1, :3] = torch.tensor([449.0, -3e4, 448.0]).to(BF16)
+    new.rotation.cos.fill_(1.0)
+    new.rotation.sin.fill_(0.0)
+    assert new.agrees(SMALL)
+    rows = new.attend(SMALL)[1][new.slots].float()
+    assert torch.equal(rows[:, 16:], new.qkv[:, -1].float().clamp(-448, 448))
+
+
+@pytest.mark.parametrize("early", EARLY)
+@pytest.mark.parametrize("programs", [1, 8, 40])
+def test_parts_with_the_newest_token(programs: int, early: str) -> None:
+    """The last part has it; where it would begin another, nothing does."""
+    tiling = SMALL._replace(programs=programs, early=early)
+    for sequences in ([(320, 1)], [(319, 1)], [(64, 1), (0, 1), (31, 1)]):
+        step = Step(sequences, sinks=True)
+        new = New(step, make(step))
+        assert new.agrees(tiling)
+        assert torch.equal(new.attend(tiling)[0], new.attend(tiling)[0])
+
+
+def test_a_newest_token_without_a_slot() -> None:
+    """Stored nowhere, it is attended to all the same."""
+    step = Step(RAGGED)
+    new = New(step, make(step))
+    whole = new.attend(SMALL)[0]
+    new.slots[1] = -1
+    found, cache = new.attend(SMALL)
+    assert torch.equal(found, whole)
+    assert cache[int(new.data.tables[1, 0]) * 16 + 15].isnan().all()
+
+
+def test_the_kernels_own_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    launch = _decode.launch
+
+    def watched(*given: Any) -> None:
+        seen.append(given[6].early)
+        launch(*given)
+
+    monkeypatch.setattr(_decode, "launch", watched)
+    for count in (1, 3, 9):
+        step = Step([(17 + i, 1) for i in range(count)], dtype=BF16)
+        new = New(step, make(step))
+        known = (new.data.cache.clone(), new.data.tables, new.data.lengths, step.options())
+        found = fast.append_and_decode(new.qkv.clone(), new.rotation, new.slots, *known)
+        assert agree(found, new.attend(None)[0])
+    assert seen == [_decode.EACH, _decode.AFTER, _decode.BEFORE]
 
 
 MIXED = [(20, 1), (0, 33), (0, 0), (17, 16), (0, 1), (40, 5)]

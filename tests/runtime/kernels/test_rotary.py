@@ -11,6 +11,7 @@ import torch
 from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.kernels import rotary as twin
 from kvrun.runtime.kernels.native import rotary as native
+from kvrun.runtime.kernels.rotary import Rotation
 from kvrun.runtime.kernels.triton import rotary as triton
 from kvrun.runtime.layers.norm import RMSNorm
 from kvrun.runtime.layers.position import Rope, scaled_frequencies
@@ -60,13 +61,11 @@ def call(
     positions: torch.Tensor | None = None,
     **norm: Any,
 ) -> None:
-    cos = sin = None
+    rotation = Rotation(interleaved=interleaved, **norm)
     if positions is not None:
         cos, sin = kernel.tables(positions, frequencies(width), 1.0)
-    sizes = {"heads": HEADS, "kv_heads": KV, "head_dim": head_dim, "width": width}
-    kernel.rotate_append(
-        qkv, cos, sin, cache, torch.tensor(slots), interleaved=interleaved, **sizes, **norm
-    )
+        rotation = rotation._replace(cos=cos, sin=sin)
+    kernel.rotate_append(qkv, rotation, cache, torch.tensor(slots), KV, head_dim)
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 300])

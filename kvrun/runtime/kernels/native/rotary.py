@@ -9,6 +9,7 @@ import torch
 
 from kvrun.runtime.kernels import rotary as twin
 from kvrun.runtime.kernels.native._build import declared
+from kvrun.runtime.kernels.rotary import Rotation
 from kvrun.runtime.kernels.rotary import tables as tables
 
 WIDEST = 256  # columns of a head
@@ -41,30 +42,20 @@ def _shape(*fields: Any) -> _Shape:
 
 def rotate_append(
     qkv: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
+    rotation: Rotation,
     cache_rows: torch.Tensor,
     slot_mapping: torch.Tensor,
-    *,
-    heads: int,
     kv_heads: int,
     head_dim: int,
-    width: int,
-    interleaved: bool,
-    q_weight: torch.Tensor | None = None,
-    k_weight: torch.Tensor | None = None,
-    eps: float = 0.0,
 ) -> None:
     """As the twin, which does it for other dtypes than fp32 and bfloat16, and wider heads."""
     tokens, wide = qkv.shape[0], qkv.dtype is torch.float32
     known = (wide or qkv.dtype is torch.bfloat16) and head_dim <= WIDEST
     if not known or cache_rows.dtype is not qkv.dtype:
-        twin.rotate_append(
-            qkv, cos, sin, cache_rows, slot_mapping,
-            heads=heads, kv_heads=kv_heads, head_dim=head_dim, width=width,
-            interleaved=interleaved, q_weight=q_weight, k_weight=k_weight, eps=eps,
-        )  # fmt: skip
+        twin.rotate_append(qkv, rotation, cache_rows, slot_mapping, kv_heads, head_dim)
         return
+    cos, sin, interleaved, q_weight, k_weight, eps = rotation
+    heads, width = qkv.shape[1] // head_dim - 2 * kv_heads, 2 * rotation.half
     threads = 1 if qkv.numel() <= _ALONE else torch.get_num_threads()
     _library().kvrun_rotate(
         ctypes.addressof(_shape(heads, kv_heads, head_dim, width, interleaved, wide, eps)),

@@ -21,6 +21,7 @@ from kvrun.runtime.kernels.triton._softmax import (
     pages_of,
     product,
     rows_of,
+    slopes_of,
 )
 
 
@@ -139,9 +140,7 @@ def _prefill(
     inside = real[:, None] & (columns < DIM)[None, :]
     places = (start + queries).to(tl.int64)[:, None] * q_stride + heads[:, None] * q_head
     q = tl.load(q_at + places + columns[None, :], mask=inside, other=0.0)
-    slopes = None
-    if alibi_at is not None:
-        slopes = tl.load(alibi_at + heads, mask=real, other=0.0)
+    slopes = slopes_of(alibi_at, heads, real)
     top, total = begin(sinks_at, heads, real, True)
     acc = tl.zeros([ROWS, PADDED], tl.float32)
     kv = head // SHARE

@@ -43,8 +43,17 @@ def rows_of(rows_at, rows, stride, seen, DIM: tl.constexpr, PADDED: tl.constexpr
 
 
 @triton.jit
-def logits(products, keys, queries, slopes, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Products [queries, keys] as logits, but for the factor UNIT; positions keys, queries."""
+def slopes_of(alibi_at, heads, real):
+    """What a score loses per token of distance, by head; None where it does not."""
+    slopes = None
+    if alibi_at is not None:
+        slopes = tl.load(alibi_at + heads, mask=real, other=0.0)
+    return slopes
+
+
+@triton.jit
+def bent(products, slopes, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Products as logits of the query's own position, where slopes add nothing, but for UNIT."""
     scores = products
     if SOFTCAP is not None or slopes is not None:
         scores = products * SCALE
@@ -52,6 +61,13 @@ def logits(products, keys, queries, slopes, SCALE: tl.constexpr, SOFTCAP: tl.con
         small = tl.exp2(tl.abs(scores) * (-2 * LOG2E / SOFTCAP))
         bent = (1 - small) / (1 + small) * SOFTCAP
         scores = tl.where(scores < 0, -bent, bent)
+    return scores
+
+
+@triton.jit
+def logits(products, keys, queries, slopes, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Products [queries, keys] as logits, but for the factor UNIT; positions keys, queries."""
+    scores = bent(products, slopes, SCALE, SOFTCAP)
     if slopes is not None:
         scores += slopes[:, None] * (keys[None, :] - queries[:, None]).to(tl.float32)
     return scores

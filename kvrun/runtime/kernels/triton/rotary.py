@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kvrun.runtime.kernels.rotary import Rotation
 from kvrun.runtime.kernels.triton._overlap import overlap, release, wait
 
 
@@ -31,39 +32,31 @@ def tables(
 
 def rotate_append(
     qkv: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
+    rotation: Rotation,
     cache_rows: torch.Tensor,
     slot_mapping: torch.Tensor,
-    *,
-    heads: int,
     kv_heads: int,
     head_dim: int,
-    width: int,
-    interleaved: bool,
-    q_weight: torch.Tensor | None = None,
-    k_weight: torch.Tensor | None = None,
-    eps: float = 0.0,
 ) -> None:
-    tokens, total = len(qkv), heads + 2 * kv_heads
+    tokens, total = len(qkv), qkv.shape[1] // head_dim
     at_once, warps = shape(tokens, total, head_dim)
     _rotate_append[(tokens * triton.cdiv(total, at_once),)](
         qkv,
-        cos,
-        sin,
+        rotation.cos,
+        rotation.sin,
         cache_rows,
         slot_mapping,
-        q_weight,
-        k_weight,
+        rotation.q_weight,
+        rotation.k_weight,
         qkv.stride(0),
         cache_rows.stride(0),
-        eps,
-        QUERIES=heads,
+        rotation.eps,
+        QUERIES=total - 2 * kv_heads,
         KEYS=kv_heads,
         DIM=head_dim,
-        HALF=0 if cos is None else width // 2,
-        INTERLEAVED=interleaved,
-        NORM=q_weight is not None,
+        HALF=rotation.half,
+        INTERLEAVED=rotation.interleaved,
+        NORM=rotation.q_weight is not None,
         FP8=cache_rows.dtype is not qkv.dtype,
         HEADS=at_once,
         PAIRS=triton.next_power_of_2(head_dim // 2),

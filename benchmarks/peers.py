@@ -8,15 +8,14 @@ A workload is one that `kvrun bench throughput` knows, with xN for N requests. L
 transformers, vllm) run in processes of their own, which hold the model and wait while another's
 turn is on, each with an even share of a GPU's memory; the median of the turns counts, because the
 speed of a shared machine drifts. Prompts are token ids, answers greedy, end of text ignored, no
-prefix cache. A --server is asked over HTTP by `kvrun bench load` with every request at once; kvrun
-then serves the same way beside it.
+prefix cache. A --server runs already, with the same model; it is asked over HTTP as `kvrun bench
+load` does, with every request at once, and `kvrun serve` beside it (peers_servers.py).
 """
 
 import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
-import itertools
 import json
 import os
 import platform
@@ -29,19 +28,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peers_servers
 import torch
 
 from kvrun.bench import plot, shapes
 from kvrun.bench.roofline import WIDTHS, Cost
 from kvrun.bench.workloads import Workload, find
+from kvrun.errors import KvrunError
 from kvrun.hub.local import resolve
 from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.plan import examine, size
 
 LIBRARIES = ("kvrun", "transformers", "vllm")
 USUAL = ("32/128x1", "32/128x8", "128/64x32")
-PORT = 3917
-SEEDS = itertools.count(1)
 ROWS = 64  # sequences in a batch of transformers
 SHARED = 0.9  # of a GPU's memory, by all engines
 RESERVE = 2 << 30  # bytes that an engine takes beside weights and cache
@@ -62,10 +61,21 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--share", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--longest", type=int, help=argparse.SUPPRESS)
+    parser.set_defaults(served=[])
     options = parser.parse_args()
     if options.child:
         serve_turns(options.child, options)
         return
+    if options.server and (options.peers or options.shape):
+        parser.error("--server compares servers with `kvrun serve`: no --peers, and no --shape")
+    try:
+        report(compared(options), options)
+    except KvrunError as error:
+        sys.exit(f"error: {error}")
+
+
+def compared(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of all workloads."""
     works = {name: workload(name) for name in options.workload}
     with contextlib.ExitStack() as stack:
         folder = Path(options.model) if options.shape is None else None
@@ -75,8 +85,7 @@ def main() -> None:
             folder = resolve(options.model)
         options.longest = max(map(tokens_of, works.values()))
         peers = peers_of(options, folder, stack)
-        rows = [row for name in works for row in compare(name, works[name], peers, options.turns)]
-    report(rows, options)
+        return [row for name in works for row in compare(name, works[name], peers, options.turns)]
 
 
 def tokens_of(work: Workload) -> int:
@@ -110,15 +119,19 @@ def workload(text: str) -> Workload:
 def peers_of(
     options: argparse.Namespace, folder: Path, stack: contextlib.ExitStack
 ) -> dict[str, Callable[[str], float]]:
-    """What takes turns: name -> seconds for a workload."""
+    """What takes turns: name -> seconds for a workload. Raises KvrunError."""
+    if options.server:
+        others = peers_servers.named(options.server, workload)
+        vocab = HFConfig.read(folder).integer("vocab_size")
+        beside = peers_servers.side_by_side(others, folder, options.dtype, vocab, workload)
+        options.served = stack.enter_context(beside)
+        return {server.name: server for server in options.served}
     wanted = options.peers or [n for n in LIBRARIES if importlib.util.find_spec(n)]
     if options.shape is not None and options.peers is None and "transformers" in wanted:
         wanted.remove("transformers")  # it has no way to begin with random weights on the device
     missing = [name for name in wanted if not importlib.util.find_spec(name)]
     if missing:
         sys.exit(f"not installed here: {', '.join(missing)}; pip install it, or name others")
-    if options.server:
-        wanted = []
     argv = ["--model", str(folder), "--dtype", options.dtype]
     if wanted and torch.cuda.is_available():
         most = HFConfig.read(folder).get("max_position_embeddings")
@@ -128,11 +141,6 @@ def peers_of(
     found: dict[str, Callable[[str], float]] = {}
     for name in wanted:
         found[name] = stack.enter_context(child(name, argv))
-    if options.server:
-        found["kvrun"] = stack.enter_context(own_server(folder, options.dtype))
-    for text in options.server:
-        name, _, url = text.partition("=")
-        found[name] = lambda work, url=url: asked(url, work)  # type: ignore[misc]
     return found
 
 
@@ -160,6 +168,8 @@ def compare(
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     name = options.shape or Path(options.model).name
     about = f"{name}, {options.dtype}, {platform.processor() or f'{os.cpu_count()} processors'}"
+    for line in peers_servers.unlike(options.served) if options.served else ():
+        print(line, file=sys.stderr)
     if options.json:
         record = {
             "model": name,
@@ -167,6 +177,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
             "cpus": os.cpu_count(),
             "turns": options.turns,
             "versions": versions(),
+            **({"servers": {s.name: s.record() for s in options.served}} if options.served else {}),
             "rows": rows,
         }
         options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -340,46 +351,6 @@ def open_vllm(options: argparse.Namespace) -> Run:
 
 
 OPEN = {"kvrun": open_kvrun, "transformers": open_transformers, "vllm": open_vllm}
-
-# -- a server -------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def own_server(folder: Path, dtype: str) -> Iterator[Callable[[str], float]]:
-    """`kvrun serve` with the same model, to be asked as the others are."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kvrun", "serve", str(folder), "--port", str(PORT),
-         "--dtype", dtype],
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        yield lambda work: asked(f"http://127.0.0.1:{PORT}", work)
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def asked(url: str, work: str) -> float:
-    """Seconds for all requests of a workload, all there at once."""
-    count = len(workload(work).prompts)
-    name = work if work.startswith("prefill") else work.split("x")[0]
-    argv = ["load", url, "-w", name, "-c", str(count), "-o", "json", "--no-progress", "--text"]
-    argv += ["--seed", str(next(SEEDS))]  # servers keep prefixes: no prompt comes twice
-    if "/" in name:
-        argv += ["-n", str(count)]
-    for attempt in range(60):  # a server that still loads answers 503, or not at all
-        done = subprocess.run(
-            [sys.executable, "-m", "kvrun", "bench", *argv], capture_output=True, text=True
-        )
-        if done.returncode == 0:
-            found = json.loads(done.stdout)["results"][0]
-            if found["failed"]:
-                sys.exit(f"{url}: {found['errors']}")
-            return float(found["duration"])
-        if attempt == 59 or "--" in done.stderr.splitlines()[0]:
-            break
-        time.sleep(1)
-    sys.exit(done.stderr)
 
 
 if __name__ == "__main__":

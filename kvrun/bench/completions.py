@@ -50,15 +50,19 @@ class Outcome:
     """What came of one request; times are of `time.perf_counter`, 0 for what never was.
 
     `by_usage` says that the server has counted the tokens itself; otherwise every piece of text
-    counts as one. `reached` says that it has answered at all, be it with an error.
+    counts as one. `cached_tokens` are those of the prompt that it says it had kept from before.
+    `reached` says that it has answered at all, be it with an error.
     """
 
     input_tokens: int = 0
+    cached_tokens: int = 0
+    asked_tokens: int = 0  # of the answer
     output_tokens: int = 0
     by_usage: bool = False
     reached: bool = False
     sent: float = 0.0
     times: list[float] = field(default_factory=list)  # of pieces of text
+    finished: float = 0.0  # when the server said why the answer ends
     ended: float = 0.0
     error: str = ""
 
@@ -80,6 +84,11 @@ class Outcome:
         return (self.e2el - self.ttft) / (self.output_tokens - 1)
 
     @property
+    def short(self) -> bool:
+        """Whether it has fewer tokens than were asked for, by the server's own count."""
+        return self.by_usage and self.output_tokens < self.asked_tokens
+
+    @property
     def itl(self) -> list[float]:
         """Seconds between pieces of text; one may hold several tokens."""
         return [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
@@ -97,7 +106,8 @@ class Asker:
 
     async def ask(self, prompt: Prompt, output_tokens: int) -> Outcome:
         """Stream one answer. What goes wrong is the outcome's `error`, never an exception."""
-        outcome = Outcome(input_tokens=0 if isinstance(prompt, str) else len(prompt))
+        known = 0 if isinstance(prompt, str) else len(prompt)
+        outcome = Outcome(input_tokens=known, asked_tokens=output_tokens)
         body = json.dumps(self._body(prompt, output_tokens)).encode()
         outcome.sent = time.perf_counter()
         try:
@@ -110,6 +120,8 @@ class Asker:
         except (AttributeError, TypeError, KeyError):
             outcome.error = "an event has not the form of OpenAI's"
         outcome.ended = time.perf_counter()
+        if outcome.output_tokens and outcome.finished and not outcome.times:
+            outcome.times.append(outcome.finished)  # of special tokens alone, or half a character
         if not outcome.times and not outcome.error:
             outcome.error = "the answer holds no text"
         return outcome
@@ -155,13 +167,17 @@ class Asker:
             outcome.by_usage = True
             outcome.input_tokens = int(usage.get("prompt_tokens") or outcome.input_tokens)
             outcome.output_tokens = int(usage.get("completion_tokens") or 0)
+            details = usage.get("prompt_tokens_details") or {}
+            outcome.cached_tokens = int(details.get("cached_tokens") or 0)
         choices = event.get("choices") or []
         if not choices:
             return False
         if self._is_text(choices[0]):
             outcome.times.append(now)
             outcome.output_tokens += not outcome.by_usage
-        return choices[0].get("finish_reason") is not None
+        if choices[0].get("finish_reason") is not None:
+            outcome.finished = now
+        return bool(outcome.finished)
 
     def _is_text(self, choice: dict[str, Any]) -> bool:
         """Whether a piece of the answer came: a chat begins with a role, and that is none."""
@@ -211,6 +227,11 @@ def refused(error: str, where: str) -> KvrunError:
         )
     if error.startswith(("HTTP 401", "HTTP 403")):
         return InvalidRequest(f"{where} wants a key.", cause=error, hint="--api-key KEY")
+    if error.startswith("HTTP 503"):
+        return KvrunError(f"{where} is not ready.", cause=error, hint="it may still load its model")
+    if error.startswith("HTTP 4") and "context" in error.lower():
+        hint = "shorter prompts or answers, or a server with more context for each request"
+        return InvalidRequest(f"{where} has no room for the request.", cause=error, hint=hint)
     if error.startswith("HTTP 4"):
         hint = "--text for servers that take no ids, --vocab N for a small vocabulary, "
         hint += "--no-ignore-eos for those that know OpenAI's own fields only"

@@ -37,13 +37,24 @@ class Run:
 
 
 async def check(asker: Asker, prompt: Prompt) -> None:
-    """One request that does not count. Raises what a user can do something about."""
-    outcome = await asker.ask(prompt, 2)
+    """One request that does not count. Raises what a user can do something about.
+
+    It asks for the prompt the other way round: servers keep the beginnings of prompts, and `prompt`
+    itself would then cost next to nothing when it counts.
+    """
+    outcome = await asker.ask(turned(prompt), 2)
     if not outcome.error:
         return
     if not outcome.reached:
         raise unreachable(asker.client.address, outcome.error)
     raise refused(outcome.error, f"{asker.client.address}{asker.route.path}")
+
+
+def turned(prompt: Prompt) -> Prompt:
+    """The same ids, or words, from the last one to the first."""
+    if isinstance(prompt, str):
+        return " ".join(reversed(prompt.split())) or prompt
+    return prompt[::-1]
 
 
 async def closed(
@@ -107,7 +118,9 @@ def summary(run: Run, slo: dict[str, float]) -> dict[str, Any]:
         "failed": len(run.outcomes) - len(good),
         "errors": dict(Counter(o.error for o in run.outcomes if o.error).most_common()),
         "total_input_tokens": total - output,
+        "total_cached_tokens": sum(outcome.cached_tokens for outcome in good),
         "total_output_tokens": output,
+        "short_answers": sum(outcome.short for outcome in good),
         "tokens_by": _counted(good),
         "request_throughput": len(good) / duration,
         "output_throughput": output / duration,

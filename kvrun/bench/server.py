@@ -103,9 +103,10 @@ def _about(plan: Load) -> dict[str, Any]:
 
 
 def _show(row: Row, run: Run, about: dict[str, Any], out: Report) -> None:
-    if row["errors"]:
-        for error, count in row["errors"].items():
-            note(f"failed {count} times: {error}")
+    for line in failures(row["errors"]):
+        note(line)
+    if row["ignore_eos"] and row["short_answers"]:
+        note(f"{row['short_answers']} answers {SHORT}")
     if out.form not in ("table", "md"):
         out.show(report.LOAD, [row], about)
         return
@@ -114,6 +115,15 @@ def _show(row: Row, run: Run, about: dict[str, Any], out: Report) -> None:
     out.show(report.LOAD, rows, about, above=_lines(row, about) + "\n", drawn=[row])
 
 
+def failures(errors: dict[str, int]) -> list[str]:
+    """Lines of what went wrong how often: the most frequent errors, where each may be its own."""
+    lines = [f"failed {count} times: {error}" for error, count in errors.items()]
+    rest = sum(list(errors.values())[SAID:])
+    return lines[:SAID] + ([f"failed {rest} times in other ways"] if rest else [])
+
+
+SAID = 3
+SHORT = "have fewer tokens than asked for: no room in the server's context, or no ignore_eos there"
 NAMES = {
     "ttft": "time to first token",
     "tpot": "time per token after it",
@@ -135,6 +145,8 @@ def _lines(row: Row, about: dict[str, Any]) -> str:
         f"output tok/s, {number(row['total_token_throughput'])} total tok/s; tokens counted by "
         f"{row['tokens_by']}: {row['total_input_tokens']:,} in, {row['total_output_tokens']:,} out",
     ]
+    if row["total_cached_tokens"]:
+        lines[-1] += f"; {row['total_cached_tokens']:,} of those in were in the server's cache"
     if "slo_ms" in row:
         bounds = ", ".join(f"{name} <= {number(ms)} ms" for name, ms in row["slo_ms"].items())
         lines.append(

@@ -15,6 +15,7 @@ class Stub:
     def __init__(self) -> None:
         self.script: list[dict | bytes | str] = []
         self.status = 200
+        self.listing = 200  # the status of the list of models
         self.reply = b"{}"  # where the status is not 200
         self.type = "text/event-stream"
         self.keep = True
@@ -32,6 +33,9 @@ class Stub:
             counts = {"prompt_tokens": 7, "completion_tokens": usage}
             self.script.append({"choices": [], "usage": counts})
         self.script.append(b"data: [DONE]\n\n")
+
+    def prepare(self, method: str, body: dict) -> None:
+        """Before an answer; a server with a mind of its own changes what it will be."""
 
     @property
     def bodies(self) -> list[dict]:
@@ -75,8 +79,11 @@ class Stub:
         if self.drop_before_answer:
             self.drop_before_answer -= 1
             return False
-        if first[0] == "GET":
+        self.prepare(first[0], self.requests[-1][3])
+        if first[0] == "GET" and self.listing == 200:
             return self._send(writer, 200, json.dumps({"data": [{"id": m} for m in self.models]}))
+        if first[0] == "GET":
+            return self._send(writer, self.listing, self.reply.decode("latin-1"))
         if self.status != 200:
             return self._send(writer, self.status, self.reply.decode("latin-1"))
         writer.write(
@@ -103,3 +110,51 @@ def event(text: str, chat: bool = False, reason: str | None = None) -> dict:
     """A piece of an answer as OpenAI sends it."""
     piece = {"delta": {"content": text}} if chat else {"text": text}
     return {"choices": [{"index": 0, **piece, "finish_reason": reason}]}
+
+
+class Llama(Stub):
+    """Behaves like llama.cpp's server, as it was seen to do (ggml 0.25.3).
+
+    The list of models gives a path, and 503 while it loads; ids outside the vocabulary and prompts
+    longer than the context get 400; an answer for which there is no room ends early, with the
+    reason "length"; usage comes in the last event of the answer, not in one of its own.
+    """
+
+    def __init__(self, vocab: int = 4096, context: int = 64) -> None:
+        super().__init__()
+        self.models = ["/models/tiny-f32.gguf"]
+        self.vocab, self.context = vocab, context
+        self.loading = 0  # so many requests come too early
+        self.takes_ids, self.counts = True, True
+        self.cached = 0
+
+    def prepare(self, method: str, body: dict) -> None:
+        self.listing = self.status = 200
+        if self.loading:
+            self.loading -= 1
+            self._refuse(503, "Loading model")
+        elif method == "POST":
+            self._complete(body["prompt"], body["max_tokens"])
+
+    def _complete(self, prompt: str | list[int], asked: int) -> None:
+        if isinstance(prompt, list) and not self.takes_ids:
+            return self._refuse(400, "prompt must be a string")
+        if isinstance(prompt, list) and max(prompt) >= self.vocab:
+            return self._refuse(400, "Prompt contains invalid tokens")
+        length = len(prompt.split()) + 1 if isinstance(prompt, str) else len(prompt)
+        if length >= self.context:
+            text = f"request ({length} tokens) exceeds the available context size ({self.context}"
+            return self._refuse(400, f"{text} tokens), try increasing it")
+        tokens = min(asked, self.context - length)
+        self.script = [event("a") for _ in range(tokens)]
+        last = event("", reason="length")
+        details = {"cached_tokens": self.cached}
+        usage = {"prompt_tokens": length, "completion_tokens": tokens}
+        if self.counts:
+            last["usage"] = usage | {"prompt_tokens_details": details}
+        self.script += [last, b"data: [DONE]\n\n"]
+        return None
+
+    def _refuse(self, status: int, text: str) -> None:
+        self.listing = self.status = status
+        self.reply = json.dumps({"error": {"code": status, "message": text}}).encode()

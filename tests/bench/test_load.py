@@ -12,9 +12,10 @@ import pytest
 from kvrun.bench import load, workloads
 from kvrun.bench.completions import Asker, Outcome, Route, first_model
 from kvrun.bench.load import Run
+from kvrun.bench.server import failures
 from kvrun.errors import InvalidRequest, KvrunError, NotFound, Unreachable
 from kvrun.http import Address, Client
-from tests.bench.stub import Stub, event
+from tests.bench.stub import Llama, Stub, event
 
 Ask = Callable[..., Asker]
 WORK = workloads.uniform(6, 4, 3)
@@ -58,6 +59,41 @@ async def test_without_usage_pieces_of_text_are_counted(stub: Stub, asker: Ask) 
     outcome = await asker(stub, ignore_eos=False).ask([1, 2, 3], 9)
     assert (outcome.input_tokens, outcome.output_tokens, outcome.by_usage) == (3, 2, False)
     assert "ignore_eos" not in stub.bodies[0]
+
+
+async def test_usage_in_the_last_piece_of_an_answer_and_what_was_cached(asker: Ask) -> None:
+    async with Llama() as llama:
+        llama.cached = 31
+        outcome = await asker(llama).ask(list(range(32)), 3)
+    assert (outcome.error, outcome.by_usage, outcome.short) == ("", True, False)
+    assert (outcome.input_tokens, outcome.cached_tokens, outcome.output_tokens) == (32, 31, 3)
+    assert len(outcome.times) == 3
+    found = load.summary(Run([outcome], ended=1), {})
+    assert (found["total_cached_tokens"], found["short_answers"]) == (31, 0)
+
+
+async def test_an_answer_without_room_is_short(asker: Ask) -> None:
+    async with Llama(context=40) as llama:
+        outcome = await asker(llama).ask(list(range(32)), 16)
+    assert (outcome.error, outcome.output_tokens, outcome.short) == ("", 8, True)
+    assert load.summary(Run([outcome], ended=1), {})["short_answers"] == 1
+
+
+async def test_tokens_without_text_are_an_answer(stub: Stub, asker: Ask) -> None:
+    """Of special tokens, or of half a character."""
+    stub.answers(usage=1)
+    outcome = await asker(stub).ask([1], 1)
+    assert (outcome.error, outcome.output_tokens, outcome.itl) == ("", 1, [])
+    assert outcome.sent < outcome.times[0] <= outcome.ended
+    stub.answers()  # and nothing says that there were any
+    assert (await asker(stub).ask([1], 1)).error == "the answer holds no text"
+
+
+async def test_the_request_before_warms_no_prompt(stub: Stub, asker: Ask) -> None:
+    await load.check(asker(stub), [1, 2, 3])
+    await load.check(asker(stub), "once upon a")
+    assert [body["prompt"] for body in stub.bodies] == [[3, 2, 1], "a upon once"]
+    assert load.turned("  ") == "  "
 
 
 async def test_pieces_of_several_tokens_cut_anywhere(stub: Stub, asker: Ask) -> None:
@@ -326,6 +362,7 @@ async def test_servers_that_speak_something_else() -> None:
         (401, InvalidRequest, "wants a key"),
         (422, InvalidRequest, "refuses the request"),
         (500, KvrunError, "has not answered"),
+        (503, KvrunError, "is not ready"),
     ],
 )
 async def test_a_first_request_that_fails(
@@ -336,3 +373,19 @@ async def test_a_first_request_that_fails(
         await load.check(asker(stub), [1])
     assert raised.value.cause == f"HTTP {status}: because"
     assert type(raised.value) is kind
+
+
+async def test_a_prompt_longer_than_the_context(asker: Ask) -> None:
+    async with Llama() as llama:
+        with pytest.raises(InvalidRequest, match="has no room") as raised:
+            await load.check(asker(llama), [1] * 64)
+    assert "64 tokens) exceeds the available context size (64" in raised.value.cause
+    assert "--text" not in raised.value.hint
+
+
+def test_failures_of_a_kind_each() -> None:
+    assert failures({}) == []
+    errors = {f"request ({n} tokens) is too long": 1 for n in range(9)}
+    lines = failures({"gone": 5} | errors)
+    assert lines[0] == "failed 5 times: gone"
+    assert lines[3:] == ["failed 7 times in other ways"]

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,14 @@ from kvrun.runtime.kernels.triton import paged_attention as fast
 BF16, F32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 TOLERANCE = {F32: 2e-6, BF16: 8e-3}
 SMALL = _decode.Tiling(keys=16, warps=4, stages=1, programs=12)
+
+
+@pytest.fixture(autouse=True)
+def on_device() -> Iterator[None]:
+    """A GPU if there is one: there the same kernels are compiled."""
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield
 
 
 @dataclass

@@ -1,5 +1,6 @@
-"""The product of few rows: Triton in its interpreter against the twin, the twin against torch."""
+"""The product of few rows: Triton against the twin, the twin against torch."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +21,14 @@ FORMS = {
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 # No size fills its blocks; 75 columns cannot be loaded in pairs.
 N, K = 37, 104
+
+
+@pytest.fixture(autouse=True)
+def on_device() -> Iterator[None]:
+    """A GPU if there is one: there the same kernels are compiled."""
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield
 
 
 def arguments(

@@ -1,6 +1,7 @@
-"""Products of codes: Triton in its interpreter against the twin, the twin against plain torch."""
+"""Products of codes: Triton against the twin, the twin against plain torch."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +26,14 @@ FORMS = {
 KINDS = ("int4", "int4-zero", "int4-float-zero", "table", "int8", "int8-zero", "fp8")
 # No size fills its blocks.
 N, K = 21, 608
+
+
+@pytest.fixture(autouse=True)
+def on_device() -> Iterator[None]:
+    """A GPU if there is one: there the same kernels are compiled."""
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield
 
 
 def matrix(kind: str, n: int = N, k: int = K, group: int = 32) -> Coded:

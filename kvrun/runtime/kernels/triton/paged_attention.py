@@ -102,7 +102,7 @@ def append_tiling(batch: int, dtype: torch.dtype) -> _decode.Tiling:
     if dtype is torch.float32:
         return _decode.Tiling(keys=32, warps=4, stages=1, programs=264, early=_decode.BEFORE)
     if batch == 1:
-        return _decode.Tiling(keys=64, warps=4, stages=1, programs=264, early=_decode.EACH)
+        return _decode.Tiling(keys=64, warps=4, stages=2, programs=264, early=_decode.EACH)
     if batch <= 8:
         return _decode.Tiling(keys=32, warps=2, stages=4, programs=396, early=_decode.AFTER)
     return _decode.Tiling(keys=64, warps=4, stages=2, programs=396, early=_decode.BEFORE)

@@ -32,15 +32,12 @@ LLAMA, QWEN, TINY = (32, 8, 128), (16, 8, 128), (4, 2, 64)
 MODEL_LEN = 10240  # block tables are as wide as an engine's
 BESIDE_L2 = 256 << 20
 
-# What is measured: (keys, warps, stages, ahead, fused).
+# What is measured: (keys, warps, stages).
 DECODE = [
-    (64, 4, 3, True, True), (64, 4, 2, True, True), (64, 4, 4, True, True),
-    (32, 4, 3, True, True), (32, 4, 4, True, True), (32, 2, 4, True, True),
-    (32, 4, 6, True, True), (128, 4, 2, True, True), (128, 8, 3, True, True),
-    (64, 8, 3, True, True), (64, 4, 3, False, True), (64, 4, 5, False, True),
-    (64, 4, 3, True, False), (32, 4, 4, True, False),
+    (64, 4, 3), (64, 4, 2), (64, 4, 4), (32, 4, 3), (32, 4, 4), (32, 2, 4), (32, 4, 6), (128, 4, 2),
+    (128, 8, 3), (64, 8, 3),
 ]  # fmt: skip
-DECODE_AGAIN = [(64, 4, 3, True, True), (32, 4, 4, True, True), (64, 4, 2, True, True)]
+DECODE_AGAIN = [(64, 4, 3), (32, 4, 4), (64, 4, 2)]
 PROGRAMS = [264, 528, 1056]
 # (rows, keys, warps, stages, packed)
 PREFILL = [
@@ -134,7 +131,7 @@ def call(case: Case, options: twin.Options, given: dict[str, torch.Tensor], modu
     longest = max(new for _, new in case.sequences)
     out = torch.full((len(q), q[0].numel()), float("nan"), dtype=q.dtype, device=q.device)
     if module is None and case.decode:
-        tiling = _decode.Tiling(*case.tiling[:3], 528, *case.tiling[3:])
+        tiling = _decode.Tiling(*case.tiling, 528)
         _decode.launch(q, cache, tables, lengths, options, out, tiling)
     elif module is None:
         cut = _prefill.Tiling(*case.tiling)
@@ -271,12 +268,12 @@ def checked(cases: list[Case], device: torch.device, seconds: float) -> list[str
 
 def replayed(device: torch.device) -> Iterator[tuple[str, str | None]]:
     """Captured once, then replayed with other lengths, pages, queries: still what the twin says."""
-    for fused, fresh in ((True, None), (False, None), (None, False), (None, True)):
+    for fresh in (None, False, True):
         decode = fresh is None
         one = [(0, 1), (900, 1), (40, 1), (17, 1)] if decode else [(0, 90), (0, 7), (0, 200)]
         two = [(700, 1), (3, 1), (0, 1), (2500, 1)] if decode else [(0, 1), (0, 150), (0, 80)]
-        tiling = (64, 4, 3, True, fused) if decode else None
-        name = f"replay {'decode' if decode else 'prefill'} {'fresh' if fresh else ''} {fused}"
+        tiling = (64, 4, 3) if decode else None
+        name = f"replay {'decode' if decode else 'prefill'} {'fresh' if fresh else ''}"
         first = Case(
             LLAMA, one, decode=decode, fresh=bool(fresh), padding=4 if decode else 33, tiling=tiling
         )
@@ -397,7 +394,7 @@ class Bench:
         for cut in cuts:
             if self.late():
                 break
-            tiling = _decode.Tiling(*cut[:3], *cut[3:])
+            tiling = _decode.Tiling(*cut)
             launches = [
                 lambda cache=cache, tiling=tiling: _decode.launch(
                     q, cache, tables, lengths, options, out, tiling
@@ -466,13 +463,11 @@ def compact(cut: tuple[Any, ...]) -> str:
 
 
 def with_programs(cuts: list[Any], counts: list[int]) -> list[Any]:
-    return [(*cut[:3], count, *cut[3:]) for cut in cuts for count in counts]
+    return [(*cut, count) for cut in cuts for count in counts]
 
 
 def measure(bench: Bench) -> None:
-    print(
-        "decode cut: keys,warps,stages,programs,ahead,fused; prefill: rows,keys,warps,stages,packed"
-    )
+    print("decode cut: keys,warps,stages,programs; prefill: rows,keys,warps,stages,packed")
     shapes = [
         (b, c) for c in (576, 1024, 4096) for b in (1, 8, 32, 64, 128, 256) if b * c < 300_000
     ]
@@ -493,7 +488,7 @@ def measure(bench: Bench) -> None:
     usable = [t for t in DECODE if t not in bench.broken]
     for batch, context in shapes:
         first = bench.decode(LLAMA, batch, context, 16, with_programs(usable, [528]))
-        few = [(*r["cut"][:3], *r["cut"][4:]) for r in first[:3]]
+        few = [r["cut"][:3] for r in first[:3]]
         more = bench.decode(LLAMA, batch, context, 16, with_programs(few, [264, 1056]))
         show(sorted(first + more, key=lambda result: result["us"]))
     few = with_programs([t for t in DECODE_AGAIN if t not in bench.broken], PROGRAMS)

@@ -104,9 +104,13 @@ class Attention:
         plan: Plan = batch.plan
         if spec.latent is not None or plan.decodes < len(plan.context_lens):
             return None
+        # Behind kernels of adapters it reads nothing early: 16.4 us a layer of the 8B shape at 8
+        # sequences on an H100, where it takes 11.9 behind a product.
+        if batch.lora is not None or not self._kernel.appends(len(qkv), spec.head_dim):
+            return None
         # Where no angles were computed, none of this step's kernels in front need have waited for
         # what this one reads before it waits.
-        if rotation.cos is None or not self._kernel.appends(len(qkv), spec.head_dim):
+        if rotation.cos is None:
             return None
         y: torch.Tensor = self._kernel.append_and_decode(
             qkv, rotation, batch.slot_mapping, self.cache.rows(spec.layer), plan.block_tables,

@@ -1,0 +1,145 @@
+"""The first half of a layer at one token a sequence: rotation and attention as one kernel or two.
+
+    python benchmarks/kernels/attention_half.py --shape qwen3-0.6b --batch 1 8 16 32 --context 545
+    python benchmarks/kernels/attention_half.py --cuts 32,2,4,396,after 64,4,2,264,each
+
+Layers in a row in one CUDA graph, each with weights and a cache of its own, larger than L2
+together: the product of queries, keys and values, `rotate_append` and `decode` or else
+`append_and_decode`, and the product behind. Microseconds a layer, the median of 5 runs. Cuts are
+keys,warps,stages,programs,early of `_decode.Tiling`; without them the kernel's own is measured.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from kvrun.bench import shapes
+from kvrun.runtime.kernels.paged_attention import Options
+from kvrun.runtime.kernels.rotary import Rotation
+from kvrun.runtime.kernels.triton import _decode, paged_attention, rotary, skinny
+from kvrun.runtime.kernels.triton._decode import Newest, Tiling
+
+PAGE = 16
+BF16 = torch.bfloat16
+BESIDE_L2 = 256 << 20  # bytes of all layers
+
+
+class Layer(NamedTuple):
+    qkv: torch.Tensor
+    out: torch.Tensor
+    norm: torch.Tensor
+    cache: torch.Tensor
+    rotation: Rotation
+
+
+class Case:
+    """Layers of a shape, and a batch of sequences of `context` tokens each."""
+
+    def __init__(self, shape: str, batch: int, context: int) -> None:
+        sizes = shapes.SHAPES[shape]
+        heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+        dim, hidden = sizes["head_dim"], sizes["hidden_size"]
+        self.heads, self.dim, self.batch = heads, dim, batch
+        self.options = Options(PAGE, kv_heads, dim, dim**-0.5)
+        pages = -(-(context + 1) // PAGE)
+        self.tables = torch.randperm(batch * pages).int().view(batch, pages)
+        self.lengths = torch.full((batch,), context, dtype=torch.int32)
+        last = context - 1
+        self.slots = self.tables[:, last // PAGE].long() * PAGE + last % PAGE
+        self.x = torch.randn(batch, hidden).to(BF16)
+        angles = torch.rand(batch, dim // 2) * 6
+        rows, normed = (heads + 2 * kv_heads) * dim, shape.startswith("qwen3")
+        each = 2 * (hidden * (rows + heads * dim) + batch * pages * PAGE * 2 * kv_heads * dim)
+        norm = torch.ones(dim) if normed else None
+        self.layers = [
+            Layer(
+                torch.randn(rows, hidden).to(BF16) * 0.03,
+                torch.randn(hidden, heads * dim).to(BF16) * 0.03,
+                torch.ones(hidden),
+                torch.randn(batch * pages * PAGE, 2 * kv_heads * dim).to(BF16),
+                Rotation(angles.cos(), angles.sin(), False, norm, norm, 1e-6),
+            )
+            for _ in range(max(6, min(24, BESIDE_L2 // each)))
+        ]
+
+    def run(self, attend: Callable[[torch.Tensor, Layer], torch.Tensor]) -> torch.Tensor:
+        """All layers, with the products that an engine has at so many rows."""
+        x, few = self.x, skinny.serves(self.batch, 0, 0, BF16)
+        for layer in self.layers:
+            if few:
+                qkv = skinny.linear(x, layer.qkv, norm=layer.norm, eps=1e-6)
+                x = skinny.linear(attend(qkv, layer), layer.out, add=x)
+            else:
+                x = F.linear(attend(F.linear(x, layer.qkv), layer), layer.out)
+        return x
+
+    def two(self, qkv: torch.Tensor, layer: Layer) -> torch.Tensor:
+        kv_heads = self.options.kv_heads
+        rotary.rotate_append(qkv, layer.rotation, layer.cache, self.slots, kv_heads, self.dim)
+        q = qkv.view(self.batch, -1, self.dim)[:, : self.heads]
+        return paged_attention.decode(q, layer.cache, self.tables, self.lengths, self.options)
+
+    def one(self, tiling: Tiling) -> Callable[[torch.Tensor, Layer], torch.Tensor]:
+        def attend(qkv: torch.Tensor, layer: Layer) -> torch.Tensor:
+            q = qkv.view(self.batch, -1, self.dim)[:, : self.heads]
+            out = torch.empty(self.batch, self.heads * self.dim, dtype=BF16)
+            newest = Newest(layer.rotation, self.slots)
+            known = (layer.cache, self.tables, self.lengths, self.options)
+            _decode.launch(q, *known, out, tiling, newest)
+            return out
+
+        return attend
+
+
+def microseconds(case: Case, attend: Callable[[torch.Tensor, Layer], torch.Tensor]) -> Any:
+    """Of a layer, and what the layers gave."""
+    case.run(attend)  # compiles, and makes what a graph may not
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = case.run(attend)
+    times = []
+    for _ in range(6):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(8):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / 8 / len(case.layers))
+    return statistics.median(times[1:]), y.clone()
+
+
+def cut(text: str) -> Tiling:
+    keys, warps, stages, programs, early = text.split(",")
+    return Tiling(int(keys), int(warps), int(stages), int(programs), early)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=shapes.SHAPES, default="qwen3-0.6b")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16, 32])
+    parser.add_argument("--context", type=int, default=545)
+    parser.add_argument("--cuts", type=cut, nargs="+")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: this measures kernels on a CUDA device, and there is none.")
+    torch.set_default_device("cuda")
+    print(f"{torch.cuda.get_device_name()}, {options.shape}, {options.context} tokens")
+    for batch in options.batch:
+        torch.manual_seed(0)
+        case = Case(options.shape, batch, options.context)
+        two, wanted = microseconds(case, case.two)
+        print(f"batch {batch}: two kernels {two:.2f} us a layer")
+        for tiling in options.cuts or [paged_attention.append_tiling(batch, BF16)]:
+            one, found = microseconds(case, case.one(tiling))
+            off = (found.float() - wanted.float()).norm() / wanted.float().norm()
+            print(f"  one {one:.2f} ({one / two:.3f}), off by {off:.1e}: {tiling}")
+
+
+if __name__ == "__main__":
+    main()

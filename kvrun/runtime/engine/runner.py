@@ -1,6 +1,5 @@
 """ModelRunner: one rank's model, caches and sampler; turns a schedule into a submitted step."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, cast
@@ -22,6 +21,7 @@ from kvrun.runtime.engine.request import Request
 from kvrun.runtime.engine.scheduler import Row, Schedule
 from kvrun.runtime.engine.sequence import Sequence as Running
 from kvrun.runtime.engine.slots import Slots
+from kvrun.runtime.engine.threads import Threads
 from kvrun.runtime.engine.ticket import Ticket
 from kvrun.runtime.layers.decoder import Decoder
 from kvrun.runtime.lora.bank import LoraBank
@@ -66,7 +66,7 @@ class ModelRunner:
         device: torch.device,
         block_size: int,
         eos_ids: tuple[int, ...],
-        threads: Callable[[int], int] | None = None,
+        threads: Threads | None = None,
         bank: LoraBank | None = None,
         states: StateCache | None = None,
         features: Features | None = None,
@@ -80,7 +80,7 @@ class ModelRunner:
         self._device = device
         self._size = block_size
         self._eos = eos_ids
-        self._threads = threads  # tokens of a step -> CPU threads it is worth; None: leave them
+        self._threads = threads  # None: as many as there are
         self._draw = kernel("draw", device) if device.type == "cuda" else None
         self._bank = bank
         self._states = states
@@ -111,12 +111,8 @@ class ModelRunner:
         """
         if self._threads is None:
             return self._submit(schedule)
-        before = torch.get_num_threads()
-        torch.set_num_threads(self._threads(sum(row.count + row.reads for row in schedule)))
-        try:
+        with self._threads(sum(row.count + row.reads for row in schedule)):
             return self._submit(schedule)
-        finally:
-            torch.set_num_threads(before)
 
     @torch.inference_mode()
     def _submit(self, schedule: Schedule) -> Ticket:

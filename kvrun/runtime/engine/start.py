@@ -1,7 +1,6 @@
 """EngineConfig -> Engine: device and dtype, weights, plan, cache, backend, graphs."""
 
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
@@ -30,6 +29,7 @@ from kvrun.runtime.engine.runner import ModelRunner
 from kvrun.runtime.engine.scheduler import Scheduler
 from kvrun.runtime.engine.sizes import TURNS, sized
 from kvrun.runtime.engine.slots import Slots
+from kvrun.runtime.engine.threads import Threads
 from kvrun.runtime.hf_config import HFConfig
 from kvrun.runtime.layers.cross import CrossDecoder
 from kvrun.runtime.layers.decoder import Decoder
@@ -44,10 +44,6 @@ AUTO = ("triton", "sdpa")
 FLASHINFER = "flashinfer"
 # Backends that read everything on the device, so that their steps can be captured.
 CAPTURED = ("triton", FLASHINFER)
-# Parameters times tokens from which a step gains by more than one CPU thread. Below, waiting for
-# each other costs the threads what they save; beside another busy program it costs a hundred times
-# more, because each of some 150 products in a step waits for a thread that is not running.
-WORTH_THREADS = 100_000_000
 # Memory for adapters unless a configuration says how much: of what is free beside the weights, and
 # no more than that; and of the host's, where adapters of a GPU wait for their turn.
 LORA_FRACTION, LORA_BYTES, LORA_HOST_FRACTION = 0.06, 4 << 30, 0.5
@@ -204,7 +200,7 @@ def _runner(
         device=device,
         block_size=plan.block_size,
         eos_ids=eos_ids,
-        threads=_thread_rule(config.threads, parameters) if device.type == "cpu" else None,
+        threads=Threads(config.threads, parameters) if device.type == "cpu" else None,
         bank=bank,
         states=StateCache(model.states, plan.max_num_seqs, dtype, device) if model.states else None,
         features=features,
@@ -288,14 +284,6 @@ def _without_flashinfer(
         backend = load(attention.__name__, FLASHINFER).Attention
         reason = next((r for r in (backend.reject(s, device) for s in specs) if r), None)
     return reason
-
-
-def _thread_rule(asked: int | None, parameters: int) -> Callable[[int], int]:
-    """How many CPU threads a step of so many tokens is worth."""
-    if asked:
-        return lambda tokens: asked
-    cores = psutil.cpu_count(logical=False) or 1
-    return lambda tokens: cores if parameters * tokens >= WORTH_THREADS else 1
 
 
 def _load(config: EngineConfig, folder: Path, device: torch.device) -> tuple[Decoder, torch.dtype]:

@@ -1,0 +1,91 @@
+"""Threads: on how many CPU threads a step runs, by what steps like it have taken.
+
+Threads that work together wait for each other at each of some 200 places in a step. That costs a
+small step more than it gains, and next to a busy program a turn of the scheduler each time; how
+much, depends on the machine and on the moment. So it is measured while steps run.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+
+import psutil
+import torch
+
+# Parameters times tokens of steps that are tried with several counts. Below, threads never pay;
+# above, a single thread would hold up an answer only to be tried.
+SMALLEST, LARGEST = 25_000_000, 2_000_000_000
+TRIES = 3  # of a count before it is judged, by their median: the first may start threads
+KEPT = 5  # steps by which a count in use is judged
+# Steps until other counts are tried again. Twice as long each time that they are slower still.
+SHORTEST, LONGEST = 64, 2048
+
+
+class Threads:
+    """A context in which a step of so many tokens runs on as many threads as suit it best."""
+
+    def __init__(
+        self,
+        asked: int | None,
+        parameters: int,
+        cores: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`asked`: always so many. `cores`: at most; None: those of this machine."""
+        most = asked or cores or psutil.cpu_count(logical=False) or 1
+        self._counts = [asked] if asked else sorted({1, max(1, most // 2), most})
+        self._parameters = parameters
+        self._clock = clock
+        self._kinds: dict[int, _Kind] = {}  # by the bits of a number of tokens
+
+    @contextmanager
+    def __call__(self, tokens: int) -> Iterator[None]:
+        before, kind = torch.get_num_threads(), self._kind(tokens)
+        count = self._counts[0] if kind is None else kind.choose()
+        if kind is None and self._parameters * tokens > LARGEST:
+            count = self._counts[-1]
+        torch.set_num_threads(count)
+        begun = self._clock()
+        try:
+            yield
+            if kind is not None:
+                kind.took(count, self._clock() - begun)
+        finally:
+            torch.set_num_threads(before)
+
+    def _kind(self, tokens: int) -> "_Kind | None":
+        """Of steps for which it is not known beforehand."""
+        work = self._parameters * tokens
+        if len(self._counts) == 1 or not SMALLEST <= work <= LARGEST:
+            return None
+        return self._kinds.setdefault(tokens.bit_length(), _Kind(self._counts))
+
+
+class _Kind:
+    """Steps of about as many tokens: what they took by counts of threads, and which is next."""
+
+    def __init__(self, counts: list[int]) -> None:
+        self._taken: dict[int, list[float]] = {count: [] for count in counts}
+        self._best = counts[-1]
+        self._pause = self._left = SHORTEST
+
+    def choose(self) -> int:
+        for count, taken in self._taken.items():
+            if len(taken) < TRIES:
+                return count
+        best = min(self._taken, key=lambda count: median(self._taken[count]))
+        if best != self._best:
+            self._best, self._pause = best, SHORTEST
+            self._left = min(self._left, SHORTEST)
+        self._left -= 1
+        if self._left < 0:
+            self._pause = self._left = min(2 * self._pause, LONGEST)
+            for count in self._taken:
+                if count != best:
+                    self._taken[count] = []
+            return self.choose()
+        return best
+
+    def took(self, count: int, seconds: float) -> None:
+        self._taken[count] = [*self._taken[count], seconds][-KEPT:]

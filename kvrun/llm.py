@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
-import torch
-
 from kvrun.errors import InvalidRequest, KvrunError
 from kvrun.hub.local import adapters_of, resolve, resolve_adapter
 from kvrun.runtime.config import EngineConfig
@@ -120,7 +118,6 @@ class LLM:
             fallback=fallback,
             seed=seed,
             load_format=load_format,
-            threads=torch.get_num_threads(),  # this process belongs to the caller
         )
         self._alive: Engine | None = start(config)
         if note := self._alive.ready.note:

@@ -124,7 +124,12 @@ NoFallback = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
-Threads = Annotated[int | None, _engine("--threads", "N", "CPU threads; default: every core.")]
+Threads = Annotated[
+    int | None,
+    _engine(
+        "--threads", "N", "CPU threads; default: as many as each step gains by, up to every core."
+    ),
+]
 
 
 def chosen(assignments: list[str] | None, **flags: Any) -> dict[str, Any]:

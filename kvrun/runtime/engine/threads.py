@@ -17,9 +17,10 @@ import torch
 # above, a single thread would hold up an answer only to be tried.
 SMALLEST, LARGEST = 25_000_000, 2_000_000_000
 TRIES = 3  # of a count before it is judged, by their median: the first may start threads
+CLEARLY = 1.5  # times as slow as the best: no need to try it again, nor even fewer threads
 KEPT = 5  # steps by which a count in use is judged
 # Steps until other counts are tried again. Twice as long each time that they are slower still.
-SHORTEST, LONGEST = 64, 2048
+SHORTEST, LONGEST = 32, 128
 
 
 class Threads:
@@ -32,8 +33,9 @@ class Threads:
         cores: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`asked`: always so many. `cores`: at most; None: those of this machine."""
-        most = asked or cores or psutil.cpu_count(logical=False) or 1
+        """`asked`: always so many. `cores`: at most; None: those of this machine, or fewer where
+        torch has been told so."""
+        most = asked or cores or min(psutil.cpu_count(logical=False) or 1, torch.get_num_threads())
         self._counts = [asked] if asked else sorted({1, max(1, most // 2), most})
         self._parameters = parameters
         self._clock = clock
@@ -66,13 +68,13 @@ class _Kind:
     """Steps of about as many tokens: what they took by counts of threads, and which is next."""
 
     def __init__(self, counts: list[int]) -> None:
-        self._taken: dict[int, list[float]] = {count: [] for count in counts}
+        self._taken: dict[int, list[float]] = {count: [] for count in reversed(counts)}
         self._best = counts[-1]
         self._pause = self._left = SHORTEST
 
     def choose(self) -> int:
-        for count, taken in self._taken.items():
-            if len(taken) < TRIES:
+        for count in self._taken:
+            if not self._judged(count):
                 return count
         best = min(self._taken, key=lambda count: median(self._taken[count]))
         if best != self._best:
@@ -81,11 +83,21 @@ class _Kind:
         self._left -= 1
         if self._left < 0:
             self._pause = self._left = min(2 * self._pause, LONGEST)
-            for count in self._taken:
-                if count != best:
-                    self._taken[count] = []
+            self._taken.update({count: [] for count in self._taken if count != best})
             return self.choose()
         return best
 
     def took(self, count: int, seconds: float) -> None:
         self._taken[count] = [*self._taken[count], seconds][-KEPT:]
+        if count < self._best and self._clearly_slow(count):
+            fewer = [other for other, taken in self._taken.items() if other < count and not taken]
+            self._taken.update({other: [seconds] for other in fewer})
+
+    def _judged(self, count: int) -> bool:
+        return len(self._taken[count]) >= TRIES or self._clearly_slow(count)
+
+    def _clearly_slow(self, count: int) -> bool:
+        """Whether all that is known of it is slow, beside what is known well."""
+        known = [median(taken) for taken in self._taken.values() if len(taken) >= TRIES]
+        taken = self._taken[count]
+        return bool(taken and known) and min(taken) > CLEARLY * min(known)

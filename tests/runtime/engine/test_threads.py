@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kvrun.runtime.engine.threads import LARGEST, SHORTEST, SMALLEST, TRIES, Threads
+from kvrun.runtime.engine.threads import KEPT, LARGEST, SHORTEST, SMALLEST, TRIES, Threads
 
 PARAMETERS = 1_000_000
 TOKENS = SMALLEST // PARAMETERS
@@ -41,35 +41,41 @@ def one_thread() -> Iterator[None]:
 
 def test_every_count_is_tried_and_the_fastest_stays() -> None:
     machine = Machine()
+    machine.seconds = {1: 0.012, 2: 0.011, 4: 0.01}
     assert machine.run(3 * TRIES) == {1: TRIES, 2: TRIES, 4: TRIES}
     assert machine.run(SHORTEST) == {4: SHORTEST}
     machine = Machine()
-    machine.seconds = {1: 0.01, 2: 0.02, 4: 0.01001}
+    machine.seconds = {1: 0.01, 2: 0.012, 4: 0.014}
     machine.run(3 * TRIES)
-    assert machine.run(SHORTEST) == {1: SHORTEST}
+    assert machine.run(SHORTEST // 2) == {1: SHORTEST // 2}
     assert torch.get_num_threads() == 1
+
+
+def test_what_is_clearly_slow_is_tried_once_and_fewer_threads_not_at_all() -> None:
+    machine = Machine()
+    assert machine.run(SHORTEST) == {4: SHORTEST - 1, 2: 1}
 
 
 def test_what_slows_down_is_left_within_a_few_steps() -> None:
     machine = Machine()
-    machine.run(3 * TRIES + 10)
+    machine.run(20)
     machine.seconds = {1: 0.03, 2: 0.5, 4: 1.0}  # another program is busy
-    seen = machine.run(20)
-    assert seen[4] <= 3
-    assert seen[2] <= 3
-    assert seen[1] >= 14
+    seen = machine.run(2 * SHORTEST)
+    assert seen[4] <= 2 * KEPT
+    assert seen[2] <= 2 * KEPT
+    assert machine.run(SHORTEST)[1] >= SHORTEST - 4
 
 
 def test_what_was_slow_is_tried_again_and_ever_more_rarely() -> None:
     machine = Machine()
     machine.seconds = {1: 0.01, 2: 0.1, 4: 0.1}
-    machine.run(3 * TRIES)
+    assert machine.run(3 * TRIES) == {4: TRIES, 2: TRIES, 1: TRIES}
     assert machine.run(SHORTEST) == {1: SHORTEST}
-    assert machine.run(2 * TRIES) == {2: TRIES, 4: TRIES}
+    assert machine.run(2) == {2: 1, 4: 1}
     assert machine.run(2 * SHORTEST) == {1: 2 * SHORTEST}
     machine.seconds[4] = 0.001  # the other program has ended
-    machine.run(2 * TRIES)
-    assert machine.run(SHORTEST) == {4: SHORTEST}
+    machine.run(TRIES + 1)
+    assert machine.run(SHORTEST // 2) == {4: SHORTEST // 2}
 
 
 def test_one_slow_step_changes_nothing() -> None:
@@ -84,7 +90,7 @@ def test_one_slow_step_changes_nothing() -> None:
 def test_steps_of_other_sizes_are_measured_by_themselves() -> None:
     machine = Machine()
     machine.run(3 * TRIES)
-    machine.seconds = {1: 0.01, 2: 0.02, 4: 0.03}
+    machine.seconds = {1: 0.01, 2: 0.012, 4: 0.014}
     assert machine.run(3 * TRIES, 4 * TOKENS) == {1: TRIES, 2: TRIES, 4: TRIES}
     assert machine.run(5, 4 * TOKENS) == {1: 5}
     machine.seconds[4] = 0.001
@@ -109,4 +115,4 @@ def test_a_step_that_fails_says_nothing() -> None:
         with pytest.raises(MemoryError), machine.threads(TOKENS):
             raise MemoryError
     assert torch.get_num_threads() == 1
-    assert machine.run(3 * TRIES) == {1: TRIES, 2: TRIES, 4: TRIES}
+    assert machine.run(TRIES + 1) == {4: TRIES, 2: 1}

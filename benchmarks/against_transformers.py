@@ -42,7 +42,7 @@ def compare(folder: str, dtype: str, turns: int) -> None:
     model.generation_config = transformers.GenerationConfig(do_sample=False)
     source = random.Random(0)
     limit = model.config.vocab_size - 1
-    with LLM(folder, dtype=dtype, prefix_caching=False) as llm:
+    with LLM(folder, dtype=dtype, prefix_caching=False, threads=torch.get_num_threads()) as llm:
         single = 0.0
         for batch in (1, 8):
             prompts = [[source.randint(10, limit) for _ in range(PROMPT)] for _ in range(batch)]

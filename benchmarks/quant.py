@@ -212,7 +212,7 @@ def main() -> None:
     methods = [None if name == "bf16" else name for name in args.methods]
     found: dict[str, Any] = {}
     if args.cpu:
-        options = {"device": "cpu", "dtype": args.dtype}
+        options = {"device": "cpu", "dtype": args.dtype, "threads": torch.get_num_threads()}
         clock = time.process_time if args.clock == "cpu" else time.perf_counter
         found["steps_ms"] = in_turns("smollm2-135m", 3 * args.repeats, clock, **options)
     else:

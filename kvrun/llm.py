@@ -69,6 +69,7 @@ class LLM:
     ("int8", "int4", "nf4", "fp4", "fp8"); sizes left at None fit themselves to the machine. A
     folder without a tokenizer works: prompts must then be token ids, and texts are empty.
     `adapters` are LoRA adapters, name -> PEFT folder; those of a built-in model are known anyhow.
+    On CPU a step runs on `threads` threads, or else on as many as it gains by, at most torch's.
     An architecture without a family here runs by transformers' own code, which a line on stderr
     says and `fallback=False` refuses.
 
@@ -96,6 +97,7 @@ class LLM:
         fallback: bool = True,
         seed: int = 0,
         load_format: str = "auto",
+        threads: int | None = None,
     ) -> None:
         folder = resolve(model)
         given = {n: str(resolve_adapter(model, path)) for n, path in (adapters or {}).items()}
@@ -118,6 +120,7 @@ class LLM:
             fallback=fallback,
             seed=seed,
             load_format=load_format,
+            threads=threads,
         )
         self._alive: Engine | None = start(config)
         if note := self._alive.ready.note:

@@ -52,6 +52,8 @@ class Subject:
         InvalidRequest.
         """
         chosen = {key: value for key, value in options.items() if value is not None}
+        if threads is not None:
+            chosen["threads"] = threads
         chosen = {"prefix_caching": False, **chosen}
         return cls(name, shape, random, chosen | parse_engine(engine), threads, roofline)
 

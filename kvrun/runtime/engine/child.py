@@ -15,9 +15,10 @@ from kvrun.errors import EngineDead, KvrunError
 from kvrun.runtime.config import EngineConfig
 from kvrun.runtime.engine import wire
 
-# Threads of the engine wait awake for some 30 us, which most waits in a step are shorter than, and
-# then sleep: for longer, they would take the cores from the very threads they wait for as soon as
-# another program is busy. The second name is LLVM's, in milliseconds.
+# Threads of the engine wait for each other awake for a moment, then they sleep: for longer, they
+# would take the cores from the very threads they wait for as soon as another program is busy. Of
+# 0, 300, 1,000, 3,000 and 10,000 turns, 3,000 gave most to 1 and 8 requests on two idle cores. The
+# second name is LLVM's, in milliseconds.
 PATIENT = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "0"}
 
 

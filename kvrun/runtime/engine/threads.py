@@ -13,8 +13,9 @@ from statistics import median
 import psutil
 import torch
 
-# Parameters times tokens of steps that are tried with several counts. Below, threads never pay;
-# above, a single thread would hold up an answer only to be tried.
+# Parameters times tokens of steps that are tried with several counts. Below, there is little to
+# gain: tiny answers one request as fast on one thread as on two. Above, a single thread would hold
+# up an answer only to be tried.
 SMALLEST, LARGEST = 25_000_000, 2_000_000_000
 TRIES = 3  # of a count before it is judged, by their median: the first may start threads
 CLEARLY = 1.5  # times as slow as the best: no need to try it again, nor even fewer threads
@@ -43,10 +44,15 @@ class Threads:
 
     @contextmanager
     def __call__(self, tokens: int) -> Iterator[None]:
-        before, kind = torch.get_num_threads(), self._kind(tokens)
-        count = self._counts[0] if kind is None else kind.choose()
-        if kind is None and self._parameters * tokens > LARGEST:
+        before, kind = torch.get_num_threads(), None
+        work = self._parameters * tokens
+        if len(self._counts) == 1 or work < SMALLEST:
+            count = self._counts[0]
+        elif work > LARGEST:
             count = self._counts[-1]
+        else:
+            kind = self._kinds.setdefault(tokens.bit_length(), _Kind(self._counts))
+            count = kind.choose()
         torch.set_num_threads(count)
         begun = self._clock()
         try:
@@ -55,13 +61,6 @@ class Threads:
                 kind.took(count, self._clock() - begun)
         finally:
             torch.set_num_threads(before)
-
-    def _kind(self, tokens: int) -> "_Kind | None":
-        """Of steps for which it is not known beforehand."""
-        work = self._parameters * tokens
-        if len(self._counts) == 1 or not SMALLEST <= work <= LARGEST:
-            return None
-        return self._kinds.setdefault(tokens.bit_length(), _Kind(self._counts))
 
 
 class _Kind:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from kvrun import LLM, SamplingParams
+from kvrun.bench.run import Subject
 from kvrun.runtime.engine.threads import KEPT, LARGEST, SHORTEST, SMALLEST, TRIES, Threads
 
 PARAMETERS = 1_000_000
@@ -107,6 +109,21 @@ def test_as_many_as_were_asked_for() -> None:
     for tokens in (1, TOKENS, LARGEST):
         with Threads(3, PARAMETERS)(tokens):
             assert torch.get_num_threads() == 3
+
+
+def test_what_a_benchmark_was_told_is_what_the_engine_is_told() -> None:
+    def subject(threads: int | None) -> Subject:
+        return Subject.of("tiny", None, False, engine=(), threads=threads, roofline=False)
+
+    assert subject(2).options["threads"] == 2
+    assert "threads" not in subject(None).options
+    with LLM("tiny", device="cpu", threads=3) as llm:
+        counts: list[int] = []
+        runner = llm._engine._runner
+        run = runner._submit
+        runner._submit = lambda schedule: (counts.append(torch.get_num_threads()), run(schedule))[1]
+        llm.generate("a", SamplingParams(max_tokens=2))
+    assert set(counts) == {3}
 
 
 def test_a_step_that_fails_says_nothing() -> None:

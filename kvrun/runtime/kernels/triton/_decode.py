@@ -229,7 +229,7 @@ def _others(
 ):  # fmt: skip
     """All keys from `first` to `end`. EARLY, a first tile is there; `pages` are of the next one."""
     if EARLY == _EACH:
-        top, total, acc = _stride(
+        top, total, acc = _carry(
             q, top, total, acc, keys, values, pages, cache_at, tables_at, first, end, positions,
             slopes, SCALE, UNIT, SOFTCAP, KV_HEADS, DIM, PADDED, BLOCK_SIZE, KEYS,
         )  # fmt: skip
@@ -273,7 +273,7 @@ def _walk(
 
 
 @triton.jit
-def _stride(
+def _carry(
     q, top, total, acc, keys, values, pages, cache_at, tables_at, first, end, positions, slopes,
     SCALE: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,

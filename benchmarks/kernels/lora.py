@@ -24,7 +24,7 @@ PRODUCTS = {
     "qkv": ((4096, 1024, 1024), 4096, "norm"),
     "o": ((4096,), 4096, ""),
     "gate_up": ((14336, 14336), 4096, "norm"),
-    "down": ((4096,), 14336, "act"),
+    "down": ((4096,), 14336, ""),
 }
 CASES = ((1, 1), (8, 1), (8, 8), (32, 32), (64, 1), (64, 64))
 
@@ -69,15 +69,14 @@ class Case:
         self.where = torch.from_numpy(table).long().cuda(), listed, room
         fused = self.rows <= 16
         self.norm = torch.ones(k, device="cuda") if before == "norm" and fused else None
-        self.act = "silu" if before == "act" and fused else None
-        self.x = torch.randn(self.rows, 2 * k if self.act else k, **bf16)
+        self.x = torch.randn(self.rows, k, **bf16)
         self.y = torch.zeros(self.rows, sum(self.outs), **bf16)
         self.sizes = {"height": 16, "features": k}
         self.least = self.adapters * layout.size * 2 / RATE * 1e6
 
     def shrink(self, arena: torch.Tensor) -> torch.Tensor:
         return lora.shrink(
-            self.x, arena, *self.where, **self.sizes, width=256, norm=self.norm, act=self.act,
+            self.x, arena, *self.where, **self.sizes, width=256, norm=self.norm,
             parts=len(self.outs),
         )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Which form of LoRA's second kernel is the fastest, at the sizes of Llama 3 8B, rank 16.
 
-`python benchmarks/kernels/lora_expand.py`. Every form (tiles a program, outputs of a tile, warps,
-stages, B asked for ahead, registers) is compiled by several processes and timed where it matters
+`python benchmarks/kernels/lora_expand.py`. Every form (tiles a program, outputs of a tile, warps, B
+asked for ahead, registers) is compiled by several processes and timed where it matters
 most, gate_up with 64 rows on 64 adapters. The best ones are then timed for every product and mix,
 beside the form in use (`now`). Microseconds of `expand` alone in a captured step of 8 layers, each
 with adapters of its own; `bytes` is what B takes at 3.2 TB/s. All give the sums of `now`.
@@ -28,15 +28,15 @@ HARDEST = ("gate_up", 64, 64)
 
 def forms() -> list[Form]:
     found: list[Form] = [None]
-    for turns, block_n, warps, stages, ahead in itertools.product(
-        (1, 2, 4, 8), (128, 256, 512), (4, 8), (1, 2, 4), (False, True)
+    for turns, block_n, warps, ahead in itertools.product(
+        (1, 2, 4, 8), (128, 256, 512), (2, 4, 8), (False, True)
     ):
-        # 4096 outputs in one program leave most of the GPU idle; one turn has nothing to pipeline.
-        if turns * block_n > 2048 or (turns == 1 and stages > 1) or (stages == 1 and not ahead):
+        # 4096 outputs in one program leave most of the GPU idle; one turn has nothing to ask for.
+        if turns * block_n > 2048 or (turns == 1 and ahead):
             continue
-        found.append(Stream(turns, block_n, warps, stages, ahead))
-        if block_n <= 256 and warps == 4 and ahead:
-            found.append(Stream(turns, block_n, warps, stages, ahead, registers=80))
+        found.append(Stream(turns, block_n, warps, ahead))
+        if block_n <= 256 and warps == 4:
+            found.append(Stream(turns, block_n, warps, ahead, registers=80))
     return found
 
 
@@ -77,8 +77,7 @@ def said(form: Form) -> str:
         return "now"
     limit = f", {form.registers} registers" if form.registers else ""
     return (
-        f"{form.turns} x {form.block_n}, {form.warps} warps, {form.stages} stages"
-        f"{', ahead' if form.ahead else ''}{limit}"
+        f"{form.turns} x {form.block_n}, {form.warps} warps{', ahead' if form.ahead else ''}{limit}"
     )
 
 

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 
 import torch
 
-from kvrun.runtime.kernels.skinny import activate
-
 CROWD = 4  # rows for each tile from which on tiles are few, and many rows share one adapter
 
 
@@ -28,13 +26,11 @@ def shrink(
     features: int,
     width: int,
     norm: torch.Tensor | None = None,
-    act: str | None = None,
     parts: int = 1,
 ) -> torch.Tensor:
     """A · x of the listed rows, as sums over pieces of the input [pieces, N, width + 1] in fp32.
 
-    x [T, features], or [T, 2 * features] = [gate | up] with `act`, which enters as
-    act(gate) · up. `table` [slots, 2 + 3 * parts] int64 of this product, `rows` [N] int32, `tiles`
+    x [T, features]. `table` [slots, 2 + 3 * parts] int64 of this product, `rows` [N] int32, `tiles`
     [G, 3] int32: slot, first of `rows`, how many (at most `height`); tiles of slot 0 are empty.
     `norm` [features] fp32: the row enters as x · norm, and the last column gets its sum of x², by
     which `expand` divides. Ranks are at most `width`; columns beyond a row's rank are not written.
@@ -46,9 +42,6 @@ def shrink(
         if not rank:
             continue
         row = x[rows[first : first + count].long()].float()
-        if act is not None:
-            gate, up = row.chunk(2, -1)
-            row = activate(gate, act) * up
         if norm is not None:
             sums[0, first : first + count, width] = row.square().sum(-1)
             row = row * norm

@@ -66,7 +66,7 @@ class Rows(Protocol):
 
     @property
     def takes_in(self) -> bool:
-        """Whether `shrink` knows prologues (a norm, a gate)."""
+        """Whether `shrink` knows a norm as its prologue."""
 
     def shrink(self, site: int, x: torch.Tensor, prologue: dict[str, Any]) -> Any:
         """A · x of the rows with adapters; None if none of these changes this product."""
@@ -125,7 +125,6 @@ class Tiled:
                 features=self._resident.sites.inner[site],
                 width=width,
                 norm=prologue.get("norm"),
-                act=prologue.get("act"),
                 parts=parts,
             )
         return sums

@@ -69,12 +69,16 @@ class Cuda:
 
     def takes_in(self, rows: int) -> bool:
         n, k = self._weight.shape
+        return bool(self._skinny.takes_in(rows, n, k, self._weight.dtype))
+
+    def _streams(self, rows: int) -> bool:
+        n, k = self._weight.shape
         return bool(self._skinny.serves(rows, n, k, self._weight.dtype))
 
     def gates(self, rows: int) -> bool:
         # Else each program of the next product computes all gates: on an H100 a step of 8 rows of
         # the 0.6B shape took 1.41 ms, not 1.35, of one row of the 8B shape 5.84, not 5.80.
-        return self._bias is None and self.takes_in(rows)
+        return self._bias is None and self._streams(rows)
 
     def matmul(
         self,
@@ -84,7 +88,7 @@ class Cuda:
         **fused: Any,
     ) -> torch.Tensor:
         out = add if out is None else out
-        if fused or self.takes_in(len(x)):
+        if fused or self._streams(len(x)):
             y: torch.Tensor = self._skinny.linear(
                 x, self._weight, bias=self._bias, add=add, out=out, **fused
             )

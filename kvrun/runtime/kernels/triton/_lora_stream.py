@@ -1,13 +1,13 @@
 """`_lora_expand.py` for many adapters at once: a program goes through several tiles of one B.
 
-What it has to look up (its tile, its adapter, what `_shrink` has left) it looks up once, and while
-one tile of B is multiplied the next ones are on their way.
+What it has to look up (its tile, its adapter, what `_shrink` has left) it looks up once; the first
+tile of B is loaded before it waits for the product, and while one is stored the next is on its way.
 """
 
 import triton
 import triton.language as tl
 
-from kvrun.runtime.kernels.triton._lora_expand import _collect, _expand_rows
+from kvrun.runtime.kernels.triton._lora_expand import _collect, _dot, _expand_rows
 from kvrun.runtime.kernels.triton._overlap import release, wait
 
 
@@ -16,12 +16,12 @@ def _expand_stream(
     sums, y, arena, table, rows, tiles, places, room, spots,
     count, y_stride, table_stride, width, pieces, per_feature, eps,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    COUNTED: tl.constexpr, TURNS: tl.constexpr, STAGES: tl.constexpr, THREADS: tl.constexpr,
+    COUNTED: tl.constexpr, TURNS: tl.constexpr, THREADS: tl.constexpr,
     NORM: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Of one tile of rows, TURNS times BLOCK_N outputs of one part; a share where tiles are few.
 
-    THREADS asks for the program's piece of B into L2 before it waits; 0 does not.
+    THREADS (or 0) ask for its tiles of B behind the first into L2, before it waits.
     """
     release(PDL)
     program, share = tl.program_id(0), 1
@@ -60,16 +60,16 @@ def _expand_stream(
         )  # fmt: skip
         return
     if THREADS > 0 and ALIGNED:
-        _ask(b_at + n0, out, rank, tl.minimum(turns * BLOCK_N, out - n0), BLOCK_R, THREADS)
+        _ask(b_at, n0 + BLOCK_N, tl.minimum(n0 + turns * BLOCK_N, out), out, rank, BLOCK_R, THREADS)
     if tall == 1:
         _stream_row(
             sums, y, b_at, rows, n0, turns, first, rank, begin, column, out, count, y_stride,
-            width, pieces, per_feature, eps, CHUNK, BLOCK_N, BLOCK_R, STAGES, NORM, PDL,
+            width, pieces, per_feature, eps, CHUNK, BLOCK_N, BLOCK_R, TURNS, NORM, PDL,
         )  # fmt: skip
     else:
         _stream_rows(
             sums, y, b_at, rows, n0, turns, first, tall, rank, begin, column, out, count, y_stride,
-            width, pieces, per_feature, eps, CHUNK, BLOCK_M, BLOCK_N, BLOCK_R, STAGES, NORM, WIDE,
+            width, pieces, per_feature, eps, CHUNK, BLOCK_M, BLOCK_N, BLOCK_R, TURNS, NORM, WIDE,
             PDL,
         )  # fmt: skip
 
@@ -78,83 +78,94 @@ def _expand_stream(
 def _stream_rows(
     sums, y, b_at, rows, n0, turns, first, tall, rank, begin, column, out, count, y_stride, width,
     pieces, per_feature, eps, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_R: tl.constexpr, TURNS: tl.constexpr, NORM: tl.constexpr, WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Several rows, by tensor cores."""
-    m, r, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
-    row = tl.load(rows + first + m, mask=m < tall, other=0).to(tl.int64)
+    SOME: tl.constexpr = min(CHUNK, 16)  # 32 pieces of several rows are more than registers
+    m, r, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R), n0 + tl.arange(0, BLOCK_N)
     alive, there = (m < tall)[:, None], (r < rank)[:, None]
-    sums += (first + m)[:, None].to(tl.int64) * width
     b_at += r[:, None] * out + n[None, :]
+    b = tl.load(b_at, mask=there & (n < out)[None, :], other=0.0)
+    row = tl.load(rows + first + m, mask=m < tall, other=0).to(tl.int64)
+    sums += (first + m)[:, None].to(tl.int64) * width
     y_at = y + row[:, None] * y_stride + column + n[None, :]
     wait(PDL)
+    before = tl.load(y_at, mask=alive & (n < out)[None, :], other=0.0)
     mask = alive & (r < rank)[None, :]
-    low = _collect(sums + (begin + r)[None, :], mask, count * width, pieces, CHUNK)
+    low = _collect(sums + (begin + r)[None, :], mask, count * width, pieces, SOME)
     if NORM:
-        square = _collect(sums + width - 1, alive, count * width, pieces, CHUNK)
+        square = _collect(sums + width - 1, alive, count * width, pieces, SOME)
         low *= tl.rsqrt(square * per_feature + eps)
     low = low.to(b_at.dtype.element_ty)
-    for turn in tl.range(0, turns, num_stages=STAGES):
-        at = n0 + turn * BLOCK_N
-        inside = (at + n < out)[None, :]
-        b = tl.load(b_at + at, mask=there & inside, other=0.0)
-        before = tl.load(y_at + at, mask=alive & inside, other=0.0).to(tl.float32)
-        if WIDE:
-            change = tl.dot(low.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-        else:
-            change = tl.dot(low, b, input_precision="ieee")
-        tl.store(y_at + at, (before + change).to(y.dtype.element_ty), mask=alive & inside)
+    for turn in range(turns if TURNS > 1 else 1):
+        at = turn * BLOCK_N
+        change = _dot(low, tl.trans(b), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), WIDE)
+        after = (before.to(tl.float32) + change).to(y.dtype.element_ty)
+        if TURNS > 1:  # the next tile is on its way while this one is stored
+            later = at + BLOCK_N + n < tl.where(turn + 1 < turns, out, 0)
+            b = tl.load(b_at + at + BLOCK_N, mask=there & later[None, :], other=0.0)
+            before = tl.load(y_at + at + BLOCK_N, mask=alive & later[None, :], other=0.0)
+        tl.store(y_at + at, after, mask=alive & (at + n < out)[None, :])
 
 
 @triton.jit
 def _stream_row(
     sums, y, b_at, rows, n0, turns, first, rank, begin, column, out, count, y_stride, width,
     pieces, per_feature, eps, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    STAGES: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    TURNS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row, by multiply and add."""
-    r, n, piece = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N), tl.arange(0, CHUNK)
-    row = tl.load(rows + first).to(tl.int64)
-    sums += first.to(tl.int64) * width
+    r, n, piece = tl.arange(0, BLOCK_R), n0 + tl.arange(0, BLOCK_N), tl.arange(0, CHUNK)
     there = (r < rank)[:, None]
     b_at += r[:, None] * out + n[None, :]
+    b = tl.load(b_at, mask=there & (n < out)[None, :], other=0.0)
+    row = tl.load(rows + first).to(tl.int64)
+    sums += first.to(tl.int64) * width
     y_at = y + row * y_stride + column + n
     wait(PDL)
+    # All loads before the first sum, which waits for its own, and what is behind it for that.
+    before = tl.load(y_at, mask=n < out, other=0.0)
     low, square = tl.zeros([BLOCK_R], tl.float32), 0.0
     for p0 in range(0, pieces, CHUNK):
         inside, at = p0 + piece < pieces, (p0 + piece).to(tl.int64) * count * width
-        low += tl.sum(tl.load(
+        part = tl.load(
             sums + (begin + r)[None, :] + at[:, None],
             mask=(r < rank)[None, :] & inside[:, None], other=0.0,
-        ), 0)  # fmt: skip
+        )  # fmt: skip
         if NORM:
             square += tl.sum(tl.load(sums + width - 1 + at, mask=inside, other=0.0))
+        low += tl.sum(part, 0)
     if NORM:
         low *= tl.rsqrt(square * per_feature + eps)
     low = low.to(b_at.dtype.element_ty).to(tl.float32)
-    for turn in tl.range(0, turns, num_stages=STAGES):
-        at = n0 + turn * BLOCK_N
-        b = tl.load(b_at + at, mask=there & (at + n < out)[None, :], other=0.0)
-        before = tl.load(y_at + at, mask=at + n < out, other=0.0).to(tl.float32)
-        change = tl.sum(low[:, None] * b.to(tl.float32), 0)
-        tl.store(y_at + at, (before + change).to(y.dtype.element_ty), mask=at + n < out)
+    for turn in range(turns if TURNS > 1 else 1):
+        at = turn * BLOCK_N
+        after = before.to(tl.float32) + tl.sum(low[:, None] * b.to(tl.float32), 0)
+        if TURNS > 1:
+            later = at + BLOCK_N + n < tl.where(turn + 1 < turns, out, 0)
+            b = tl.load(b_at + at + BLOCK_N, mask=there & later[None, :], other=0.0)
+            before = tl.load(y_at + at + BLOCK_N, mask=later, other=0.0)
+        tl.store(y_at + at, after.to(y.dtype.element_ty), mask=at + n < out)
 
 
 @triton.jit
-def _ask(b_at, stride, rank, columns, BLOCK_R: tl.constexpr, THREADS: tl.constexpr):
-    """Asks for so many columns of `rank` rows into L2, a thread for each row."""
+def _ask(b_at, begin, end, stride, rank, BLOCK_R: tl.constexpr, THREADS: tl.constexpr):
+    """Asks for columns of `rank` rows into L2, if there are any, a thread for each row."""
     share: tl.constexpr = THREADS // BLOCK_R
     thread = tl.arange(0, THREADS)
     row = thread // share
-    at = (b_at + row.to(tl.int64) * stride).to(tl.int64)
-    size = columns * (b_at.dtype.element_ty.primitive_bitwidth // 8)
+    at = (b_at + row.to(tl.int64) * stride + begin).to(tl.int64)
+    size = (end - begin) * (b_at.dtype.element_ty.primitive_bitwidth // 8)
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.eq.s32 p, $2, 0; "
         "@p cp.async.bulk.prefetch.L2.global [$1], $3; mov.b32 $0, 0; }",
         "=r,l,r,r",
-        [at, tl.where(row < rank, thread % share, 1), tl.zeros([THREADS], tl.int32) + size],
+        [
+            at, tl.where((row < rank) & (begin < end), thread % share, 1),
+            tl.zeros([THREADS], tl.int32) + size,
+        ],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
-    )
+    )  # fmt: skip

@@ -21,7 +21,6 @@ from kvrun.runtime.kernels.triton._device import sm_count
 from kvrun.runtime.kernels.triton._lora_expand import _dot, _expand
 from kvrun.runtime.kernels.triton._lora_stream import _expand_stream
 from kvrun.runtime.kernels.triton._overlap import overlap, release, wait
-from kvrun.runtime.kernels.triton._skinny import _input
 
 RANKS = 16  # of a block: the least that tensor cores multiply
 _FEW_TILES = 16  # up to which the input is cut as finely as it goes
@@ -33,28 +32,28 @@ _FEWEST_PIECES = 8  # where many rows may be few tiles: all of one adapter
 
 
 class Stream(NamedTuple):
-    """How `expand` goes through B: `turns` (a power of 2) tiles of `block_n` outputs a program,
-    `stages` of them on their way, or all of them asked for `ahead` of everything else. `registers`
-    of a thread at most; None leaves that to the compiler."""
+    """How `expand` goes through B: `turns` (a power of 2) tiles of `block_n` outputs a program, all
+    behind the first asked for `ahead` of everything else. `registers` of a thread at most; None
+    leaves that to the compiler."""
 
     turns: int
     block_n: int
     warps: int = 4
-    stages: int = 3
     ahead: bool = True
     registers: int | None = None
 
 
-# Measured on an H100 with the products of Llama 3 8B, 1 to 64 rows: few tiles of many rows, and
-# tiles of one row or few, which are many.
-_CROWDED = Stream(4, 512, stages=1)
-_APART = Stream(1, 256, stages=1, registers=80)
+# Measured on an H100 with the products of Llama 3 8B, 1 to 64 rows: few tiles of many rows, tiles
+# of one row or few, and so many of these that there is work for all without cutting it finely.
+_CROWDED = Stream(4, 512)
+_APART = Stream(1, 256, ahead=False, registers=80)
+_MANY = Stream(2, 512, warps=2, ahead=False)
 
 
 def shrink(
     x: torch.Tensor, arena: torch.Tensor, table: torch.Tensor, rows: torch.Tensor,
     tiles: torch.Tensor, *, height: int, features: int, width: int,
-    norm: torch.Tensor | None = None, act: str | None = None, parts: int = 1,
+    norm: torch.Tensor | None = None, parts: int = 1,
 ) -> torch.Tensor:  # fmt: skip
     """As the twin."""
     block_m = max(16, triton.next_power_of_2(height))
@@ -65,7 +64,7 @@ def shrink(
             x, norm, arena, table, rows, tiles, sums,
             len(rows), x.stride(0), table.stride(0), width + 1, span, parts,
             K=features, BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_R=RANKS, SINGLE=span == block_k,
-            NORM=norm is not None, ACT=act or "",
+            NORM=norm is not None,
             # Triton's interpreter multiplies the bits of bf16 as integers.
             WIDE=x.device.type == "cpu", num_warps=4, **overlap(x.device),
         )  # fmt: skip
@@ -101,7 +100,7 @@ def expand(
         ahead = 32 * stream.warps if stream.ahead and y.device.type == "cuda" else 0
         limit = {"maxnreg": stream.registers} if stream.registers else {}
         _expand_stream[grid](
-            *where, **options, TURNS=stream.turns, STAGES=stream.stages, THREADS=ahead,
+            *where, **options, TURNS=stream.turns, THREADS=ahead,
             COUNTED=_COUNTED, num_warps=stream.warps, **limit,
         )  # fmt: skip
     else:
@@ -115,7 +114,7 @@ def _shrink(
     x, norm, arena, table, rows, tiles, sums, count, x_stride, table_stride, width,
     span, every, K: tl.constexpr, SINGLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    NORM: tl.constexpr, ACT: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Of one tile of rows, every `every`-th block of ranks, over `span` columns of the input."""
     release(PDL)
@@ -134,7 +133,7 @@ def _shrink(
     if tall == 1:
         _shrink_row(
             x, norm, a_at, rows, sums, first_block, rank, first, piece, k, r, count, x_stride,
-            width, span, every, K, BLOCK_K, BLOCK_R, NORM, ACT, PDL,
+            width, span, every, K, BLOCK_K, BLOCK_R, NORM, PDL,
         )  # fmt: skip
         return
     x_at = x + row[:, None] * x_stride + k[None, :]
@@ -148,7 +147,7 @@ def _shrink(
             other=0.0,
         )
         wait(PDL)
-        part, square = _row(x_at, norm, k, (m < tall)[:, None] & inside, inside, K, NORM, ACT)
+        part, square = _row(x_at, norm, k, (m < tall)[:, None] & inside, inside, NORM)
         if NORM and first_block == 0:
             tl.store(sums + width - 1, square[:, None], mask=(m < tall)[:, None])
         for block in range(first_block, blocks, every):
@@ -164,7 +163,7 @@ def _shrink(
             ranks = block * BLOCK_R + r
             y, squares = _sweep(
                 x_at, a_at + block * BLOCK_R * K, norm, k, (m < tall)[:, None],
-                (ranks < rank)[:, None], span, K, BLOCK_M, BLOCK_K, BLOCK_R, NORM, ACT, WIDE,
+                (ranks < rank)[:, None], span, K, BLOCK_M, BLOCK_K, BLOCK_R, NORM, WIDE,
             )  # fmt: skip
             tl.store(sums + ranks[None, :], y, mask=(m < tall)[:, None] & (ranks < rank)[None, :])
             if NORM and block == 0:
@@ -175,7 +174,7 @@ def _shrink(
 def _sweep(
     x_at, a_at, norm, k, alive, there, span, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    NORM: tl.constexpr, ACT: tl.constexpr, WIDE: tl.constexpr,
+    NORM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One block of ranks over `span` columns, in several turns; sums of squares of the rows."""
     y = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
@@ -183,7 +182,7 @@ def _sweep(
     for k0 in tl.range(0, span, BLOCK_K, num_stages=3):
         inside = (k0 + k < K)[None, :]
         a = tl.load(a_at + k0, mask=there & inside, other=0.0)
-        part, square = _row(x_at + k0, norm, k0 + k, alive & inside, inside, K, NORM, ACT)
+        part, square = _row(x_at + k0, norm, k0 + k, alive & inside, inside, NORM)
         y = _dot(part.to(a.dtype), a, y, WIDE)
         squares += square
     return y, squares
@@ -193,7 +192,7 @@ def _sweep(
 def _shrink_row(
     x, norm, a_at, rows, sums, first_block, rank, first, piece, k, r, count, x_stride, width,
     span, every, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_R: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same for a tile of one row, by multiply and add."""
     ranks = first_block * BLOCK_R + r
@@ -218,7 +217,7 @@ def _shrink_row(
                 other=0.0,
             )
             inside = k0 + k < K
-            part = _input(x + row * x_stride + k0 + k, inside, K, ACT, False)
+            part = tl.load(x + row * x_stride + k0 + k, mask=inside, other=0.0)
             if NORM:
                 part = part.to(tl.float32)
                 squares += tl.sum(part * part)
@@ -232,11 +231,9 @@ def _shrink_row(
 
 
 @triton.jit
-def _row(
-    at, norm, k, alive, inside, K: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr
-):  # fmt: skip
+def _row(at, norm, k, alive, inside, NORM: tl.constexpr):
     """Pieces of rows as they enter the product, and sums of their squares before the norm."""
-    x = _input(at, alive, K, ACT, False)
+    x = tl.load(at, mask=alive, other=0.0)
     square = tl.zeros([x.shape[0]], tl.float32)
     if NORM:
         x = x.to(tl.float32)
@@ -261,14 +258,16 @@ def _form(tiles: int, rows: int, block_m: int) -> Stream | None:
     """How `expand` goes through B; None: a tile of prompts at a time."""
     if block_m > _TALL:
         return None
-    return _CROWDED if CROWD * tiles <= rows else _APART
+    if CROWD * tiles <= rows:
+        return _CROWDED
+    return _MANY if tiles > 32 else _APART
 
 
 def _chunk(pieces: int, block_m: int) -> int:
     """Pieces that are loaded at once."""
     if block_m > _TALL:
         return 2
-    return 8 if pieces <= 8 else 16
+    return 8 if pieces <= 8 else 16 if pieces <= 16 else 32
 
 
 @cache

@@ -18,6 +18,8 @@ from kvrun.runtime.kernels.triton._device import sm_count
 from kvrun.runtime.kernels.triton._overlap import overlap
 from kvrun.runtime.kernels.triton._skinny import dot, fma
 
+_LARGE = 1 << 22  # elements of a matrix, beyond which 17 to 64 rows are multiplied here
+_HEAD = 1 << 17  # and rows of it, from which on it is a head, which has nothing to overlap with
 _COUNTERS = 1 << 14  # tiles of a product whose K is cut, at most
 
 
@@ -100,11 +102,23 @@ def run(
     return out
 
 
+def takes_in(m: int, n: int, k: int, dtype: torch.dtype) -> bool:
+    """Whether `linear` with `norm` or `act` is faster at this size than torch's own product behind
+    them."""
+    # Measured against cuBLAS on an H100 with a layer's products in a row: 1.2x (8B) and 1.9x
+    # (0.6B) at 1 row, 1.1x and 1.3x at 16.
+    return 0 < m <= (8 if dtype is torch.float32 else 16)
+
+
 def serves(m: int, n: int, k: int, dtype: torch.dtype) -> bool:
     """Whether `linear` is faster than torch's own product at this size."""
-    # Measured against cuBLAS on an H100 with a layer's products in a row: 1.2x (8B) and 1.9x
-    # (0.6B) at 1 row, 1.1x and 1.3x at 16; at 32 single products are level.
-    return 0 < m <= (8 if dtype is torch.float32 else 16)
+    if takes_in(m, n, k, dtype):
+        return True
+    # On an H100 a step of 32 and 64 rows went from 7.13 and 7.83 ms to 6.75 and 7.54 (8B), of 64
+    # from 4.15 to 4.10 (Gemma 2 2B): no product is much faster, but none waits for its launch.
+    # Matrices as small as qkv, o and down of 0.6B are too much slower for that.
+    large = n * k > _LARGE and n < _HEAD
+    return 16 < m <= 64 and dtype is not torch.float32 and large
 
 
 @cache
@@ -122,9 +136,16 @@ def config(m: int, n: int, k: int, dtype: torch.dtype, sm_count: int) -> Form:
     if wide:
         return Form(True, 32, 32, 4, 2)
     block_k = 128 if k >= 128 else max(16, triton.next_power_of_2(k))
-    tiles = triton.cdiv(n, 64)
-    splits = max(1, min(k // (2 * block_k), 4 * sm_count // tiles, 8))
-    return Form(True, 64, block_k, 4, 4, splits=splits, ahead=2 * block_k)
+    tiles, stages = triton.cdiv(n, 64), 4
+    if m <= 16:
+        programs = 4 * sm_count
+    elif m <= 32:
+        programs = 2 * sm_count if 4 * tiles < 3 * sm_count else 0
+    else:
+        programs = sm_count
+        stages = 4 if tiles <= sm_count else 3  # two programs of a multiprocessor have room
+    splits = max(1, min(k // (2 * block_k), programs // tiles, 8))
+    return Form(True, 64, block_k, 4, stages, splits=splits, ahead=2 * block_k)
 
 
 def _rows(m: int, dot: bool) -> int:

@@ -63,6 +63,14 @@ def test_rows(form: Form, m: int) -> None:
     assert off(skinny.run(form, **given), twin.linear(**given)) < 1e-6
 
 
+@pytest.mark.parametrize("m", [17, 32, 33, 64])
+@pytest.mark.parametrize("form", ["dot", "split"], indirect=True)
+@pytest.mark.parametrize("options", [{"bias": True, "add": True}, {"gated": "silu"}], ids=str)
+def test_more_rows(form: Form, m: int, options: dict[str, Any]) -> None:
+    given = arguments(m, 38 if "gated" in options else N, **options)
+    assert off(skinny.run(form, **given), twin.linear(**given)) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("options", [{"norm": True, "bias": True}, {"act": "silu", "add": True}])
 def test_prologues_and_sums(form: Form, dtype: torch.dtype, options: dict[str, Any]) -> None:
@@ -168,6 +176,21 @@ def test_forms_fit_the_device(m: int, n: int, k: int) -> None:
         rows = skinny._rows(m, form.dot)
         tile = (form.block_n + 2 * rows) * dtype.itemsize + 4
         assert form.stages < 2 or form.stages * tile * form.block_k < 227 * 1024
+
+
+def test_which_products_are_its_own() -> None:
+    """Few rows are of any matrix, more of a large one that is no head; prologues of few rows."""
+    wide, large, small, head = torch.bfloat16, (4096, 4096), (1024, 2048), (151936, 1024)
+    served = {
+        (m, n): skinny.serves(m, n, k, wide) for m in (0, 16, 17, 64, 65) for n, k in (large, small)
+    }
+    assert [key for key, found in served.items() if found] == [
+        (16, 4096), (16, 1024), (17, 4096), (64, 4096)
+    ]  # fmt: skip
+    assert skinny.serves(16, *head, wide)
+    assert not skinny.serves(17, *head, wide)
+    assert [m for m in (4, 8, 16, 64) if skinny.serves(m, *large, torch.float32)] == [4, 8]
+    assert [m for m in (0, 1, 16, 17) if skinny.takes_in(m, *large, wide)] == [1, 16]
 
 
 def test_the_twin_is_what_the_layers_compute() -> None:

@@ -140,7 +140,7 @@ def config(m: int, n: int, k: int, dtype: torch.dtype, sm_count: int) -> Form:
     if m <= 16:
         programs = 4 * sm_count
     elif m <= 32:
-        programs = 2 * sm_count if 4 * tiles < 3 * sm_count else 0
+        programs = 2 * sm_count if 3 * tiles < 2 * sm_count else 0
     else:
         programs = sm_count
         stages = 4 if tiles <= sm_count else 3  # two programs of a multiprocessor have room

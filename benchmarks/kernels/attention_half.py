@@ -69,7 +69,7 @@ class Case:
 
     def run(self, attend: Callable[[torch.Tensor, Layer], torch.Tensor]) -> torch.Tensor:
         """All layers, with the products that an engine has at so many rows."""
-        x, few = self.x, skinny.takes_in(self.batch, 0, 0, BF16)
+        x, few = self.x, skinny.takes_in(self.batch, BF16)
         for layer in self.layers:
             if few:
                 qkv = skinny.linear(x, layer.qkv, norm=layer.norm, eps=1e-6)

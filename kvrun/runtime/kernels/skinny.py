@@ -47,14 +47,14 @@ def linear(
     return y.to(x.dtype) if out is None else out.copy_(y)
 
 
-def takes_in(m: int, n: int, k: int, dtype: torch.dtype) -> bool:
-    """Whether `linear` with `norm` or `act` is faster at this size than torch's own product behind
+def takes_in(m: int, dtype: torch.dtype) -> bool:
+    """Whether `linear` with `norm` or `act` is faster for m rows than torch's own product behind
     them: never, of the twin."""
     return False
 
 
-def serves(m: int, n: int, k: int, dtype: torch.dtype) -> bool:
-    """Whether `linear` is faster than torch's own product at this size: never, of the twin."""
+def serves(m: int, weight: torch.Tensor) -> bool:
+    """Whether `linear` is faster for m rows than torch's own product: never, of the twin."""
     return False
 
 

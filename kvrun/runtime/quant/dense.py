@@ -68,12 +68,10 @@ class Cuda:
         return self._weight
 
     def takes_in(self, rows: int) -> bool:
-        n, k = self._weight.shape
-        return bool(self._skinny.takes_in(rows, n, k, self._weight.dtype))
+        return bool(self._skinny.takes_in(rows, self._weight.dtype))
 
     def _streams(self, rows: int) -> bool:
-        n, k = self._weight.shape
-        return bool(self._skinny.serves(rows, n, k, self._weight.dtype))
+        return bool(self._skinny.serves(rows, self._weight))
 
     def gates(self, rows: int) -> bool:
         # Else each program of the next product computes all gates: on an H100 a step of 8 rows of

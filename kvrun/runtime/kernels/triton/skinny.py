@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from kvrun.runtime.kernels.triton._device import sm_count
+from kvrun.runtime.kernels.triton._device import shared_memory, sm_count
 from kvrun.runtime.kernels.triton._overlap import overlap
 from kvrun.runtime.kernels.triton._skinny import dot, fma
 
@@ -49,7 +49,10 @@ def linear(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As the twin. Up to 64 rows; not on two streams of a device at once (they share counters)."""
-    form = config(x.shape[0], *weight.shape, x.dtype, sm_count(x.device))
+    device = x.device
+    form = config(
+        x.shape[0], *weight.shape, x.dtype, sm_count(device), shared_memory(device)
+    )  # fmt: skip
     given: Any = {"norm": norm, "eps": eps, "act": act, "gated": gated}
     return run(form, x, weight, bias=bias, add=add, out=out, **given)
 
@@ -102,28 +105,30 @@ def run(
     return out
 
 
-def takes_in(m: int, n: int, k: int, dtype: torch.dtype) -> bool:
-    """Whether `linear` with `norm` or `act` is faster at this size than torch's own product behind
+def takes_in(m: int, dtype: torch.dtype) -> bool:
+    """Whether `linear` with `norm` or `act` is faster for m rows than torch's own product behind
     them."""
     # Measured against cuBLAS on an H100 with a layer's products in a row: 1.2x (8B) and 1.9x
     # (0.6B) at 1 row, 1.1x and 1.3x at 16.
     return 0 < m <= (8 if dtype is torch.float32 else 16)
 
 
-def serves(m: int, n: int, k: int, dtype: torch.dtype) -> bool:
-    """Whether `linear` is faster than torch's own product at this size."""
-    if takes_in(m, n, k, dtype):
+def serves(m: int, weight: torch.Tensor) -> bool:
+    """Whether `linear` is faster for m rows than torch's own product."""
+    (n, k), dtype = weight.shape, weight.dtype
+    if takes_in(m, dtype):
         return True
     # On an H100 a step of 32 and 64 rows went from 7.13 and 7.83 ms to 6.75 and 7.54 (8B), of 64
     # from 4.15 to 4.10 (Gemma 2 2B): no product is much faster, but none waits for its launch.
     # Matrices as small as qkv, o and down of 0.6B are too much slower for that.
     large = n * k > _LARGE and n < _HEAD
-    return 16 < m <= 64 and dtype is not torch.float32 and large
+    return 16 < m <= 64 and dtype is not torch.float32 and large and overlap(weight.device)["PDL"]
 
 
 @cache
-def config(m: int, n: int, k: int, dtype: torch.dtype, sm_count: int) -> Form:
-    """The form that was fastest on a device of this kind, or the nearest to it."""
+def config(m: int, n: int, k: int, dtype: torch.dtype, sm_count: int, room: int) -> Form:
+    """The form that was fastest on a device of this kind, or the nearest to it; `room`: bytes of
+    its shared memory."""
     wide = dtype is torch.float32
     if m <= (8 if wide else 4):
         warps = min(4, max(1, triton.next_power_of_2(k) // 256))
@@ -136,14 +141,12 @@ def config(m: int, n: int, k: int, dtype: torch.dtype, sm_count: int) -> Form:
     if wide:
         return Form(True, 32, 32, 4, 2)
     block_k = 128 if k >= 128 else max(16, triton.next_power_of_2(k))
-    tiles, stages = triton.cdiv(n, 64), 4
-    if m <= 16:
-        programs = 4 * sm_count
-    elif m <= 32:
-        programs = 2 * sm_count if 3 * tiles < 2 * sm_count else 0
-    else:
-        programs = sm_count
-        stages = 4 if tiles <= sm_count else 3  # two programs of a multiprocessor have room
+    tiles, programs, stages = triton.cdiv(n, 64), 4 * sm_count, 4
+    if m > 32:
+        # Three stages leave room for two programs of a multiprocessor.
+        programs, stages = sm_count, 4 if tiles <= sm_count and room >= 128 << 10 else 3
+    elif m > 16:
+        programs = 2 * sm_count if 3 * tiles < 2 * sm_count else tiles
     splits = max(1, min(k // (2 * block_k), programs // tiles, 8))
     return Form(True, 64, block_k, 4, stages, splits=splits, ahead=2 * block_k)
 

@@ -14,9 +14,9 @@ import psutil
 import torch
 
 # Parameters times tokens of steps that are tried with several counts. Below, there is little to
-# gain: tiny answers one request as fast on one thread as on two. Above, a single thread would hold
-# up an answer only to be tried.
-SMALLEST, LARGEST = 25_000_000, 2_000_000_000
+# gain; a step of one request takes tiny, 7 million, 1.55 ms on two threads and 2.20 on one. Above,
+# a single thread would hold up an answer only to be tried.
+SMALLEST, LARGEST = 5_000_000, 2_000_000_000
 TRIES = 3  # of a count before it is judged, by their median: the first may start threads
 CLEARLY = 1.5  # times as slow as the best: no need to try it again, nor even fewer threads
 KEPT = 5  # steps by which a count in use is judged

@@ -10,6 +10,7 @@ from kvrun.runtime.checkpoint import Product, Shard
 from kvrun.runtime.device import kernel
 from kvrun.runtime.layers.linear import Linear, Prologue, product
 from kvrun.runtime.quant import dense
+from kvrun.runtime.quant._small import Small
 
 if TYPE_CHECKING:
     from kvrun.runtime.batch import Batch
@@ -122,7 +123,7 @@ class Head:
         if bias is None and not weight.is_cuda and weight.nbytes > _COPY_BYTES:
             return dense.Plain(weight, None)
         made = dense.lay_out(weight, bias)
-        if isinstance(made, dense.Packed):
+        if isinstance(made.rest if isinstance(made, Small) else made, dense.Packed):
             self.copy_bytes = weight.nbytes  # of a second copy of the embedding
         return made
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvrun.runtime.lora.sites import Extra
+from kvrun.runtime.quant._small import Small
 from kvrun.runtime.quant.dense import Cuda, Packed, Plain
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def matrix_of(
 ) -> Matrix:
     """Of a stored matrix in any form; `x` [tokens, in] is like its inputs."""
     bias = weight.matmul(x.new_zeros(1, x.shape[1]))[0].float()
-    if isinstance(weight, Plain | Cuda | Packed):
+    if isinstance(weight, Plain | Cuda | Packed | Small):
         whole = weight.plain()
         return Matrix(lambda a, b: whole[:, a:b].t(), x.shape[1], bias, late, reduce)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kvrun.runtime.device import kernel
+from kvrun.runtime.quant import _small
 from kvrun.runtime.quant._unfused import Unfused
 
 if TYPE_CHECKING:
@@ -156,10 +157,12 @@ def read(w: "Checkpoint", shards: Sequence["Shard"], bias: bool) -> "Weight":
 
 def lay_out(weight: torch.Tensor, bias: torch.Tensor | None = None) -> "Weight":
     """`weight` [out, in] in the form that multiplies fastest where it lies."""
+    if weight.is_cuda:
+        return Cuda(weight, bias)
     small = weight.dtype is torch.float32 and weight.numel() <= _SMALL
-    if weight.device.type == "cpu" and not small and weight.numel() and packs(weight.dtype):
-        return Packed(weight, bias)
-    return Cuda(weight, bias) if weight.is_cuda else Plain(weight, bias)
+    packed = weight.device.type == "cpu" and not small and weight.numel() and packs(weight.dtype)
+    made = Packed(weight, bias) if packed else Plain(weight, bias)
+    return _small.Small(weight, bias, made) if _small.takes(weight) else made
 
 
 def _widens(weight: torch.Tensor) -> int:

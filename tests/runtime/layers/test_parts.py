@@ -342,6 +342,7 @@ def test_gated_mlp_on_a_product_that_gates(tmp_path: Path, monkeypatch: pytest.M
     mlp = GatedMLP(w, ("g", "u"), "d", hidden=8, inner=12, act="silu")
     w.close()
     monkeypatch.setattr(mlp._gate_up, "_weight", Gating(both, None))
+    monkeypatch.setattr(mlp._down, "_weight", dense.Plain(down, None))
     made: list[int] = []
     gate = type(mlp._gate).__call__
     monkeypatch.setattr(

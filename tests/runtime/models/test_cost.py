@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kvrun.runtime.kernels.native import skinny
+from kvrun.runtime.quant import _small
 from tests.runtime.driver import Driver
 from tests.runtime.models import zoo
 
@@ -40,13 +42,27 @@ def operators(folder: Path, layers: int, dtype: torch.dtype, sequences: int) -> 
     return count.seen
 
 
+def of_a_layer(folder: Path, dtype: torch.dtype, sequences: int) -> Counter[str]:
+    two = operators(folder / "2", 2, dtype, sequences)
+    three = operators(folder / "3", 3, dtype, sequences)
+    return three - two
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_a_layer_takes_at_most_20_operators(
-    tmp_path: Path, dtype: torch.dtype, sequences: int
+    tmp_path: Path, dtype: torch.dtype, sequences: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    two = operators(tmp_path / "2", 2, dtype, sequences)
-    three = operators(tmp_path / "3", 3, dtype, sequences)
-    layer = three - two
+    monkeypatch.setattr(_small, "takes", lambda weight: False)
+    layer = of_a_layer(tmp_path, dtype, sequences)
     assert sum(layer.values()) > 5
     assert sum(layer.values()) <= LIMIT, layer
+
+
+@pytest.mark.skipif(not skinny.available(), reason="there is no C compiler here")
+@pytest.mark.parametrize(("dtype", "sequences"), [(torch.float32, 3), (torch.bfloat16, 1)])
+def test_products_in_c_take_in_norms_gates_and_sums(
+    tmp_path: Path, dtype: torch.dtype, sequences: int
+) -> None:
+    layer = of_a_layer(tmp_path, dtype, sequences)
+    assert sum(layer.values()) <= 3, layer  # keys and values are gathered, and attended

@@ -49,7 +49,11 @@ class Small:
     ) -> torch.Tensor:
         if x.shape[0] > self._rows:
             return self.rest.matmul(x, add, out)
-        if out is not None and not out.is_contiguous():
-            return out.copy_(self._linear(x, add=add, **fused))
-        y: torch.Tensor = self._linear(x, add=add, out=out, **fused)
-        return y
+        late = None
+        if add is not None and not (add.is_contiguous() and add.dtype is x.dtype):
+            add, late = None, add
+        place = out if late is None and out is not None and out.is_contiguous() else None
+        y: torch.Tensor = self._linear(x, add=add, out=place, **fused)
+        if late is not None:
+            y += late
+        return y if out is None or out is place else out.copy_(y)

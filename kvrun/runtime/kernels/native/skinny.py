@@ -36,7 +36,7 @@ class Matrix:
     """weight [N, K] in fp32 or bfloat16 with dense rows, and a bias [N] of the same dtype."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self._kept = weight, bias
+        self._kept, self._dtype = (weight, bias), weight.dtype
         self.shape = n, k = weight.shape
         wide = weight.dtype is torch.float32
         places = (None if part is None else part.data_ptr() for part in self._kept)
@@ -56,7 +56,11 @@ class Matrix:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As the twin, of contiguous x, `add` and `out` in the matrix's dtype."""
-        rows, (n, k) = x.shape[0], self.shape
+        (rows, width), (n, k) = x.shape, self.shape
+        # What C would not see: it would read something else.
+        assert x.dtype is self._dtype
+        assert x.is_contiguous()
+        assert width == (2 * k if act else k)
         if out is None:
             out = torch.empty((rows, n // 2 if gated else n), dtype=x.dtype)
         done = self._rows(

@@ -36,6 +36,7 @@ class Matrix:
     """weight [N, K] in fp32 or bfloat16 with dense rows, and a bias [N] of the same dtype."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        assert bias is None or (bias.dtype is weight.dtype and bias.is_contiguous())
         self._kept, self._dtype = (weight, bias), weight.dtype
         self.shape = n, k = weight.shape
         wide = weight.dtype is torch.float32

@@ -53,7 +53,7 @@ class Small:
         if add is not None and not (add.is_contiguous() and add.dtype is x.dtype):
             add, late = None, add
         place = out if late is None and out is not None and out.is_contiguous() else None
-        y: torch.Tensor = self._linear(x, add=add, out=place, **fused)
+        y: torch.Tensor = self._linear(x.contiguous(), add=add, out=place, **fused)
         if late is not None:
             y += late
         return y if out is None or out is place else out.copy_(y)

@@ -45,6 +45,8 @@ def test_few_rows_and_more(weight: torch.Tensor, bias: torch.Tensor | None) -> N
             torch.testing.assert_close(found, wanted + more, rtol=1e-5, atol=1e-5)
         apart = torch.randn(rows, N + 3)[:, :N]
         torch.testing.assert_close(made.matmul(x, apart), wanted + apart, rtol=1e-5, atol=1e-5)
+        turned = x.t().contiguous().t()
+        torch.testing.assert_close(made.matmul(turned), wanted, rtol=1e-5, atol=1e-5)
     with pytest.raises(AssertionError):
         made.matmul(x.bfloat16()[:1])
     assert made.plain() is not weight

@@ -14,8 +14,9 @@ import psutil
 import torch
 
 # Parameters times tokens of steps that are tried with several counts. Below, there is little to
-# gain; a step of one request takes tiny, 7 million, 1.55 ms on two threads and 2.20 on one. Above,
-# a single thread would hold up an answer only to be tried.
+# gain; a step of one request took tiny, 7 million, at best 1.55 ms on two threads and 2.20 on one,
+# in the middle of noisy runs the same. Above, a single thread would hold up an answer only to be
+# tried.
 SMALLEST, LARGEST = 5_000_000, 2_000_000_000
 TRIES = 3  # of a count before it is judged, by their median: the first may start threads
 CLEARLY = 1.5  # times as slow as the best: no need to try it again, nor even fewer threads

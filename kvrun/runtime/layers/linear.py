@@ -88,7 +88,7 @@ class Linear:
             return product(self._weight, x, add, before)
         if rows.extra is not None and (change := rows.extra.at(self._site)) is not None:
             return self._changed(x, rows, change, add, before)
-        if before is not None and not self._norms(rows, x, before):
+        if before is not None and not self._both_take_in(before, rows, x):
             x, before = before(x), None  # once for both
         prologue = {} if before is None else before.prologue
         low = rows.shrink(self._site, x, prologue)
@@ -97,8 +97,8 @@ class Linear:
             rows.expand(self._site, low, y, prologue)
         return y
 
-    def _norms(self, rows: "Rows", x: torch.Tensor, before: Prologue) -> bool:
-        """Whether what adapters multiply first, and the product, both take in what comes before."""
+    def _both_take_in(self, before: Prologue, rows: "Rows", x: torch.Tensor) -> bool:
+        """Whether adapters' first product and the product itself know what comes before: a norm."""
         # Gates would be made by every program of both.
         norm = "norm" in before.prologue
         return norm and rows.takes_in and self._weight.takes_in(x.shape[0])

@@ -7,6 +7,7 @@ import torch
 
 from kvrun.runtime.kernels import skinny as twin
 from kvrun.runtime.kernels.native import skinny
+from tests.runtime.kernels.test_skinny import off
 
 pytestmark = pytest.mark.skipif(not skinny.available(), reason="there is no C compiler here")
 CLOSE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
@@ -30,12 +31,6 @@ def arguments(m: int, n: int, k: int, dtype: torch.dtype, **options: Any) -> dic
 
 def run(weight: torch.Tensor, x: torch.Tensor, **options: Any) -> torch.Tensor:
     return skinny.Matrix(weight, options.pop("bias", None)).linear(x, **options)
-
-
-def off(got: torch.Tensor, ref: torch.Tensor) -> float:
-    assert got.shape == ref.shape
-    assert got.dtype == ref.dtype
-    return float((got.double() - ref.double()).norm() / ref.double().norm())
 
 
 @pytest.fixture(autouse=True)

@@ -30,8 +30,8 @@ static inline void gated(const float *from, float *y, int64_t k, int act) {
 }
 
 /* What enters the product: a row in fp32, normed or gated, and as it is in x's dtype then. */
-static inline void enter(const void *x, float *y, int64_t k, const float *norm, float eps, int act, int wide,
-                  float *room) {
+static inline void enter(const void *x, float *y, int64_t k, const float *norm, float eps, int act,
+                         int wide, float *room) {
     float *from = act ? room : y;
     int64_t count = act ? 2 * k : k;
     widen(x, from, count, wide);

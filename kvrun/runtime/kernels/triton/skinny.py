@@ -19,7 +19,7 @@ from kvrun.runtime.kernels.triton._overlap import overlap
 from kvrun.runtime.kernels.triton._skinny import dot, fma
 
 _LARGE = 1 << 22  # elements of a matrix, beyond which 17 to 64 rows are multiplied here
-_HEAD = 1 << 17  # and rows of it, from which on it is a head, which has nothing to overlap with
+_HEAD = 1 << 17  # and rows of it, from which on it is a head of a size that was not tried
 _COUNTERS = 1 << 14  # tiles of a product whose K is cut, at most
 
 
@@ -119,7 +119,7 @@ def serves(m: int, weight: torch.Tensor) -> bool:
     if takes_in(m, dtype):
         return True
     # On an H100 a step of 32 and 64 rows went from 7.13 and 7.83 ms to 6.75 and 7.54 (8B), of 64
-    # from 4.15 to 4.10 (Gemma 2 2B): no product is much faster, but none waits for its launch.
+    # from 4.15 to about 4.10 (Gemma 2 2B): no product is much faster, but none waits for its launch.
     # Matrices as small as qkv, o and down of 0.6B are too much slower for that.
     large = n * k > _LARGE and n < _HEAD
     return 16 < m <= 64 and dtype is not torch.float32 and large and overlap(weight.device)["PDL"]

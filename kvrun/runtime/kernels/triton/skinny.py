@@ -119,8 +119,8 @@ def serves(m: int, weight: torch.Tensor) -> bool:
     if takes_in(m, dtype):
         return True
     # On an H100 a step of 32 and 64 rows went from 7.13 and 7.83 ms to 6.75 and 7.54 (8B), of 64
-    # from 4.15 to about 4.10 (Gemma 2 2B): no product is much faster, but none waits for its launch.
-    # Matrices as small as qkv, o and down of 0.6B are too much slower for that.
+    # from 4.15 to about 4.10 (Gemma 2 2B): no product is much faster, but none waits for its
+    # launch. Matrices as small as qkv, o and down of 0.6B are too much slower for that.
     large = n * k > _LARGE and n < _HEAD
     return 16 < m <= 64 and dtype is not torch.float32 and large and overlap(weight.device)["PDL"]
 

@@ -73,7 +73,10 @@ def check_norm(tokens: int, size: int, dtype: torch.dtype) -> float:
     t_norm.add_rms_norm(x, mine, weight, 1e-5, out=out)
     worst = max(worst, error(out, norm.add_rms_norm(x, other, weight, 1e-5)), error(mine, other))
     t_norm.norm_add(x, weight, 1e-5, mine)
-    return max(worst, error(mine, norm.norm_add(x, weight, 1e-5, other)))
+    worst = max(worst, error(mine, norm.norm_add(x, weight, 1e-5, other)))
+    out = t_norm.norm_add_norm(x, weight, 1e-5, mine, weight, 1e-6)
+    worst = max(worst, error(out, norm.norm_add_norm(x, weight, 1e-5, other, weight, 1e-6)))
+    return max(worst, error(mine, other))
 
 
 def check_gated(tokens: int, inner: int, dtype: torch.dtype, act: str) -> float:
@@ -221,6 +224,8 @@ def check_chain(tokens: int, size: int) -> float:
         for _ in range(40):
             t_norm.add_rms_norm(x, mine, weight, 1e-5, out=x)
             t_norm.norm_add(mine, weight, 1e-5, x)
+            z = t_norm.norm_add_norm(x, weight, 1e-5, mine, weight, 1e-5)
+            t_norm.norm_add(z, weight, 1e-5, x)
 
     chain()
     again = captured(chain)
@@ -231,6 +236,8 @@ def check_chain(tokens: int, size: int) -> float:
     for _ in range(40):
         norm.add_rms_norm(y, other, weight, 1e-5, out=y)
         norm.norm_add(other, weight, 1e-5, y)
+        z = norm.norm_add_norm(y, weight, 1e-5, other, weight, 1e-5)
+        norm.norm_add(z, weight, 1e-5, y)
     return max(error(x, y), error(mine, other))
 
 

@@ -38,3 +38,19 @@ def norm_add(
     x, residual: [tokens, size] of one dtype, each row dense; weight: [size] fp32.
     """
     return residual.add_(rms_norm(x, weight, eps))
+
+
+def norm_add_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor,
+    next_weight: torch.Tensor,
+    next_eps: float,
+) -> torch.Tensor:
+    """residual += rms_norm(x), in place, both rounded to their dtype; returns the next norm, of
+    that sum, rounded once more.
+
+    x, residual: [tokens, size] of one dtype, each row dense; both weights: [size] fp32.
+    """
+    return rms_norm(norm_add(x, weight, eps, residual), next_weight, next_eps)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
-from kvrun.runtime.layers.norm import adapted
+from kvrun.runtime.layers.norm import adapted, add_before_part
 
 if TYPE_CHECKING:
     from kvrun.runtime.attention import AttentionSpec
@@ -131,9 +131,10 @@ class Sandwich:
     def __call__(self, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
         before = self._before_attention
         y = self._attention(x, batch, norm=before and adapted(before, batch))
-        x = adapted(self._after_attention, batch).add_to(x, y)
         before = self._before_mlp
-        y = self._mlp(x, batch, norm=before and adapted(before, batch))
+        before = before and adapted(before, batch)
+        y, norm = add_before_part(adapted(self._after_attention, batch), x, y, before)
+        y = self._mlp(y, batch, norm=norm)
         return adapted(self._after_mlp, batch).add_to(x, y)
 
 

@@ -74,6 +74,17 @@ def before_product(norm: Norm | None, x: torch.Tensor) -> tuple[torch.Tensor, "P
     return norm(x), None
 
 
+def add_before_part(
+    after: Norm, residual: torch.Tensor, x: torch.Tensor, norm: Norm | None
+) -> tuple[torch.Tensor, Norm | None]:
+    """residual + after(x), written to `residual`. What the next part is given as its x and its
+    `norm`: that sum and `norm`, or, where one kernel does it all, norm(sum) and None."""
+    if isinstance(after, RMSNorm) and isinstance(norm, RMSNorm) and after._kernel is not None:
+        args = after.weight, after.eps, residual, norm.weight, norm.eps
+        return after._kernel.norm_add_norm(x, *args), None
+    return after.add_to(residual, x), norm
+
+
 class RMSNorm:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32.
 

@@ -29,9 +29,9 @@ def kernel(request: pytest.FixtureRequest) -> ModuleType:
     return request.param
 
 
-def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def normed(x: torch.Tensor, weight: torch.Tensor, eps: float = EPS) -> torch.Tensor:
     wide = x.double()
-    return wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+    return wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor, roundings: int = 1) -> None:
@@ -66,6 +66,11 @@ def test_several_rows_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     close(residual, total)
     close(out[:7], normed(total, weight))
     assert (out[7] == 7).all()
+    again, stream = torch.full((8, 50), 7.0), total.clone()
+    found = triton.norm_add_norm(total, weight, EPS, again[:7], weight, EPS)
+    close(again[:7], 7 + normed(stream, weight), 4)
+    close(found, normed(again[:7], weight))
+    assert (again[7] == 7).all()
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -105,6 +110,36 @@ def test_norm_add(kernel: ModuleType, dtype: torch.dtype, tokens: int, size: int
     assert kernel.norm_add(x, weight, EPS, residual) is residual
     assert torch.equal(x, before)
     close(residual, stream + normed(x, weight).to(dtype).double(), 4)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("tokens", "size"), [(1, 256), (3, 300), (65, 1100)])
+def test_norm_add_norm(kernel: ModuleType, dtype: torch.dtype, tokens: int, size: int) -> None:
+    x, residual = strided(tokens, size, dtype), strided(tokens, size, dtype)
+    residual[-1] = -x[-1] * 1e-3  # both eps count here, each its own
+    x[-1] *= 1e-3
+    weight, after = torch.rand(size) + 0.5, torch.rand(size) + 0.5
+    before, stream, around = x.clone(), residual.double(), residual._base[:, :8].clone()
+    found = kernel.norm_add_norm(x, weight, EPS, residual, after, 100 * EPS)
+    assert found.dtype is dtype
+    assert found.is_contiguous()
+    assert torch.equal(x, before)
+    assert torch.equal(residual._base[:, :8], around)
+    close(residual, stream + normed(x, weight).to(dtype).double(), 8)
+    close(found, normed(residual, after, 100 * EPS))  # of the sum as it was rounded
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("tokens", "size"), [(1, 100), (3, 2304), (65, 300)])
+def test_the_stream_is_what_norm_add_makes_of_it(
+    kernel: ModuleType, dtype: torch.dtype, tokens: int, size: int
+) -> None:
+    x = strided(tokens, size, dtype).round()  # sums of their squares are exact in any order
+    residual = strided(tokens, size, dtype)
+    mine, weight, after = residual.clone(), torch.rand(size) + 0.5, torch.rand(size) + 0.5
+    found = kernel.norm_add_norm(x, weight, EPS, residual, after, 2 * EPS)
+    assert torch.equal(residual, kernel.norm_add(x, weight, EPS, mine))
+    close(found, kernel.rms_norm(mine, after, 2 * EPS))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

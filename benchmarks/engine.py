@@ -29,6 +29,7 @@ import needs  # beside this file
 import torch
 
 from kvrun.bench import plot, shapes, workloads
+from kvrun.bench.cuda_rates import measure
 from kvrun.bench.roofline import Ceilings, Cost
 from kvrun.runtime.hf_config import HFConfig
 
@@ -52,27 +53,12 @@ def seconds(generate: Generate, prompts: Sequence[Any], new: int | Sequence[int]
 
 def ceilings() -> tuple[float, float]:
     """Bytes/s of a large product of one row, FLOP/s of a large square one, random bf16 data."""
-    matrices = [torch.randn(28672, 4096, dtype=torch.bfloat16, device="cuda") for _ in range(8)]
-    row = torch.randn(1, 4096, dtype=torch.bfloat16, device="cuda")
-    square = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
-    read = _rate(lambda: [row @ m.t() for m in matrices], 8 * matrices[0].nbytes)
-    return read, _rate(lambda: square @ square, 2 * 8192**3)
+    rates = {rate.name: rate.value for rate in measure(torch.device("cuda", 0), quick=True)}
+    return rates["read, bfloat16 GEMV"], rates["bfloat16"]
 
 
 def device_and_ceilings() -> tuple[str, tuple[float, float]]:
     return torch.cuda.get_device_name(), ceilings()
-
-
-def _rate(work: Callable[[], object], amount: float) -> float:
-    times = []
-    for _ in range(12):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3)
-    return amount / statistics.median(times)
 
 
 def decode(generate: Generate, batch: int, repeats: int) -> list[float]:

@@ -172,7 +172,7 @@ def measured(folder: Path, repeats: int, only: str | None) -> dict[str, Any]:
             flush=True,
         )
     found["load_ms"] = [] if only == "steps" else load_ms(llm)
-    for phase in ("read", "load", "all"):
+    for phase in ("read", "load", "all") if found["load_ms"] else ():
         times = ", ".join(f"{load[phase]:.0f}" for load in found["load_ms"])
         print(f"load to first token, {phase}: {times} ms")
     llm.close()

@@ -34,7 +34,7 @@ RANK, LAYERS, HIDDEN, INNER, KV = 16, 32, 4096, 14336, 1024
 PHASES = {
     "bytes": (pieces.os, "preadv"), "hash": (pieces, "sha256"),
     "scale": (torch, "_foreach_mul_"), "round": (pieces, "_cast"),
-    "check": (pieces, "_check_finite"), "place": (np, "copyto"),
+    "check": (pieces, "check_finite"), "place": (np, "copyto"),
 }  # fmt: skip
 
 

@@ -9,8 +9,9 @@ from kvrun.runtime.quant import dense
 pytestmark = pytest.mark.gpu
 
 CLOSE = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-5}  # a rounding of each
-# Matrices of which up to 64 rows are kvrun's own, and one of which only 16 are.
-SHAPES = [(4096, 1032), (1032, 4104), (1024, 2048)]
+# Every kind of form: see _skinny_forms.py.
+SHAPES = [(4096, 1032), (1032, 4104), (1024, 2048), (4096, 2304), (18432, 2304), (6144, 1024),
+          (1024, 8200), (28672, 4096), (4096, 14336)]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)

@@ -159,15 +159,18 @@ def test_the_form_it_chooses_itself(m: int, dtype: torch.dtype) -> None:
     assert m == 0 or off(got, ref) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("room", [99, 163, 227])  # KiB: of consumers' cards, an A100, an H100
+# KiB: of consumers' cards, an A100, an H100.
+@pytest.mark.parametrize(("room", "overlap"), [(99, False), (99, True), (163, False), (227, True)])
 @pytest.mark.parametrize("m", [1, 2, 4, 8, 16, 32, 64])
 @pytest.mark.parametrize(
-    ("n", "k"), [(6144, 4096), (4096, 14336), (128256, 4096), (1024, 3072), (151936, 1024), (8, 8)]
-)
-def test_forms_fit_the_device(m: int, n: int, k: int, room: int) -> None:
+    ("n", "k"),
+    [(6144, 4096), (4096, 14336), (128256, 4096), (1024, 3072), (4096, 2304), (18432, 2304),
+     (6144, 1024), (151936, 1024), (896, 896), (16, 264), (8, 8)],
+)  # fmt: skip
+def test_forms_fit_the_device(m: int, n: int, k: int, room: int, overlap: bool) -> None:
     """The parts of K are all there and none is empty; counters and shared memory suffice."""
     for dtype in (torch.float32, torch.bfloat16):
-        form = skinny.config(m, n, k, dtype, 132, room << 10)
+        form = skinny.config(m, n, k, dtype, 132, room << 10, overlap=overlap)
         span, splits = skinny._cut(form, k)
         assert (splits - 1) * span < k <= splits * span
         assert splits == 1 or -(-n // form.block_n) <= skinny._COUNTERS
@@ -177,11 +180,12 @@ def test_forms_fit_the_device(m: int, n: int, k: int, room: int) -> None:
         rows = skinny._rows(m, form.dot)
         act = skinny.takes_in(m, dtype)  # a gate beside its up, or a norm
         tile = (form.block_n + (1 + act) * rows) * dtype.itemsize + 4 * act
+        assert form.block_k * form.block_n >= 32 * form.warps  # no thread without a weight
         assert form.stages < 2 or form.stages * tile * form.block_k <= room << 10
 
 
 def test_which_products_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rows are of any matrix; more of a large one that is no head, where kernels overlap."""
+    """Few rows are of any matrix; more of one that is no head, where kernels overlap."""
 
     def served(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> list[int]:
         weight = torch.empty(n, k, dtype=dtype, device="meta")
@@ -189,7 +193,8 @@ def test_which_products_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(skinny, "overlap", lambda device: {"PDL": True})
     assert served(4096, 4096) == [1, 8, 16, 17, 64]
-    assert served(1024, 2048) == served(151936, 1024) == [1, 8, 16]
+    assert served(1024, 2048) == [1, 8, 16, 17, 64]
+    assert served(151936, 1024) == [1, 8, 16]
     assert served(4096, 4096, torch.float32) == [1, 8]
     monkeypatch.setattr(skinny, "overlap", lambda device: {"PDL": False})
     assert served(4096, 4096) == [1, 8, 16]

@@ -9,7 +9,7 @@ A norm is applied as (W · (x · norm)) / rms(x): one pass over x finds both fac
 """
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -17,23 +17,10 @@ import triton
 from kvrun.runtime.kernels.triton._device import shared_memory, sm_count
 from kvrun.runtime.kernels.triton._overlap import overlap
 from kvrun.runtime.kernels.triton._skinny import dot, fma
+from kvrun.runtime.kernels.triton._skinny_forms import Form, config
 
-_LARGE = 1 << 22  # elements of a matrix, beyond which 17 to 64 rows are multiplied here
-_HEAD = 1 << 17  # and rows of it, from which on it is a head of a size that was not tried
+_HEAD = 1 << 17  # rows of a matrix, from which on it is a head; of these 16 rows are the most
 _COUNTERS = 1 << 14  # tiles of a product whose K is cut, at most
-
-
-class Form(NamedTuple):
-    """How a product is cut: see `config`."""
-
-    dot: bool  # tensor cores, else multiply-add
-    block_n: int  # outputs of a program
-    block_k: int  # columns per turn of its loop
-    warps: int
-    stages: int  # weight tiles in flight
-    splits: int = 1  # programs that share K, of `dot`
-    ahead: int = 0  # columns of its weights that a program asks into L2 before it waits
-    early: bool = True  # the next kernel may start as soon as all programs of this one have
 
 
 def linear(
@@ -51,7 +38,8 @@ def linear(
     """As the twin. Up to 64 rows; not on two streams of a device at once (they share counters)."""
     device = x.device
     form = config(
-        x.shape[0], *weight.shape, x.dtype, sm_count(device), shared_memory(device)
+        x.shape[0], *weight.shape, x.dtype, sm_count(device), shared_memory(device),
+        overlap=overlap(device)["PDL"],
     )  # fmt: skip
     given: Any = {"norm": norm, "eps": eps, "act": act, "gated": gated}
     return run(form, x, weight, bias=bias, add=add, out=out, **given)
@@ -115,40 +103,12 @@ def takes_in(m: int, dtype: torch.dtype) -> bool:
 
 def serves(m: int, weight: torch.Tensor) -> bool:
     """Whether `linear` is faster for m rows than torch's own product."""
-    (n, k), dtype = weight.shape, weight.dtype
+    n, dtype = len(weight), weight.dtype
     if takes_in(m, dtype):
         return True
-    # On an H100 a step of 32 and 64 rows went from 7.13 and 7.83 ms to 6.75 and 7.54 (8B), of 64
-    # from 4.15 to about 4.10 (Gemma 2 2B): no product is much faster, but none waits for its
-    # launch. Matrices as small as qkv, o and down of 0.6B are too much slower for that.
-    large = n * k > _LARGE and n < _HEAD
-    return 16 < m <= 64 and dtype is not torch.float32 and large and overlap(weight.device)["PDL"]
-
-
-@cache
-def config(m: int, n: int, k: int, dtype: torch.dtype, sm_count: int, room: int) -> Form:
-    """The form that was fastest on a device of this kind, or the nearest to it; `room`: bytes of
-    its shared memory."""
-    wide = dtype is torch.float32
-    if m <= (8 if wide else 4):
-        warps = min(4, max(1, triton.next_power_of_2(k) // 256))
-        block_n = 4
-        while block_n > 1 and n < block_n * 2 * sm_count:
-            block_n //= 2
-        # A large product has other programs to wait beside; a small one carries its next tile.
-        # Asking for weights ahead of time costs more than it brings: 1.3x of the whole chain.
-        return Form(False, block_n, 256 * warps, warps, int(n * k > 1 << 25), ahead=0)
-    if wide:
-        return Form(True, 32, 32, 4, 2)
-    block_k = 128 if k >= 128 else max(16, triton.next_power_of_2(k))
-    tiles, programs, stages = triton.cdiv(n, 64), 4 * sm_count, 4
-    if m > 32:
-        # Three stages leave room for two programs of a multiprocessor.
-        programs, stages = sm_count, 4 if tiles <= sm_count and room >= 128 << 10 else 3
-    elif m > 16:
-        programs = 2 * sm_count if 3 * tiles < 2 * sm_count else tiles
-    splits = max(1, min(k // (2 * block_k), programs // tiles, 8))
-    return Form(True, 64, block_k, 4, stages, splits=splits, ahead=2 * block_k)
+    # No product is much faster alone, but none waits for its launch.
+    few = m <= 64 and dtype is not torch.float32 and n < _HEAD
+    return m > 16 and few and bool(overlap(weight.device)["PDL"])
 
 
 def _rows(m: int, dot: bool) -> int:

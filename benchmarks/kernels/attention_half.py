@@ -1,12 +1,13 @@
 """The first half of a layer at one token a sequence: rotation and attention as one kernel or two.
 
     python benchmarks/kernels/attention_half.py --shape qwen3-0.6b --batch 1 8 16 32 --context 545
-    python benchmarks/kernels/attention_half.py --cuts 32,2,4,396,after 64,4,2,264,each
+    python benchmarks/kernels/attention_half.py --cuts 32,2,4,396,after 64,4,2,264
 
 Layers in a row in one CUDA graph, each with weights and a cache of its own, larger than L2
 together: the product of queries, keys and values, `rotate_append` and `decode` or else
 `append_and_decode`, and the product behind. Microseconds a layer, the median of 5 runs. Cuts are
-keys,warps,stages,programs,early of `_decode.Tiling`; without them the kernel's own is measured.
+keys,warps,stages,programs,early of `_decode.Tiling`, without `early` for two kernels; without cuts
+the kernel's own is measured. The fastest stand first.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from kvrun.bench import shapes
 from kvrun.runtime.kernels.paged_attention import Options
 from kvrun.runtime.kernels.rotary import Rotation
-from kvrun.runtime.kernels.triton import _decode, paged_attention, rotary, skinny
+from kvrun.runtime.kernels.triton import _decode, norm, paged_attention, rotary, skinny
 from kvrun.runtime.kernels.triton._decode import Newest, Tiling
 
 PAGE = 16
@@ -55,14 +56,14 @@ class Case:
         angles = torch.rand(batch, dim // 2) * 6
         rows, normed = (heads + 2 * kv_heads) * dim, shape.startswith("qwen3")
         each = 2 * (hidden * (rows + heads * dim) + batch * pages * PAGE * 2 * kv_heads * dim)
-        norm = torch.ones(dim) if normed else None
+        of_heads = torch.ones(dim) if normed else None
         self.layers = [
             Layer(
                 torch.randn(rows, hidden).to(BF16) * 0.03,
                 torch.randn(hidden, heads * dim).to(BF16) * 0.03,
                 torch.ones(hidden),
                 torch.randn(batch * pages * PAGE, 2 * kv_heads * dim).to(BF16),
-                Rotation(angles.cos(), angles.sin(), False, norm, norm, 1e-6),
+                Rotation(angles.cos(), angles.sin(), False, of_heads, of_heads, 1e-6),
             )
             for _ in range(max(6, min(24, BESIDE_L2 // each)))
         ]
@@ -74,26 +75,29 @@ class Case:
             if few:
                 qkv = skinny.linear(x, layer.qkv, norm=layer.norm, eps=1e-6)
                 x = skinny.linear(attend(qkv, layer), layer.out, add=x)
+            elif skinny.serves(self.batch, layer.qkv):
+                qkv = skinny.linear(norm.rms_norm(x, layer.norm, 1e-6), layer.qkv)
+                x = skinny.linear(attend(qkv, layer), layer.out, add=x)
             else:
                 x = F.linear(attend(F.linear(x, layer.qkv), layer), layer.out)
         return x
 
-    def two(self, qkv: torch.Tensor, layer: Layer) -> torch.Tensor:
+    def attend(self, tiling: Tiling, *, one: bool) -> Callable[[torch.Tensor, Layer], torch.Tensor]:
         kv_heads = self.options.kv_heads
-        rotary.rotate_append(qkv, layer.rotation, layer.cache, self.slots, kv_heads, self.dim)
-        q = qkv.view(self.batch, -1, self.dim)[:, : self.heads]
-        return paged_attention.decode(q, layer.cache, self.tables, self.lengths, self.options)
 
-    def one(self, tiling: Tiling) -> Callable[[torch.Tensor, Layer], torch.Tensor]:
-        def attend(qkv: torch.Tensor, layer: Layer) -> torch.Tensor:
+        def run(qkv: torch.Tensor, layer: Layer) -> torch.Tensor:
             q = qkv.view(self.batch, -1, self.dim)[:, : self.heads]
             out = torch.empty(self.batch, self.heads * self.dim, dtype=BF16)
-            newest = Newest(layer.rotation, self.slots)
             known = (layer.cache, self.tables, self.lengths, self.options)
-            _decode.launch(q, *known, out, tiling, newest)
+            if one:
+                _decode.launch(q, *known, out, tiling, Newest(layer.rotation, self.slots))
+            else:
+                to = layer.cache, self.slots, kv_heads, self.dim
+                rotary.rotate_append(qkv, layer.rotation, *to)
+                _decode.launch(q, *known, out, tiling)
             return out
 
-        return attend
+        return run
 
 
 def microseconds(case: Case, attend: Callable[[torch.Tensor, Layer], torch.Tensor]) -> Any:
@@ -114,9 +118,12 @@ def microseconds(case: Case, attend: Callable[[torch.Tensor, Layer], torch.Tenso
     return statistics.median(times[1:]), y.clone()
 
 
-def cut(text: str) -> Tiling:
-    keys, warps, stages, programs, early = text.split(",")
-    return Tiling(int(keys), int(warps), int(stages), int(programs), early)
+def cut(text: str) -> tuple[Tiling, bool]:
+    """A tiling, and whether it is one kernel's."""
+    *numbers, last = text.split(",")
+    if last.isdigit():
+        return Tiling(*map(int, (*numbers, last))), False
+    return Tiling(*map(int, numbers), early=last), True
 
 
 def main() -> None:
@@ -125,6 +132,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16, 32])
     parser.add_argument("--context", type=int, default=545)
     parser.add_argument("--cuts", type=cut, nargs="+")
+    parser.add_argument("--top", type=int, default=12, help="cuts that are printed")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: this measures kernels on a CUDA device, and there is none.")
@@ -133,12 +141,19 @@ def main() -> None:
     for batch in options.batch:
         torch.manual_seed(0)
         case = Case(options.shape, batch, options.context)
-        two, wanted = microseconds(case, case.two)
-        print(f"batch {batch}: two kernels {two:.2f} us a layer")
-        for tiling in options.cuts or [paged_attention.append_tiling(batch, BF16)]:
-            one, found = microseconds(case, case.one(tiling))
+        base = paged_attention.decode_tiling(batch, case.dim, BF16)
+        two, wanted = microseconds(case, case.attend(base, one=False))
+        print(f"batch {batch}: two kernels {two:.2f} us a layer, {base}")
+        lines = []
+        for tiling, one in options.cuts or [
+            (paged_attention.append_tiling(batch, case.dim, BF16), True)
+        ]:
+            spent, found = microseconds(case, case.attend(tiling, one=one))
             off = (found.float() - wanted.float()).norm() / wanted.float().norm()
-            print(f"  one {one:.2f} ({one / two:.3f}), off by {off:.1e}: {tiling}")
+            ratio, name = spent / two, "one" if one else "two"
+            lines.append((spent, f"{name} {spent:.2f} ({ratio:.3f}), off {off:.1e}: {tiling}"))
+        for _, line in sorted(lines)[: options.top]:
+            print(" ", line, flush=True)
 
 
 if __name__ == "__main__":

@@ -62,8 +62,8 @@ def decode(
     return out
 
 
-def appends(batch: int, dim: int) -> bool:
-    """Whether `append_and_decode` is there for so many sequences and heads of `dim`."""
+def appends(qkv: torch.Tensor) -> bool:
+    """Whether `append_and_decode` is there for these [sequences, heads + 2 kv_heads, head_dim]."""
     return True
 
 

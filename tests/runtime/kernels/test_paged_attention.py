@@ -410,29 +410,22 @@ def test_the_kernels_own_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
         launch(*given)
 
     monkeypatch.setattr(_decode, "launch", watched)
-    for count, dim in ((1, 16), (3, 16), (9, 16), (17, 16), (1, 160), (3, 160)):
+    for count, dim in ((1, 16), (3, 16), (9, 16), (1, 256)):
         step = Step([(17 + i, 1) for i in range(count)], (4, 2, dim), dtype=BF16)
         new = New(step, make(step))
         known = (new.data.cache.clone(), new.data.tables, new.data.lengths, step.options())
         found = fast.append_and_decode(new.qkv.clone(), new.rotation, new.slots, *known)
         assert agree(found, new.attend(None)[0])
-    each, after, before = _decode.EACH, _decode.AFTER, _decode.BEFORE
-    assert seen == [each, after, before, before, each, before]
+    assert seen == [_decode.EACH, _decode.AFTER, _decode.BEFORE, _decode.EACH]
 
 
-def test_which_steps_are_one_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those whose products in front let it start early, and whose tiles fit into registers."""
-
+def test_which_steps_are_one_kernels() -> None:
     def most(dim: int, dtype: torch.dtype = BF16) -> int:
-        rows = (1, 16, 17, 64, 65)
-        qkv = torch.empty(65, 4, dim, dtype=dtype, device="meta")
-        return max((n for n in rows if fast.appends(qkv[:n])), default=0)
+        qkv = torch.empty(17, 4, dim, dtype=dtype, device="meta")
+        return max((n for n in (1, 2, 16, 17) if fast.appends(qkv[:n])), default=0)
 
-    monkeypatch.setattr(fast, "overlap", lambda device: {"PDL": True})
-    assert (most(128), most(256), most(512)) == (64, 64, 0)
-    assert (most(128, F32), most(256, F32)) == (64, 0)
-    monkeypatch.setattr(fast, "overlap", lambda device: {"PDL": False})
-    assert (most(128), most(256)) == (16, 0)
+    assert (most(128), most(256), most(512)) == (16, 1, 0)
+    assert (most(128, F32), most(256, F32)) == (16, 0)
 
 
 MIXED = [(20, 1), (0, 33), (0, 0), (17, 16), (0, 1), (40, 5)]

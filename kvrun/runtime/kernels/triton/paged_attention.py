@@ -6,7 +6,6 @@ from kvrun.runtime.kernels.paged_attention import Options
 from kvrun.runtime.kernels.rotary import Rotation
 from kvrun.runtime.kernels.triton import _decode, _prefill
 from kvrun.runtime.kernels.triton._device import shared_memory
-from kvrun.runtime.kernels.triton._overlap import overlap
 
 __all__ = ["Options", "append_and_decode", "decode", "prefill"]
 
@@ -35,14 +34,12 @@ def decode(
 
 def appends(qkv: torch.Tensor) -> bool:
     """Whether `append_and_decode` is faster than the two kernels that it stands for."""
-    # On an H100, rotation, attention and the products around them at 545 tokens: 0.82, 0.91, 0.91,
-    # 0.90 and 0.93 of the time at 1, 8, 16, 32 and 64 rows of 128 dimensions, 0.85 and 0.90 at 1
-    # and 64 of 256. cuBLAS's products, of more rows, let nothing start early: 1.01 at 32 behind
-    # these.
+    # On an H100, whole steps at 512 tokens: 0.92, 0.93 and 0.95 of the time at 1, 8 and 16 rows of
+    # 128 dimensions, 1.00 to 1.01 at 32 and 64; of 256 less at 1 row, 1.03 at 64. What layers alone
+    # in a graph gain at 32 and 64 (`attention_half.py`) whole steps do not.
     batch, _, dim = qkv.shape
-    if not overlap(qkv.device)["PDL"]:
-        return batch <= 16 and dim <= 128
-    return batch <= 64 and dim <= (128 if qkv.dtype is torch.float32 else 256)
+    wide = batch == 1 and dim <= 256 and qkv.element_size() == 2
+    return wide or (batch <= 16 and dim <= 128)
 
 
 def append_and_decode(
@@ -106,9 +103,8 @@ def decode_tiling(batch: int, dim: int, dtype: torch.dtype) -> _decode.Tiling:
 def append_tiling(batch: int, dim: int, dtype: torch.dtype) -> _decode.Tiling:
     if dtype is torch.float32:
         return _decode.Tiling(keys=32, warps=4, stages=1, programs=264, early=_decode.BEFORE)
-    if dim > 128 or batch > 16:
-        early = _decode.EACH if batch == 1 else _decode.BEFORE
-        return _decode.Tiling(keys=32, warps=4, stages=3, programs=264, early=early)
+    if dim > 128:
+        return _decode.Tiling(keys=32, warps=4, stages=3, programs=264, early=_decode.EACH)
     if batch == 1:
         return _decode.Tiling(keys=64, warps=4, stages=2, programs=264, early=_decode.EACH)
     if batch <= 8:

@@ -4,7 +4,7 @@
 
 qkv, o, gate_up and down of every layer with their norms, gates and residuals, without attention, in
 one CUDA graph. In turns each product is cut in all forms while the others keep their best; what a
-chain takes is the least of 8 runs. The rules of `_skinny_forms.py` are of these figures.
+chain takes is the least of 8 runs. The rules of `_skinny_forms.py` come from such figures.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kvrun.bench import shapes
+from kvrun.bench.cuda_rates import best, captured
 from kvrun.runtime.kernels.triton import norm, skinny
 from kvrun.runtime.kernels.triton._device import shared_memory, sm_count
 from kvrun.runtime.kernels.triton._skinny_forms import Form, config
@@ -82,20 +83,7 @@ def layer(
 
 
 def microseconds(run: Callable[[], Any]) -> float:
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    graph.replay()
-    times = []
-    for _ in range(8):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(1e3 * start.elapsed_time(stop))
-    return min(times)
+    return 1e6 * best(captured(run).replay, 8)
 
 
 def compiled(rows: int, products: tuple[tuple[int, int], ...], forms: Forms) -> None:
@@ -122,19 +110,19 @@ def search(sizes: Sizes, rows: int, pool: ProcessPoolExecutor) -> None:
         for of_layer in weights:
             y = layer(forms, y, of_layer, gain)
 
-    best: Forms = tuple(forms[0] for forms in wanted)
-    least = first = microseconds(partial(chain, best))
+    fastest: Forms = tuple(forms[0] for forms in wanted)
+    least = first = microseconds(partial(chain, fastest))
     for _ in range(2):
         for turn in ORDER:
             for form in wanted[turn]:
-                now = (*best[:turn], form, *best[turn + 1 :])
+                now = (*fastest[:turn], form, *fastest[turn + 1 :])
                 spent = microseconds(partial(chain, now))
                 if spent < least:
-                    least, best = spent, now
+                    least, fastest = spent, now
     bytes_read = sizes.layers * sum(2 * n * k for n, k in products)
     print(f"{rows} rows: {first:.0f} us by config, {least:.0f} at best: "
           f"{bytes_read / least / 1e6:.2f} TB/s")  # fmt: skip
-    for (n, k), form in zip(products, best, strict=True):
+    for (n, k), form in zip(products, fastest, strict=True):
         print(f"  {n:6} x {k:5}: {form}", flush=True)
 
 

@@ -35,8 +35,8 @@ def decode(
 def appends(qkv: torch.Tensor) -> bool:
     """Whether `append_and_decode` is faster than the two kernels that it stands for."""
     # On an H100, whole steps at 512 tokens: 0.92, 0.93 and 0.95 of the time at 1, 8 and 16 rows of
-    # 128 dimensions, 1.00 to 1.01 at 32 and 64; of 256 less at 1 row, 1.03 at 64. What layers alone
-    # in a graph gain at 32 and 64 (`attention_half.py`) whole steps do not.
+    # 128 dimensions, 1.00 to 1.01 at 32 and 64; of 256, 1.03 at 64. Layers alone in a graph
+    # (`attention_half.py`): 0.85 at 1 row of 256; 0.90 to 0.93 at 32 and 64, but steps show none.
     batch, _, dim = qkv.shape
     wide = batch == 1 and dim <= 256 and qkv.element_size() == 2
     return wide or (batch <= 16 and dim <= 128)

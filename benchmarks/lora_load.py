@@ -3,9 +3,9 @@
 `python benchmarks/lora_load.py [--stored F32] [--threads 8]`, without a GPU as far as that goes.
 Random matrices of rank 16 on all seven products of Llama 3 8B: 448 tensors, 84 MB in bf16. Each
 line is one load, in milliseconds: headers and checks (`open`), all of `read`, then, summed over its
-threads, where they were: bytes into memory (`bytes`), `hash`, `scale`, `round` (another dtype than
-the model's), the `check` for values that are not finite, `place` (turned, where it belongs). On a
-GPU: from there to the device (`send`), and what pinning as much memory would take (`pin`).
+threads, where they were: bytes into memory (`bytes`), `hash`, `spread` (scaled, rounded, checked,
+turned, where they belong). On a GPU: from there to the device (`send`), and what pinning as much
+memory would take (`pin`).
 """
 
 import argparse
@@ -21,11 +21,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from kvrun.runtime.checkpoint import Shard
+from kvrun.runtime.device import native
+from kvrun.runtime.kernels import spread
 from kvrun.runtime.lora import adapter, pieces
 from kvrun.runtime.lora.resident import Adapter, Resident
 from kvrun.runtime.lora.sites import Sites
@@ -33,8 +34,7 @@ from kvrun.runtime.lora.sites import Sites
 RANK, LAYERS, HIDDEN, INNER, KV = 16, 32, 4096, 14336, 1024
 PHASES = {
     "bytes": (pieces.os, "preadv"), "hash": (pieces, "sha256"),
-    "scale": (torch, "_foreach_mul_"), "round": (pieces, "_cast"),
-    "check": (pieces, "check_finite"), "place": (np, "copyto"),
+    "spread": (native("spread") or spread, "spread"),
 }  # fmt: skip
 
 

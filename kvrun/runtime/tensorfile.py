@@ -3,10 +3,9 @@
 import json
 import os
 import re
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvrun.errors import BadCheckpoint, NotFound, Unsupported
 
@@ -17,6 +16,7 @@ ITEM_SIZE = {
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 _MAX_TENSORS = 100_000
+_ENTRY = {"dtype", "shape", "data_offsets"}
 # Names are identifiers with dots; anything else (paths, control characters) has no business here.
 _NAME = re.compile(r"[A-Za-z0-9_.\-:+]{1,512}")
 
@@ -31,8 +31,7 @@ def share(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """Where a tensor lies: `start` is its first byte in the file."""
 
     dtype: str
@@ -122,7 +121,7 @@ class TensorFile:
     def _stored(self, name: str, entry: Any, base: int) -> Stored:
         if not _NAME.fullmatch(name):
             raise self._bad(f"it names a tensor {name[:60]!r}")
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        if not isinstance(entry, dict) or entry.keys() != _ENTRY:
             raise self._bad(f"its entry for {name} is not a dtype, a shape and two offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
@@ -219,7 +218,9 @@ class TensorFolder:
 
 
 def _counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
+    if not isinstance(value, list) or not {int}.issuperset(map(type, value)):
+        return False
+    return not value or (min(value) >= 0 and max(value) < 2**63)
 
 
 def _no_weights(folder: Path) -> NotFound | Unsupported:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from kvrun.errors import BadCheckpoint, NotFound, Unsupported
+from kvrun.runtime.kernels.spread import Target, bits, check_finite
 from kvrun.runtime.lora import experts, extras
-from kvrun.runtime.lora.pieces import Matrix, bits, check_finite, lay_in, tensor
+from kvrun.runtime.lora.pieces import Matrix, lay_in, tensor
 from kvrun.runtime.lora.sites import Layout, Place, Sites
 from kvrun.runtime.lora.tensors import Parts, by_module
 from kvrun.runtime.tensorfile import Stored, TensorFile
@@ -140,8 +141,8 @@ class AdapterFolder:
             shard = self._sites.shard(place)
             a, b = self._sites.views(self.layout, where, place)
             for stored, scale, target in (
-                (pair.a, 1.0, (a, 1, shard.cols)),
-                (pair.b, pair.scale, (b, 0, shard.rows)),
+                (pair.a, 1.0, Target(a, 1, shard.cols)),
+                (pair.b, pair.scale, Target(b, 0, shard.rows)),
             ):
                 matrix = matrices.setdefault(stored.start, Matrix(stored, scale))
                 matrix.targets.append(target)

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 
 from kvrun.errors import BadCheckpoint, InvalidRequest, KvrunError, Unsupported
+from kvrun.runtime.device import native
 from kvrun.runtime.lora.resident import Adapter, Resident
 from kvrun.runtime.lora.sites import Sites
 from kvrun.runtime.lora.sources import Blend, Source, open_source
@@ -57,6 +58,7 @@ class LoraBank:
         self._reading: set[Adapter] = set()
         self._loads: list[_Load] = []
         self._pool = ThreadPoolExecutor(_READERS, "adapter")
+        self._pool.submit(native, "spread")  # compiled now, if ever, not while somebody waits
 
     # -- names ------------------------------------------------------------------------------
 

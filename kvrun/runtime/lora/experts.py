@@ -54,6 +54,8 @@ def find(sites: Sites, module: str, parts: Parts, path: Path) -> Found | None:
 
     Raises BadCheckpoint or Unsupported for one that cannot be what the model has.
     """
+    if not sites.stacks:
+        return None
     match = _ONE.fullmatch(module)
     if match is not None:
         for end in _STACKS:

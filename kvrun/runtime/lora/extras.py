@@ -61,9 +61,10 @@ def _shape(shard: Shard, role: str, kind: str, parts: Parts) -> tuple[int, ...] 
     if kind in ("weight", "base"):
         turned = role == "embedding" or shard.transposed
         return (inner, out) if turned else (out, inner)
-    rank = parts["A"].shape[0] if "A" in parts else 0
-    known = {"A": (rank, inner), "B": (out, rank), "tokens": (parts[kind].shape[0], out)}
-    return known.get(kind, (out,))
+    if kind in ("A", "B"):
+        rank = parts["A"].shape[0] if "A" in parts else 0
+        return (rank, inner) if kind == "A" else (out, rank)
+    return (parts[kind].shape[0], out) if kind == "tokens" else (out,)
 
 
 def _mismatch(path: Path, module: str, shard: Shard, role: str, parts: Parts) -> KvrunError:

@@ -1,8 +1,8 @@
-"""An adapter's file on its way into memory: read, hashed, scaled, turned, a few matrices at a time.
+"""An adapter's file on its way into memory: read, hashed, spread, a few matrices at a time.
 
 Several threads take one piece of the file each, small enough to stay in their caches until it lies
 where it belongs. A piece costs few calls that give the interpreter's lock away, each of which may
-have to wait for the engine to give it back; and none that starts threads of torch's own.
+have to wait for others to give it back; and none that starts threads of torch's own.
 """
 
 import os
@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvrun.runtime.source import Ranges
+from kvrun.runtime.device import native
+from kvrun.runtime.kernels import spread
+from kvrun.runtime.kernels.spread import Bits, Target
 from kvrun.runtime.tensorfile import Stored
 
 DTYPES = {
@@ -23,29 +25,15 @@ DTYPES = {
 }  # fmt: skip
 _PIECE = 4 << 20  # bytes
 _THREADS = 8
-# Elements at a time that torch computes without asking other threads.
-_GRAIN = 1 << 14
-# numpy has no bf16; where values only move, their bits are enough.
-_BITS = {2: torch.int16, 4: torch.int32}
-Bits = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass
 class Matrix:
-    """One tensor of a file, times `scale`, and where it goes.
-
-    A target is an array of bits [rows, columns], and what it takes of the tensor: these ranges of
-    dimension `dim`. It is the tensor's transpose where `dim` is 0.
-    """
+    """One tensor of a file, times `scale`, and where it goes."""
 
     stored: Stored
     scale: float = 1.0
-    targets: list[tuple[Bits, int, Ranges | None]] = field(default_factory=list)
-
-
-def bits(flat: torch.Tensor) -> Bits:
-    """The same memory, as numpy knows it."""
-    return flat.view(_BITS[flat.dtype.itemsize]).numpy()
+    targets: list[Target] = field(default_factory=list)
 
 
 def lay_in(
@@ -61,6 +49,7 @@ def lay_in(
     hashes = [_read(file, np.empty(header, np.uint8), 0)] + [b""] * len(pieces)
     most = max((_size(piece) for piece in pieces), default=0)
     left = iter(range(len(pieces)))
+    kernel: Any = native("spread") or spread
 
     def work() -> None:
         buffer = np.empty(most, np.uint8)
@@ -68,7 +57,8 @@ def lay_in(
             piece = pieces[number]
             part = buffer[: _size(piece)]
             hashes[1 + number] = _read(file, part, piece[0].stored.start)
-            _spread(part, piece, dtype)
+            matrices = [spread.Matrix(m.stored.shape, m.scale, m.targets) for m in piece]
+            kernel.spread(part, matrices, DTYPES[piece[0].stored.dtype], dtype)
 
     workers = max(1, min(_THREADS, os.cpu_count() or 1, len(pieces)))
     with ThreadPoolExecutor(workers) as pool:
@@ -117,55 +107,3 @@ def _read(file: int, buffer: Bits, start: int) -> bytes:
             raise EOFError
         done += count
     return sha256(view).digest()
-
-
-def _spread(part: Bits, piece: Sequence[Matrix], dtype: torch.dtype) -> None:
-    """The bytes of a piece to their targets."""
-    values = torch.from_numpy(part).view(DTYPES[piece[0].stored.dtype])
-    if values.dtype.itemsize == 2 and values.dtype != dtype:
-        values = _cast(values, torch.float32)
-    at, found = 0, []
-    scaled: dict[float, list[torch.Tensor]] = {}
-    for matrix in piece:
-        count = matrix.stored.nbytes // DTYPES[matrix.stored.dtype].itemsize
-        found.append((matrix, at, at + count))
-        if matrix.scale != 1.0:
-            scaled.setdefault(matrix.scale, []).extend(_small(values[at : at + count]))
-        at += count
-    for scale, chunks in scaled.items():
-        # As a number it would be rounded to the dtype of the values before it is used.
-        torch._foreach_mul_(chunks, torch.tensor(scale, dtype=torch.float64))
-    if values.dtype != dtype:
-        values = _cast(values, dtype)
-    whole = bits(values)
-    check_finite(whole, dtype)
-    for matrix, begin, stop in found:
-        tensor = whole[begin:stop].reshape(matrix.stored.shape)
-        for target, dim, ranges in matrix.targets:
-            kept = _cut(tensor, dim, ranges)
-            np.copyto(target, kept if dim else kept.T)
-
-
-def check_finite(whole: Bits, dtype: torch.dtype) -> None:
-    """Infinities and what is beyond them have every bit of the exponent."""
-    infinity = int(bits(torch.tensor([torch.inf], dtype=dtype))[0])
-    if (whole & np.iinfo(whole.dtype).max).max() >= infinity:
-        raise OverflowError
-
-
-def _cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    found = torch.empty(len(values), dtype=dtype)
-    torch._foreach_copy_(_small(found), _small(values))
-    return found
-
-
-def _small(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return values.split(_GRAIN)  # type: ignore[no-untyped-call,no-any-return]
-
-
-def _cut(matrix: Bits, dim: int, ranges: Ranges | None) -> Bits:
-    """The ranges of one dimension that a rank keeps, in the order in which it wants them."""
-    if ranges is None or ranges == ((0, matrix.shape[dim]),):
-        return matrix
-    parts = [matrix[a:b] if dim == 0 else matrix[:, a:b] for a, b in ranges]
-    return np.concatenate(parts, dim)

@@ -82,6 +82,7 @@ class Sites:
         self.outs = [[shard.shape[0] for shard in shards] for shards in sites]  # rows, by part
         self.counts = [getattr(shards, "copies", 1) for shards in sites]  # matrices of each product
         self.roles = [getattr(shards, "role", "linear") for shards in sites]
+        self.stacks = "experts" in self.roles  # whether a product is one of many matrices
         self._found: dict[str, list[Place]] = {}
         self._places: dict[str, list[Place]] = {}
         for site, shards in enumerate(sites):

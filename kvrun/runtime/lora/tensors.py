@@ -57,12 +57,10 @@ def by_module(tensors: Mapping[str, Stored], path: Path) -> dict[str, Parts]:
 def _once(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """Saved modules under their own names. PEFT writes their biases several times if it is to write
     all biases, those that they replace among them."""
-    found = {
-        n: s for n, s in tensors.items() if not _SAVED.search(n) and ".original_module." not in n
-    }
-    for name, stored in tensors.items():
-        if _SAVED.search(name):
-            found.setdefault(_SAVED.sub(".", name), stored)
+    saved = {name: _SAVED.sub(".", name) for name in tensors if _SAVED.search(name)}
+    found = {n: s for n, s in tensors.items() if n not in saved and ".original_module." not in n}
+    for name, plain in saved.items():
+        found.setdefault(plain, tensors[name])
     return found
 
 

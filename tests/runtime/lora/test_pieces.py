@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from kvrun.errors import BadCheckpoint
 from kvrun.runtime.checkpoint import Shard
+from kvrun.runtime.kernels import spread
 from kvrun.runtime.lora import adapter, pieces
 from kvrun.runtime.lora.adapter import AdapterFolder
 from kvrun.runtime.lora.sites import Sites
@@ -59,7 +60,7 @@ def test_every_stored_dtype(
     tmp_path: Path, dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pieces, "_PIECE", piece)
-    monkeypatch.setattr(pieces, "_GRAIN", 7)
+    monkeypatch.setattr(spread, "_GRAIN", 7)
     for n, stored in enumerate([(d,) for d in STORED if d != torch.float64] + [STORED]):
         check(stored_as(tmp_path / str(n), *stored), dtype)
 

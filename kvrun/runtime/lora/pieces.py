@@ -24,7 +24,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16
 }  # fmt: skip
 _PIECE = 4 << 20  # bytes
-_THREADS = 8
+_THREADS = 12
 
 
 @dataclass

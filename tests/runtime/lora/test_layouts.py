@@ -13,6 +13,8 @@ from kvrun.runtime.batch import Batch
 from kvrun.runtime.checkpoint import Checkpoint, Shard
 from kvrun.runtime.layers import qkv
 from kvrun.runtime.layers.linear import Linear, split_cols
+from kvrun.runtime.kernels.spread import Target
+from kvrun.runtime.lora import adapter
 from kvrun.runtime.lora.adapter import AdapterFolder
 from kvrun.runtime.lora.sites import Sites
 from kvrun.runtime.lora.sources import open_source
@@ -168,7 +170,7 @@ def test_norms_are_those_of_what_is_multiplied(tmp_path: Path, quantize: str | N
 def test_rows_of_a_grouped_layout_in_plain_order_would_be_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvrun.runtime.lora.pieces._cut", lambda matrix, dim, ranges: matrix)
+    monkeypatch.setattr(adapter, "Target", lambda place, dim, ranges: Target(place, dim))
     with pytest.raises(AssertionError):
         test_queries_keys_and_values(tmp_path, "grouped", 2, 1)
 

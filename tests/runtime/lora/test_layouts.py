@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from kvrun.errors import BadCheckpoint, KvrunError, NotFound, Unsupported
 from kvrun.runtime.batch import Batch
 from kvrun.runtime.checkpoint import Checkpoint, Shard
+from kvrun.runtime.kernels.spread import Target
 from kvrun.runtime.layers import qkv
 from kvrun.runtime.layers.linear import Linear, split_cols
-from kvrun.runtime.kernels.spread import Target
 from kvrun.runtime.lora import adapter
 from kvrun.runtime.lora.adapter import AdapterFolder
 from kvrun.runtime.lora.sites import Sites

@@ -8,9 +8,9 @@ import torch
 
 from kvrun.errors import KvrunError
 
-_ROOM = 16 << 20  # bytes of one of the buffers
+_ROOM = 32 << 20  # bytes of one of the buffers
 _BUFFERS = 2
-_THREADS = 4  # that fill a buffer together
+_THREADS = 8  # that fill a buffer together
 _SHARE = 1 << 20  # bytes that are worth a thread
 
 

@@ -186,6 +186,8 @@ def config(m: int, n: int, k: int, kind: str, sm_count: int) -> Form:
     rows = min(128, rows)
     block_n, per_sm = _CUTS.get((kind, rows), (128, 1))
     tiles = triton.cdiv(n, block_n) * triton.cdiv(m, rows)
+    if kind == "int4" and m > rows and tiles < sm_count and words <= _LONG // 2:
+        return Form(True, 64, 4, rows=64, stages=3)  # short rows gain less by programs that share K
     splits = max(1, min(round(per_sm * sm_count / tiles), words // WORDS // 2, 8))
     stages = 2 if kind == "int8" and rows == 128 and splits == 1 else 3
     return Form(True, block_n, block_n // 16, rows=rows, stages=stages, splits=splits)

@@ -243,11 +243,14 @@ def _turns(matrix: Coded, dot: bool) -> bool:
 
 def _turning(n: int, words: int, sm_count: int, dot: bool) -> Form:
     """How `one_row` is cut, measured as above: 4 outputs where 8 would leave programs idle. Or
-    `row_dot`, whose threads have 128 registers."""
+    `row_dot`: two sets of words for each thread, which takes 128 registers, or one if there are
+    few tiles."""
     if dot:
-        warps = min(16, max(1, triton.next_power_of_2(words) // 128))
-        block_w = max(64 * warps, triton.next_power_of_2(words))
-        return Form(True, 8, warps, block_w, turning=16 // warps * sm_count)
+        block_w = max(64, triton.next_power_of_2(words))
+        warps = max(1, block_w // 128)
+        if triton.cdiv(n, 8) * warps < 8 * sm_count:
+            warps = min(16, block_w // 64)
+        return Form(True, 8, warps, block_w, turning=max(1, 16 // warps) * sm_count)
     warps = 4 if words > 256 else 2 if words > 128 else 1
     eight = 12 // warps * sm_count
     if n >= 0.8 * 8 * eight * triton.cdiv(n, 8 * eight):

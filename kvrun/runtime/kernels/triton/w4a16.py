@@ -2,7 +2,8 @@
 
 Two forms, as in `skinny.py`: `fma` multiplies and adds in fp32, for the fewest rows; `dot` uses
 tensor cores, their left operand values that are rounded once to x's dtype. What is beyond both is
-turned into values first. Of `fma` there is another form for a single row, `one_row`.
+turned into values first. Of both there is another form for a single row of x and 4 bits: `one_row`
+and `row_dot`.
 """
 
 from functools import cache
@@ -15,13 +16,14 @@ from kvrun.runtime.kernels.triton import skinny
 from kvrun.runtime.kernels.triton._device import shared_memory, sm_count
 from kvrun.runtime.kernels.triton._one_row import one_row
 from kvrun.runtime.kernels.triton._overlap import overlap
+from kvrun.runtime.kernels.triton._row_dot import row_dot
 from kvrun.runtime.kernels.triton._w4a16 import dot, fma, values
 from kvrun.runtime.kernels.w4a16 import WORDS, Coded, block
 
 FEW = 4  # rows up to which `fma` may be used
 # Rows that `linear` takes: beyond, making the values first is faster.
 MOST = {4: 256, 8: 512}
-_ONE_ROW = ("K", "G", "WORDS", "ZERO", "BLOCK_N", "BIAS", "ADD", "num_warps")
+_ONE_ROW = ("K", "G", "WORDS", "ZERO", "BIAS", "ADD", "num_warps")
 _LONG = 1024  # words of a row of 4 bits beyond which it is cut in another way
 
 
@@ -31,9 +33,9 @@ class Form(NamedTuple):
     dot: bool  # tensor cores, else multiply-add
     block_n: int  # outputs of a program
     warps: int
-    block_w: int = WORDS  # words of a row per turn of its loop, of `fma`
+    block_w: int = WORDS  # words of a row per turn of its loop, of `fma`; of `row_dot` all
     rows: int = 1  # rows of x in a tile
-    stages: int = 1  # tiles in flight, of `dot`
+    stages: int = 1  # tiles in flight, of `dot`; of `row_dot` but one of them in L2
     splits: int = 1  # programs that share K, of `dot`
     turning: int = 0  # programs that turn to one tile after another with the only row of x
     registers: int | None = None  # of a thread, at most; fewer let more programs run at once
@@ -52,8 +54,9 @@ def linear(
 ) -> torch.Tensor:
     """As the twin. `norm` and `act` up to FEW rows; not on two streams of a device at once."""
     n, k = len(matrix.codes), matrix.columns
-    if len(x) == 1 and act is None and _turns(matrix):
-        form = _turning(n, _words(matrix).shape[1], sm_count(x.device))
+    on_cores = _by_cores(x, norm is not None)
+    if len(x) == 1 and act is None and _turns(matrix, on_cores):
+        form = _turning(n, _words(matrix).shape[1], sm_count(x.device), on_cores)
     else:
         form = config(len(x), n, k, _kind(matrix), sm_count(x.device))
         form = fitting(form, matrix.bits, _wide(matrix), shared_memory(x.device))
@@ -87,13 +90,8 @@ def run(
     tiles = triton.cdiv(n, form.block_n)
     if form.turning:
         assert m == 1 and act is None  # noqa: PT018
-        pairs = 2 if options["ZERO"] else 1
-        one_row[(min(tiles, form.turning),)](
-            x, words, matrix.scale, bias, add, norm, out,
-            n, matrix.scale.stride(0) // pairs, words.stride(0), eps, tiles,
-            NORM=norm is not None, BLOCK_W=form.block_w, ASM=device.type == "cuda",
-            **{key: options[key] for key in _ONE_ROW}, **overlap(device),
-        )  # fmt: skip
+        options = {key: options[key] for key in _ONE_ROW}
+        _turn(form, options, x, matrix, bias, add, norm, eps, out)
         return out
     if not form.dot:
         fma[(tiles,)](
@@ -118,6 +116,27 @@ def run(
         WIDE=device.type == "cpu", **options,
     )  # fmt: skip
     return out
+
+
+def _turn(
+    form: Form, options: dict[str, Any], x: torch.Tensor, matrix: Coded,
+    bias: torch.Tensor | None, add: torch.Tensor | None, norm: torch.Tensor | None, eps: float,
+    out: torch.Tensor,
+) -> None:  # fmt: skip
+    """`run` by programs that turn to one tile after another."""
+    words, (n, groups) = _words(matrix), (len(matrix.codes), matrix.scale.stride(0))
+    if options["ZERO"]:  # they are pairs
+        groups //= 2
+    if form.dot:
+        options |= {"WARPS": form.warps, "AHEAD": form.stages - 1, "maxnreg": form.registers}
+    else:
+        options |= {"BLOCK_N": form.block_n}
+    tiles = triton.cdiv(n, form.block_n)
+    (row_dot if form.dot else one_row)[(min(tiles, form.turning),)](
+        x, words, matrix.scale, bias, add, norm, out, n, groups, words.stride(0), eps, tiles,
+        NORM=norm is not None, BLOCK_W=form.block_w, ASM=x.device.type == "cuda",
+        **options, **overlap(x.device),
+    )  # fmt: skip
 
 
 def dequantise(matrix: Coded, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -209,16 +228,31 @@ def _streamed(m: int, n: int, words: int, kind: str, sm_count: int) -> Form:
     return Form(False, block_n, warps, 128 * warps, rows=rows, registers=registers)
 
 
-def _turns(matrix: Coded) -> bool:
-    """Whether there is `one_row` for this matrix: all words of a row at once, one group for each
-    half of their fields, zeros with their scales or none."""
+def _by_cores(x: torch.Tensor, norm: bool) -> bool:
+    """Whether `row_dot` takes such a row: times a norm's weights it might be beyond fp16."""
+    kinds = (torch.bfloat16,) if norm else (torch.bfloat16, torch.float16)
+    return x.dtype in kinds and _hopper(x.device)
+
+
+def _turns(matrix: Coded, dot: bool) -> bool:
+    """Whether there is `one_row`, or `row_dot`, for this matrix: all words of a row at once, one
+    group for each half of their fields, zeros with their scales or none."""
     half, words = block(4) // 2, _words(matrix).shape[1]
     whole = matrix.group % half == 0 or matrix.group >= matrix.columns
-    return _kind(matrix) == "int4" and words <= 512 and whole and _zero(matrix) != 1
+    most = 2048 if dot else 512
+    return _kind(matrix) == "int4" and words <= most and whole and _zero(matrix) != 1
 
 
-def _turning(n: int, words: int, sm_count: int) -> Form:
-    """How `one_row` is cut, measured as above: 4 outputs where 8 would leave programs idle."""
+def _turning(n: int, words: int, sm_count: int, dot: bool) -> Form:
+    """How `one_row` is cut, measured as above: 4 outputs where 8 would leave programs idle. Or
+    `row_dot`: two sets of words for each thread, which takes 128 registers, or one if there are
+    few tiles."""
+    if dot:
+        block_w = max(64, triton.next_power_of_2(words))
+        warps = max(1, block_w // 128)
+        if triton.cdiv(n, 8) * warps < 8 * sm_count:
+            warps = min(16, block_w // 64)
+        return Form(True, 8, warps, block_w, turning=max(1, 16 // warps) * sm_count)
     warps = 4 if words > 256 else 2 if words > 128 else 1
     eight = 12 // warps * sm_count
     if n >= 0.8 * 8 * eight * triton.cdiv(n, 8 * eight):

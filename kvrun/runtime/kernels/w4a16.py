@@ -83,13 +83,14 @@ def linear(
     norm: torch.Tensor | None = None,
     eps: float = 0.0,
     act: str | None = None,
+    gated: str | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [M, K] · matrix [N, K] transposed + bias [N] + add [M, N] -> [M, N] in x's dtype.
 
-    `norm`, `eps`, `act`, `out`: as in `skinny.linear`. Sums are in fp32. Whether values are rounded
-    to x's dtype before they are multiplied depends on the form that a kernel takes; here they are
-    not. `matrix.order` is not looked at: x has the order of the codes.
+    `norm`, `eps`, `act`, `gated`, `out`: as in `skinny.linear`. Sums are in fp32. Whether values
+    are rounded to x's dtype before they are multiplied depends on the form that a kernel takes;
+    here they are not. `matrix.order` is not looked at: x has the order of the codes.
     """
     row = x.float()
     if norm is not None:
@@ -101,6 +102,9 @@ def linear(
     for term in (bias, add):
         if term is not None:
             y = y + term.float()
+    if gated is not None:
+        gate, up = y.chunk(2, -1)
+        y = activate(gate, gated) * up
     return y.to(x.dtype) if out is None else out.copy_(y)
 
 

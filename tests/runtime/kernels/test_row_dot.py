@@ -76,6 +76,21 @@ def test_norms_and_sums(size: str) -> None:
         assert off(got, ref) < TOLERANCE[torch.bfloat16]
 
 
+@pytest.mark.parametrize("act", ["silu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("size", [(42, 608), (64, 1024)], ids=str)
+def test_gates(size: tuple[int, int], act: str) -> None:
+    """Of both kinds of one row, and of more rows."""
+    made, options = matrix(*size, 128, zero=True), {"norm": torch.rand(size[1]) / 16, "eps": 1e-3}
+    for rows, given in ((1, options), (3, {})):
+        x = torch.randn(rows, size[1]).div(1 if given else 32).bfloat16()
+        ref = twin.linear(x, made, gated=act, **given)
+        # Elsewhere gates, ups and what is between them are rounded one by one.
+        assert off(w4a16.linear(x, made, gated=act, **given), ref) < 2e-2
+        for form in forms(made) if rows == 1 else []:
+            got = w4a16.run(form, x, made, gated=act, **given)
+            assert off(got, ref) < TOLERANCE[torch.bfloat16]
+
+
 def test_no_half_of_a_word_meets_the_scale_of_the_other() -> None:
     """Each group by itself, its scale a power of 2 of its own, its row all ones: exact."""
     k = 1024

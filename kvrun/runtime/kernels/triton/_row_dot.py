@@ -16,7 +16,8 @@ import triton.language as tl
 from kvrun.runtime.kernels.triton._codes import halves
 from kvrun.runtime.kernels.triton._one_row import _grid, _stored
 from kvrun.runtime.kernels.triton._overlap import release, wait
-from kvrun.runtime.kernels.triton._skinny import _load
+from kvrun.runtime.kernels.triton._skinny import _finish_gated, _load
+from kvrun.runtime.kernels.triton._skinny import _row as _of_matrix
 
 
 def _of_set(dtype: str, one: str) -> str:
@@ -121,7 +122,7 @@ def _groups(K: tl.constexpr, G: tl.constexpr, SETS: tl.constexpr, WARPS: tl.cons
 
 
 @triton.jit
-def _row(x, k, gain, K: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr):
+def _of_x(x, k, gain, K: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr):
     """The row at columns k as bits of x's dtype, in the half of a register where the field of that
     column is, and the sum of its squares."""
     row = _load(x + k, k < K, EVEN)
@@ -136,12 +137,12 @@ def _row(x, k, gain, K: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _words(words, stride, n, N, j, WORDS: tl.constexpr, BLOCK_W: tl.constexpr):
+def _words(words, stride, n, N, j, WORDS: tl.constexpr, BLOCK_W: tl.constexpr, GATED: tl.constexpr):
     """Words j of outputs n; what is beyond the matrix is anything, and meets zeros of the row."""
     there = (n < N)[:, None, None, None]
     if WORDS < BLOCK_W:
         there &= j < WORDS
-    at = words + n.to(tl.int64)[:, None, None, None] * stride + j
+    at = words + _of_matrix(n, N, GATED)[:, None, None, None] * stride + j
     return tl.load(at, mask=there, eviction_policy="evict_first")
 
 
@@ -158,9 +159,9 @@ def _ask(words, stride, n, N, WORDS: tl.constexpr, WARPS: tl.constexpr, ASM: tl.
 
 
 @triton.jit
-def _scales(scale, groups, n, N, group, there, ZERO: tl.constexpr):
+def _scales(scale, groups, n, N, group, there, ZERO: tl.constexpr, GATED: tl.constexpr):
     """Scales of groups of outputs n, as they are stored."""
-    at = n.to(tl.int64)[None, :, None, None, None] * groups + group
+    at = _of_matrix(n, N, GATED)[None, :, None, None, None] * groups + group
     return _stored(scale, at, there & (n < N)[None, :, None, None, None], ZERO)
 
 
@@ -169,10 +170,11 @@ def row_dot(
     x, words, scale, bias, add, norm, out, N, groups, word_stride, eps, tiles,
     K: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, ZERO: tl.constexpr,
     BLOCK_W: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, NORM: tl.constexpr,
-    BIAS: tl.constexpr, ADD: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, ADD: tl.constexpr, GATED: tl.constexpr, ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Tiles of 8 outputs, every so many programs; else as `one_row`. AHEAD: tiles that come
-    to the L2 cache besides the one that comes to registers (Hopper)."""
+    to the L2 cache besides the one that comes to registers (Hopper), none of gates and ups."""
     release(PDL)
     SETS: tl.constexpr = BLOCK_W // (64 * WARPS)
     EVEN: tl.constexpr = WORDS == BLOCK_W and WORDS * 8 == K
@@ -182,15 +184,15 @@ def row_dot(
     j, k = _places(outs, SETS, WARPS)
     group, there = _groups(K, G, SETS, WARPS)
     n = first * 8 + outs
-    tile = _words(words, word_stride, n, N, j, WORDS, BLOCK_W)
-    stored = _scales(scale, groups, n, N, group, there, ZERO)
+    tile = _words(words, word_stride, n, N, j, WORDS, BLOCK_W, GATED)
+    stored = _scales(scale, groups, n, N, group, there, ZERO, GATED)
     for i in tl.static_range(AHEAD):
         _ask(words, word_stride, (first + step * (i + 1)) * 8, N, WORDS, WARPS, ASM)
     gain = 1.0
     if NORM:
         gain = _load(norm + k, k < K, EVEN)
     wait(PDL)
-    row, square = _row(x, k, gain, K, NORM, EVEN)
+    row, square = _of_x(x, k, gain, K, NORM, EVEN)
     length = 1.0
     if NORM:
         length = tl.rsqrt(square / K + eps)
@@ -208,9 +210,13 @@ def row_dot(
         if AHEAD:
             _ask(words, word_stride, (t + step * (AHEAD + 1)) * 8, N, WORDS, WARPS, ASM)
         sums = _sums(tile, row, SETS, dtype, ASM)
-        tile = _words(words, word_stride, later, N, j, WORDS, BLOCK_W)
+        tile = _words(words, word_stride, later, N, j, WORDS, BLOCK_W, GATED)
         factor, offset = _grid(stored, dtype, ZERO)
         sums = (sums - much - offset * whole) * factor
-        stored = _scales(scale, groups, later, N, group, there, ZERO)
+        stored = _scales(scale, groups, later, N, group, there, ZERO, GATED)
         y = tl.sum(tl.sum(tl.sum(tl.sum(sums, 4), 3), 0), 1) * length + more
-        tl.store(out + n, y.to(out.dtype.element_ty), mask=n < N)
+        if GATED != "":
+            one = tl.arange(0, 1)[:, None]
+            _finish_gated(y[None, :], one, n[None, :], out, 1, N, 0, GATED)
+        else:
+            tl.store(out + n, y.to(out.dtype.element_ty), mask=n < N)

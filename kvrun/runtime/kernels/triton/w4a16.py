@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from kvrun.runtime.kernels.triton import gated as gates_of
 from kvrun.runtime.kernels.triton import skinny
 from kvrun.runtime.kernels.triton._device import shared_memory, sm_count
 from kvrun.runtime.kernels.triton._one_row import one_row
@@ -50,6 +51,7 @@ def linear(
     norm: torch.Tensor | None = None,
     eps: float = 0.0,
     act: str | None = None,
+    gated: str | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As the twin. `norm` and `act` up to FEW rows; not on two streams of a device at once."""
@@ -60,19 +62,22 @@ def linear(
     else:
         form = config(len(x), n, k, _kind(matrix), sm_count(x.device))
         form = fitting(form, matrix.bits, _wide(matrix), shared_memory(x.device))
-    return run(form, x, matrix, bias=bias, add=add, norm=norm, eps=eps, act=act, out=out)
+    given: Any = {"bias": bias, "add": add, "norm": norm, "eps": eps, "act": act}
+    if gated is not None and not (form.turning and form.dot):
+        return gates_of.gated(run(form, x, matrix, **given), gated, out=out)
+    return run(form, x, matrix, gated=gated, out=out, **given)
 
 
 def run(
     form: Form, x: torch.Tensor, matrix: Coded, *,
     bias: torch.Tensor | None = None, add: torch.Tensor | None = None,
     norm: torch.Tensor | None = None, eps: float = 0.0, act: str | None = None,
-    out: torch.Tensor | None = None,
+    gated: str | None = None, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """`linear` in a form of the caller's choice."""
+    """`linear` in a form of the caller's choice; `gated` where that is `row_dot`'s."""
     (m, n), device = (len(x), len(matrix.codes)), x.device
     if out is None:
-        out = torch.empty((m, n), dtype=x.dtype, device=device)
+        out = torch.empty((m, n // 2 if gated else n), dtype=x.dtype, device=device)
     if not m:
         return out
     assert x.stride(1) == out.stride(1) == 1, "rows must be dense"
@@ -91,8 +96,11 @@ def run(
     if form.turning:
         assert m == 1 and act is None  # noqa: PT018
         options = {key: options[key] for key in _ONE_ROW}
+        if form.dot:
+            options |= {"GATED": gated or "", "maxnreg": form.registers}
         _turn(form, options, x, matrix, bias, add, norm, eps, out)
         return out
+    assert gated is None
     if not form.dot:
         fma[(tiles,)](
             x, *stored, bias, add, norm, out, m, n, *strides, eps,
@@ -128,7 +136,8 @@ def _turn(
     if options["ZERO"]:  # they are pairs
         groups //= 2
     if form.dot:
-        options |= {"WARPS": form.warps, "AHEAD": form.stages - 1, "maxnreg": form.registers}
+        ahead = 0 if options["GATED"] else form.stages - 1
+        options |= {"WARPS": form.warps, "AHEAD": ahead}
     else:
         options |= {"BLOCK_N": form.block_n}
     tiles = triton.cdiv(n, form.block_n)
@@ -174,6 +183,11 @@ def takes_in(m: int, matrix: Coded) -> bool:
     kind, words = _kind(matrix), _words(matrix).shape[-1]
     # Programs of long rows of 4 bits have few rows, and each computes all gates: 8 µs of 23.
     return 0 < m <= _few(kind) and not (kind == "int4" and words > _LONG)
+
+
+def gates(m: int, matrix: Coded) -> bool:
+    """Whether `linear` for so many rows is the place for gates of what it makes."""
+    return m == 1 and _hopper(matrix.codes.device) and _turns(matrix, dot=True)
 
 
 def _few(kind: str) -> int:
@@ -245,14 +259,16 @@ def _turns(matrix: Coded, dot: bool) -> bool:
 
 def _turning(n: int, words: int, sm_count: int, dot: bool) -> Form:
     """How `one_row` is cut, measured as above: 4 outputs where 8 would leave programs idle. Or
-    `row_dot`: two sets of words for each thread, which takes 128 registers, or one if there are
-    few tiles."""
+    `row_dot`, as it was fastest in a chain of layers of Llama 3 8B: 64 words for each warp, one
+    program for each SM where rows are long, and fewer if there are few tiles, whose next ones then
+    come to the L2 cache before the row is there."""
     if dot:
         block_w = max(64, triton.next_power_of_2(words))
-        warps = max(1, block_w // 128)
-        if triton.cdiv(n, 8) * warps < 8 * sm_count:
-            warps = min(16, block_w // 64)
-        return Form(True, 8, warps, block_w, turning=max(1, 16 // warps) * sm_count)
+        warps = min(16, block_w // 64)
+        each, few = max(1, 24 // warps), triton.cdiv(n, 8) <= 4 * sm_count
+        if few and each > 1:
+            return Form(True, 8, warps, block_w, stages=3, turning=16 // warps * sm_count)
+        return Form(True, 8, warps, block_w, turning=each * sm_count)
     warps = 4 if words > 256 else 2 if words > 128 else 1
     eight = 12 // warps * sm_count
     if n >= 0.8 * 8 * eight * triton.cdiv(n, 8 * eight):

@@ -22,6 +22,8 @@ from kvrun.runtime.kernels.triton.softcap import bent
 _A, _B, _TOKEN = tl.constexpr(MIX_A), tl.constexpr(MIX_B), tl.constexpr(TOKEN_STEP)
 _FIRST, _SECOND = tl.constexpr(POSITION_STEPS[0]), tl.constexpr(POSITION_STEPS[1])
 _LOG2E, _LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+# So many lanes are looked at one by one; where more are alike, all at once is faster.
+_MOST = tl.constexpr(8)
 _INF = tl.constexpr(float("inf"))
 _NAN = tl.constexpr(tl.PropagateNan.ALL)
 # Triton's interpreter knows neither libdevice nor PTX.
@@ -225,8 +227,10 @@ def _search(
 ):  # fmt: skip
     """The best score of a chunk and its lowest id; +inf and any id where there is NaN or +inf."""
     best, place = -_INF, start
+    lanes = tl.arange(0, LANES)
     bound, lane = tl.max(bounds, 0, return_indices=True)
-    while (bound > -_INF) & (bound >= best) & (best < _INF):
+    left = _MOST
+    while (bound > -_INF) & (bound >= best) & (best < _INF) & (left > 0):
         ids = start + lane + tl.arange(0, STEPS) * LANES
         x = tl.load(at + ids, mask=ids < VOCAB, other=0.0).to(tl.float32)
         scores = _scores(x, ids, temperature, first, second, cap)
@@ -236,8 +240,21 @@ def _search(
         better = (highest > best) | ((highest == best) & (lowest < place))
         best = tl.where(better, highest, best)
         place = tl.where(better, lowest, place)
-        bounds = tl.where(tl.arange(0, LANES) == lane, -_INF, bounds)
+        bounds = tl.where(lanes == lane, -_INF, bounds)
         bound, lane = tl.max(bounds, 0, return_indices=True)
+        left -= 1
+    if (left == 0) & (bound > -_INF) & (bound >= best) & (best < _INF):
+        bests = tl.full((LANES,), -_INF, tl.float32)
+        places = start + lanes
+        for step in range(STEPS):
+            ids = start + step * LANES + lanes
+            x = tl.load(at + ids, mask=ids < VOCAB, other=0.0).to(tl.float32)
+            scores = _scores(x, ids, temperature, first, second, cap)
+            better = (scores > bests) & (ids < VOCAB)
+            bests = tl.where(better, scores, bests)
+            places = tl.where(better, ids, places)
+        best = tl.max(bests, 0)
+        place = tl.min(tl.where(bests == best, places, VOCAB), 0)
     return best, place
 
 
@@ -268,8 +285,8 @@ def _rough(x, bits, scale, bend, cap):
 @triton.jit
 def _bits(tokens, first, second):
     """31 random bits of each token, as in noise.py; tokens: ids times TOKEN_STEP."""
-    bits = (tokens ^ (tokens >> 16) ^ first) * _A
-    bits = (bits ^ (bits >> 13) ^ second) * _B
+    bits = _xor(tokens, tokens >> 16, first) * _A
+    bits = _xor(bits, bits >> 13, second) * _B
     return (bits ^ (bits >> 16)) & 0x7FFFFFFF
 
 
@@ -282,6 +299,15 @@ def _noise(bits):
     wide = minus_v.to(tl.float64)
     rest = 1.0 + wide
     return -tl.log(-(tl.log(rest) * (wide / (rest - 1.0))).to(tl.float32))
+
+
+@triton.jit
+def _xor(x, y, z):
+    if _COMPILED:  # one instruction, where LLVM would move the key back before the shift
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0x96;", "=r,r,r,r", [x, y, z], tl.uint32, is_pure=True, pack=1
+        )
+    return x ^ y ^ z
 
 
 @triton.jit

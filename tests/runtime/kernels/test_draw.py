@@ -213,14 +213,15 @@ def test_capped_logits_that_are_equal_go_to_the_lowest_id(shaped: triton.Shape) 
     assert same(logits, [1e-8] * 6, 3.0)[0].tolist() == wanted
 
 
-@pytest.mark.parametrize("cap", [None, 2.0])
-def test_neighbours_whose_bounds_are_alike(shaped: triton.Shape, cap: float | None) -> None:
+@pytest.mark.parametrize(("cap", "temperature"), [(None, 0.5), (2.0, 0.5), (30.0, 1e-3)])
+def test_neighbours_whose_bounds_are_alike(
+    shaped: triton.Shape, cap: float | None, temperature: float
+) -> None:
     """Two far ahead of all others, and noise that makes up for what one has less."""
     logits = torch.full((24, 700), -50.0)
     noise = Gumbel(700, DEVICE)(keyed(24), torch.arange(24) * 31)
-    temperature = 0.5
     ahead = (noise[:, 650] - noise[:, 40]) * temperature
-    for step in (-1e-4, 1e-4):  # more than the last bits of noise, which may differ
+    for step in (-2e-4 * temperature, 2e-4 * temperature):  # noise may differ in its last bits
         logits[:, 40], logits[:, 650] = (ahead + step) / 2, -(ahead + step) / 2
         if cap is not None:
             pair = logits[:, [40, 650]] / cap

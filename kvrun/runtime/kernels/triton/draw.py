@@ -135,9 +135,7 @@ def _draw(
     first ^= first >> 16
     second ^= second >> 13
     if temperature > 0:
-        bounds = _drawn(
-            at, chunk, temperature, first, second, cap, VOCAB, LANES, STEPS, UNROLL
-        )  # fmt: skip
+        bounds = _drawn(at, chunk, temperature, first, second, cap, VOCAB, LANES, STEPS, UNROLL)
     else:
         bounds = _greedy(at, chunk, cap, VOCAB, LANES, STEPS, UNROLL)
     release(PDL)
@@ -181,13 +179,12 @@ def _drawn(
         rough = _rough(x, _bits(tokens, first, second), scale, bend, cap)
         bounds = tl.maximum(bounds, rough, propagate_nan=_NAN)
         tokens += LANES * _TOKEN % 2**32
-    if VOCAB % LANES != 0:
-        if start + STEPS > VOCAB // LANES:
-            ids = VOCAB // LANES * LANES + lanes
-            x = tl.load(at + ids, mask=ids < VOCAB, other=0.0).to(tl.float32)
-            rough = _rough(x, _bits(tokens, first, second), scale, bend, cap)
-            rough = tl.where(ids < VOCAB, rough, -_INF)
-            bounds = tl.maximum(bounds, rough, propagate_nan=_NAN)
+    if start + STEPS > whole:
+        ids = whole * LANES + lanes
+        x = tl.load(at + ids, mask=ids < VOCAB, other=0.0).to(tl.float32)
+        rough = _rough(x, _bits(tokens, first, second), scale, bend, cap)
+        rough = tl.where(ids < VOCAB, rough, -_INF)
+        bounds = tl.maximum(bounds, rough, propagate_nan=_NAN)
     bounds = (bounds + 31.0) * _LN2
     # Rough formulas and rounding lose less than 2e-6 of the largest number on the way.
     lost = 32.0
@@ -210,11 +207,10 @@ def _greedy(
     for step in tl.range(start, whole, loop_unroll_factor=UNROLL):
         x = tl.load(at + step * LANES + tl.arange(0, LANES)).to(tl.float32)
         bounds = tl.maximum(bounds, x, propagate_nan=_NAN)
-    if VOCAB % LANES != 0:
-        if start + STEPS > VOCAB // LANES:
-            ids = VOCAB // LANES * LANES + tl.arange(0, LANES)
-            x = tl.load(at + ids, mask=ids < VOCAB, other=-_INF).to(tl.float32)
-            bounds = tl.maximum(bounds, x, propagate_nan=_NAN)
+    if start + STEPS > whole:
+        ids = whole * LANES + tl.arange(0, LANES)
+        x = tl.load(at + ids, mask=ids < VOCAB, other=-_INF).to(tl.float32)
+        bounds = tl.maximum(bounds, x, propagate_nan=_NAN)
     if cap is not None:
         bounds = bent(bounds, cap) + 2e-6 * cap  # it keeps the order but for the last bits
     return tl.where(bounds == bounds, bounds, _INF)

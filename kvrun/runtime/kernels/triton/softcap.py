@@ -45,4 +45,4 @@ def bent(x, cap):
     x = tl.div_rn(x, cap)
     if _LIBDEVICE:
         return libdevice.tanh(x) * cap
-    return (2.0 * tl.sigmoid(2.0 * x) - 1.0) * cap
+    return (2.0 * tl.sigmoid(2.0 * x.to(tl.float64)) - 1.0).to(tl.float32) * cap

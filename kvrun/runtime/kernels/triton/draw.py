@@ -182,7 +182,8 @@ def _drawn(
     if start + STEPS > whole:
         ids = whole * LANES + lanes
         x = tl.load(at + ids, mask=ids < VOCAB, other=0.0).to(tl.float32)
-        rough = _rough(x, _bits(tokens, first, second), scale, bend, cap)
+        bits = _bits(ids.to(tl.uint32) * _TOKEN, first, second)  # tokens would cost registers
+        rough = _rough(x, bits, scale, bend, cap)
         rough = tl.where(ids < VOCAB, rough, -_INF)
         bounds = tl.maximum(bounds, rough, propagate_nan=_NAN)
     bounds = (bounds + 31.0) * _LN2

@@ -129,6 +129,6 @@ class Driver:
     @torch.inference_mode()
     def step(self, work: Sequence[tuple[int, Sequence[int]]], shift: int = 0) -> list[torch.Tensor]:
         """Run one step; the logits [tokens, vocab] of each sequence's new tokens."""
-        logits = self.model(self.prepared(work, shift))
+        logits = self.model.capped(self.model(self.prepared(work, shift)))
         self.states.commit(self.slots)
         return list(logits.split([len(ids) for _, ids in work]))

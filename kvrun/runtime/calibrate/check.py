@@ -71,8 +71,10 @@ def _scores(
         for n in range(len(layers.model.blocks)):
             states = layers.run(n, states, batches)
             layers.drop(n)
+        model = layers.model
         return [
-            layers.model.logits(x, batch).cpu() for x, batch in zip(states, batches, strict=True)
+            model.capped(model.logits(x, batch)).cpu()
+            for x, batch in zip(states, batches, strict=True)
         ]
 
 

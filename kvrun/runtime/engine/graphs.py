@@ -31,7 +31,7 @@ class Graphs:
     be replayed over and over without a word from the host. Rows beyond a batch are padding. Steps
     with adapters have graphs of their own, captured when they are first wanted: two for each size,
     since few adapters with many rows each are best cut in another way than many.
-    `logits` [most, vocab], `ids` and `finite` [most] hold what the last replay has made,
+    Raw `logits` [most, vocab], `ids` and `finite` [most] hold what the last replay has made,
     `drawn_at` [most] the places of its tokens.
     """
 
@@ -80,8 +80,7 @@ class Graphs:
         self.drawn_at = self.step.context_lens
         self.ids = zeros(dtype=torch.int64)
         self.finite = zeros(dtype=torch.bool)
-        wide = torch.float32 if model.softcapped else dtype
-        self.logits = zeros(model.vocab_size, dtype=wide)
+        self.logits = zeros(model.vocab_size, dtype=dtype)
         self._show([])
         # The largest first: smaller ones then fit into the memory that it has taken.
         self._replays = {
@@ -144,7 +143,8 @@ class Graphs:
         self._backend.plan(batch)
         logits = self._model(batch, out=self.logits[:size])
         out = self.ids[:size], self.finite[:size]
-        self._draw_kernel.draw(logits, step.temperature, step.keys, step.context_lens, out=out)
+        wanted = step.temperature, step.keys, step.context_lens
+        self._draw_kernel.draw(logits, *wanted, cap=self._model.softcap, out=out)
         self._step_kernel.advance(slots, out[0], state)
 
 

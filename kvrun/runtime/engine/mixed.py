@@ -44,7 +44,7 @@ class MixedGraphs:
     """One step of up to 512 tokens of up to 16 sequences: embed, layers, draw, append; steps with
     adapters have graphs of their own.
 
-    `ids`, `finite` [16] and `logits` [16, vocab] hold what the last replay has made, `drawn_at`
+    `ids`, `finite` [16] and raw `logits` [16, vocab] hold what the last replay has made, `drawn_at`
     [16] the places of its tokens.
     """
 
@@ -68,8 +68,7 @@ class MixedGraphs:
         self._buffer = torch.zeros(3 * SIZES[-1] + 6 * ROWS + 1, dtype=torch.int64, device=device)
         self.ids = torch.zeros(ROWS, dtype=torch.int64, device=device)
         self.finite = torch.zeros(ROWS, dtype=torch.bool, device=device)
-        wide = torch.float32 if model.softcapped else dtype
-        self.logits = torch.zeros((ROWS, model.vocab_size), dtype=wide, device=device)
+        self.logits = torch.zeros((ROWS, model.vocab_size), dtype=dtype, device=device)
         self.drawn_at = self._parts(SIZES[-1])[7]
         self._lora = Captured(resident, SIZES[-1], ROWS)
         self._capture = capture
@@ -145,7 +144,8 @@ class MixedGraphs:
         self._backend.plan(batch)
         logits = self._model(batch, out=self.logits)
         noise = state.temperature.index_select(0, drawing), state.keys.index_select(0, drawing)
-        self._draw_kernel.draw(logits, *noise, drawn_at, out=(self.ids, self.finite))
+        out = self.ids, self.finite
+        self._draw_kernel.draw(logits, *noise, drawn_at, cap=self._model.softcap, out=out)
         state.last.index_copy_(0, drawing, self.ids)
         state.lengths.index_copy_(0, drawing, drawn_at.int() + 1)
 

@@ -168,7 +168,8 @@ class ModelRunner:
             return Sampled(graphs.ids[:count].clone(), graphs.finite[:count].clone(), None)
         # The graph has drawn by temperature alone; what it appended is put right before it is fed.
         prepared, positions = self._prepare(sequences), graphs.drawn_at[:count].long()
-        sampled = self._sampler.sample(graphs.logits[:count].float(), prepared, positions)
+        logits = self._model.capped(graphs.logits[:count]).float()
+        sampled = self._sampler.sample(logits, prepared, positions)
         self._slots.state.last.index_copy_(0, self._slots.send(slots)[0], sampled.ids)
         return sampled
 
@@ -208,7 +209,7 @@ class ModelRunner:
         states = None if batch.states is None else normalize(batch.states.float(), dim=-1)
         prompt = None
         if scoring is not None:
-            scored = logits.index_select(0, scoring.rows)
+            scored = self._model.capped(logits.index_select(0, scoring.rows))
             prompt = self._sampler.score(scored, scoring.ids, _most(schedule))
             logits = logits.index_select(0, scoring.drawn)
         if drawing is None:
@@ -226,10 +227,12 @@ class ModelRunner:
             state = self._slots.state
             temperature = state.temperature.index_select(0, drawing.slots)
             noise = state.keys.index_select(0, drawing.slots)
-            ids, finite = self._draw.draw(logits, temperature, noise, drawing.positions)
+            cap = self._model.softcap
+            ids, finite = self._draw.draw(logits, temperature, noise, drawing.positions, cap=cap)
             return Sampled(ids, finite, None)
         prepared = self._prepare(drawing.sequences)
-        return self._sampler.sample(logits.float(), prepared, drawing.positions)
+        logits = self._model.capped(logits).float()
+        return self._sampler.sample(logits, prepared, drawing.positions)
 
     def probe(self) -> None:
         """Run one token through the model in the padding block; raises what the model raises."""

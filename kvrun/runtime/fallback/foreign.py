@@ -16,10 +16,14 @@ class _Head:
     """What a Decoder asks of its head, where transformers' class has its own."""
 
     copy_bytes = 0
-    softcapped = False
+    softcap = None  # transformers' classes apply theirs
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
+
+    @staticmethod
+    def capped(logits: torch.Tensor) -> torch.Tensor:
+        return logits
 
 
 class Foreign(Decoder):

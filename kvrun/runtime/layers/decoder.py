@@ -32,7 +32,8 @@ class Decoder:
     `specs`: what each layer asks of the attention backend; `states`: what recurrent layers remember
     of a sequence. `parameter_bytes`: its weights on this
     rank. `products`: what adapters can change, by its shards. `max_position`: the context it was
-    made for, in tokens, or None. `norm` None: the head has its input as it is. `start_id`: what an
+    made for, in tokens, or None. `norm` None: the head has its input as it is. `softcap` c: logits
+    y are raw and count as c·tanh(y / c), fp32, which `capped` makes of them. `start_id`: what an
     answer starts from where the prompt is read by an encoder (`EncoderDecoder`), else None.
     """
 
@@ -54,7 +55,8 @@ class Decoder:
         self.specs = [spec for spec in specs if isinstance(spec, AttentionSpec)]
         self.states = [spec for spec in specs if isinstance(spec, StateSpec)]
         self.vocab_size = head.vocab_size
-        self.softcapped = head.softcapped  # logits are fp32 then
+        self.softcap = head.softcap
+        self.capped = head.capped
         self.parameter_bytes = w.parameter_bytes + head.copy_bytes
         let_adapt(w, (norm for block in blocks for norm in getattr(block, "norms", ())))
         let_adapt(w, [norm])
@@ -64,8 +66,8 @@ class Decoder:
         self.max_position = w.config.integer("max_position_embeddings") if known else None
 
     def __call__(self, batch: "Batch", out: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [S, vocab] of batch.last_rows, written to `out` if given; `plan` of the backend
-        must have run. Their dtype is the model's, or fp32. States that the batch asks for are put
+        """Raw logits [S, vocab] of batch.last_rows, written to `out` if given; `plan` of the
+        backend must have run. Their dtype is the model's. States that the batch asks for are put
         into it: what the last norm makes of its `state_rows`."""
         x = self.embed(batch)
         for block in self.blocks:
@@ -87,7 +89,7 @@ class Decoder:
     def logits(
         self, x: torch.Tensor, batch: "Batch", out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """From what the last block gives."""
+        """Raw ones, from what the last block gives."""
         wanted = len(batch.last_rows)
         if wanted == 0:
             return x.new_empty((0, self.vocab_size))

@@ -75,10 +75,9 @@ class Embedding:
 class Head:
     """x [rows, hidden] -> logits [rows, vocab], times `scale` (one, or [vocab]).
 
-    `softcap` c maps them to c·tanh(y / c).
-
-    Logits are in the dtype of x, or fp32 where they are mapped. `bias`: the head has one. Rows
-    behind the embedding's vocabulary lie in a matrix named `additional_fc`.
+    Logits are in the dtype of x. With a `softcap` c they count as c·tanh(y / c), which is left to
+    `capped`, since a kernel that draws applies it itself. `bias`: the head has one. Rows behind
+    the embedding's vocabulary lie in a matrix named `additional_fc`.
     """
 
     def __init__(
@@ -93,9 +92,8 @@ class Head:
         bias: bool = False,
     ) -> None:
         self._scale = scale
-        self._softcap = softcap
+        self.softcap = softcap
         self._kernel = kernel("softcap", w.device)
-        self.softcapped = softcap is not None
         self.vocab_size, hidden = embedding.shape
         said = w.config.get("tie_word_embeddings")
         tied = tied if said is None else w.config.flag("tie_word_embeddings")
@@ -137,17 +135,21 @@ class Head:
         """`norm` is applied to x first; `out` [rows, vocab], if given, gets the logits."""
         extra = None if batch.lora is None else batch.lora.extra
         if extra is None:
-            logits = product(self._weight, x, None, norm, out if self._softcap is None else None)
+            logits = product(self._weight, x, None, norm, out)
         else:
             x = x if norm is None else norm(x)
             logits = product(self._weight, x)
             known = self._weight, self._tied_to
             logits = extra.head(self._site, x, logits, batch.last_rows, *known)
-        if self._softcap is not None:
-            capped: torch.Tensor = self._kernel.softcap(logits, self._softcap, out=out)
-            return capped
         logits = logits if self._scale is None else logits.mul_(self._scale)
         return logits if extra is None or out is None else out.copy_(logits)
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, vocab] as they count: fp32 where there is a cap, else as they are."""
+        if self.softcap is None:
+            return logits
+        capped: torch.Tensor = self._kernel.softcap(logits, self.softcap)
+        return capped
 
 
 class Widened:
@@ -167,8 +169,8 @@ class Narrowed:
     def __init__(self, head: Head, project: Linear) -> None:
         self._head = head
         self._project = project
-        self.vocab_size, self.softcapped = head.vocab_size, head.softcapped
-        self.copy_bytes = head.copy_bytes
+        self.vocab_size, self.softcap = head.vocab_size, head.softcap
+        self.capped, self.copy_bytes = head.capped, head.copy_bytes
 
     def __call__(
         self,

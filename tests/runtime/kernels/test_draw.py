@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from kvrun.runtime.kernels import draw as twin
-from kvrun.runtime.kernels.noise import keys
+from kvrun.runtime.kernels.noise import Gumbel, keys
+from kvrun.runtime.kernels.softcap import softcap
 from kvrun.runtime.kernels.triton import draw as triton
 from kvrun.runtime.sampling.params import SamplingParams
 from kvrun.runtime.sampling.sampler import Sampler, SampleRow
@@ -151,3 +152,102 @@ def test_out_and_draws_after_draws(kernel: ModuleType) -> None:
         assert found[1] is out[1]
         assert torch.equal(out[0], sampled(logits, [1.0] * rows, positions))
         assert out[1].all()
+
+
+SMALL = [triton.Shape(128, 4, 2, 1), triton.Shape(256, 1, 1, 1)]
+
+
+@pytest.fixture(params=[*triton.SHAPES, *SMALL], ids=str)
+def shaped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> triton.Shape:
+    """However a row is cut; the small ones have many chunks."""
+    monkeypatch.setattr(triton, "shape", lambda *_: request.param)
+    return request.param
+
+
+def same(
+    logits: torch.Tensor, temperature: list[float], cap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernel draws, which is what its twin does."""
+    rows = len(logits)
+    rest = torch.tensor(temperature), keyed(rows), torch.arange(rows) * 31
+    wanted, good = twin.draw(logits, *rest, cap=cap)
+    ids, finite = triton.draw(logits, *rest, cap=cap)
+    assert finite.tolist() == good.tolist()
+    assert ids[good].tolist() == wanted[good].tolist()
+    assert ((ids >= 0) & (ids < logits.shape[1])).all()
+    return ids, finite
+
+
+@pytest.mark.parametrize("cap", [None, 4.0, 30.0])
+@pytest.mark.parametrize("vocab", [1, 2048, 3001])
+def test_every_shape(shaped: triton.Shape, vocab: int, cap: float | None) -> None:
+    temperature = [0.0, 1.0, 0.7, 100.0, 0.05]
+    for dtype in FLOATS:
+        logits = (torch.randn(5, vocab + 8) * 4).to(dtype)[:, 3 : 3 + vocab]
+        same(logits, temperature, cap)
+    same(torch.zeros(5, vocab), temperature, cap)
+
+
+def test_a_cap_is_that_of_softcap(kernel: ModuleType) -> None:
+    logits = (torch.randn(20, 3000) * 20).bfloat16()
+    rest = torch.arange(20) % 3 * 0.4, keyed(20), torch.arange(20)
+    wanted, _ = twin.draw(softcap(logits, 30.0), *rest)
+    ids, finite = kernel.draw(logits, *rest, cap=30.0)
+    assert ids.tolist() == wanted.tolist()
+    assert finite.all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of large powers
+def test_capped_logits_that_are_equal_go_to_the_lowest_id(shaped: triton.Shape) -> None:
+    """Different ones, large enough to be c alike in fp32."""
+    logits = torch.randn(6, 2500)
+    for row, places in enumerate(([2499, 7], [1024, 1023], [2047, 2048], [64, 65], [0, 2499])):
+        logits[row, places] = torch.tensor([90.0, 60.0])
+    logits[4, 2499] = 200.0
+    logits[5] = 100.0 - torch.arange(2500) % 7
+    wanted = [7, 1023, 2047, 64, 0, 0]
+    assert same(logits, [0.0] * 6, 3.0)[0].tolist() == wanted
+    assert same(logits.bfloat16(), [0.0] * 6, 3.0)[0].tolist() == wanted
+    assert same(logits, [0.0] * 6)[0].tolist() == [2499, 1024, 2047, 64, 2499, 0]
+    # Where noise is lost beside logits, these ties are drawn alike.
+    assert same(logits, [1e-8] * 6, 3.0)[0].tolist() == wanted
+
+
+@pytest.mark.parametrize(("cap", "temperature"), [(None, 0.5), (2.0, 0.5), (30.0, 1e-3)])
+def test_neighbours_whose_bounds_are_alike(
+    shaped: triton.Shape, cap: float | None, temperature: float
+) -> None:
+    """Two far ahead of all others, and noise that makes up for what one has less."""
+    logits = torch.full((24, 700), -50.0)
+    noise = Gumbel(700, DEVICE)(keyed(24), torch.arange(24) * 31)
+    ahead = (noise[:, 650] - noise[:, 40]) * temperature
+    for step in (-2e-4 * temperature, 2e-4 * temperature):  # noise may differ in its last bits
+        logits[:, 40], logits[:, 650] = (ahead + step) / 2, -(ahead + step) / 2
+        if cap is not None:
+            pair = logits[:, [40, 650]] / cap
+            logits[:, [40, 650]] = cap * pair.clamp(-0.9, 0.9).atanh()
+        same(logits, [temperature] * 24, cap)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_what_is_not_finite_in_every_shape(
+    shaped: triton.Shape, temperature: float, cap: float | None
+) -> None:
+    vocab = 2100
+    logits = torch.randn(8, vocab)
+    logits[0, 1700] = NAN
+    logits[1, 3] = INF
+    logits[2] = -INF
+    logits[3, ::2] = -INF
+    logits[4] = -INF
+    logits[4, 2099] = 1.0
+    logits[5] = NAN
+    logits[6, 2099] = NAN
+    for dtype in FLOATS:
+        ids, finite = same(logits.to(dtype), [temperature] * 8, cap)
+        bad = [0, 5, 6] if cap else [0, 1, 2, 5, 6]
+        assert (~finite).nonzero()[:, 0].tolist() == bad
+        if cap is None:
+            assert ids[4] == 2099

@@ -281,16 +281,19 @@ def test_tied_head_with_and_without_a_copy(
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_logits_are_fp32_and_capped(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_logits_are_raw_until_they_are_capped(tmp_path: Path, dtype: torch.dtype) -> None:
     table = torch.randn(32, 16)
     w = stored(tmp_path, dtype, e__weight=table)
     head = Head(w, "lm_head", Embedding(w, "e", 32, 16), tied=True, softcap=3.0)
     w.close()
     x = torch.randn(3, 16)
-    logits = head(x.to(dtype), NOBODY)
-    assert logits.dtype is torch.float32
-    wanted = 3.0 * torch.tanh(x @ table.t() / 3.0)
-    torch.testing.assert_close(logits, wanted, rtol=0.0, atol=1e-5 if dtype is FLOATS[0] else 0.1)
+    raw = head(x.to(dtype), NOBODY, None, torch.empty(3, 32, dtype=dtype))
+    wanted, tolerance = x @ table.t(), 1e-5 if dtype is FLOATS[0] else 0.1
+    assert raw.dtype is dtype
+    torch.testing.assert_close(raw.float(), wanted, rtol=0.0, atol=tolerance)
+    logits = head.capped(raw)
+    assert (head.softcap, logits.dtype) == (3.0, torch.float32)
+    torch.testing.assert_close(logits, 3.0 * torch.tanh(wanted / 3.0), rtol=0.0, atol=tolerance)
 
 
 def test_embedding_scale_is_rounded_to_the_dtype(tmp_path: Path) -> None:

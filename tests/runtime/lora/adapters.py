@@ -189,6 +189,6 @@ class Adapted(Driver):
             slots += [ready(self.bank, adapter).slot if adapter else 0] * len(ids)
         batch = self.prepared([(sequence, ids) for sequence, ids, _ in work])
         batch.lora = rows_of(self.bank, slots, form) if any(slots) else None
-        logits = self.model(batch)
+        logits = self.model.capped(self.model(batch))
         self.states.commit(self.slots)
         return list(logits.split([len(ids) for _, ids, _ in work]))

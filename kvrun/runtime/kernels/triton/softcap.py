@@ -36,11 +36,13 @@ def _softcap(
     wait(PDL)
     x = tl.load(x_at + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     release(PDL)
-    tl.store(out_at + row * out_stride + columns, _tanh(tl.div_rn(x, cap)) * cap, mask=inside)
+    tl.store(out_at + row * out_stride + columns, bent(x, cap), mask=inside)
 
 
 @triton.jit
-def _tanh(x):
+def bent(x, cap):
+    """c·tanh(x / c) of fp32."""
+    x = tl.div_rn(x, cap)
     if _LIBDEVICE:
-        return libdevice.tanh(x)
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+        return libdevice.tanh(x) * cap
+    return (2.0 * tl.sigmoid(2.0 * x.to(tl.float64)) - 1.0).to(tl.float32) * cap

@@ -50,7 +50,7 @@ class Work:
     ours: list[Callable[[], Any]]
     torch: list[Callable[[], Any]] | None
     bytes: int
-    candidates: tuple[tuple[int, int], ...]
+    candidates: tuple[tuple[int, ...], ...]
     usual_shape: tuple[int, ...] | None  # the arguments of the module's `shape`
 
 
@@ -140,7 +140,7 @@ def draw_work(model: str, rows: int, dtype: torch.dtype, greedy: bool) -> Work:
         odds = (logits.float() / temperature[:, None]).softmax(-1)
         return odds.div_(torch.empty_like(odds).exponential_(1)).argmax(-1)
 
-    tuned = ((1024, 2), (1024, 4), (2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16))
+    tuned = t_draw.SHAPES
     return Work(
         f"draw {'greedy' if greedy else 'drawn'} {str(dtype)[6:]}", model, rows, t_draw,
         [lambda s=s: t_draw.draw(s, temperature, keys, positions, out=out) for s in sets],
@@ -188,7 +188,7 @@ def steer() -> None:
         def overlapping(device: torch.device, usual: Any = overlap) -> dict[str, Any]:
             return usual(device) if getattr(choice, "pdl", True) else {"PDL": False}
 
-        def chosen(*args: int, usual: Any = shape) -> tuple[int, int]:
+        def chosen(*args: int, usual: Any = shape) -> tuple[int, ...]:
             return getattr(choice, "shape", None) or usual(*args)
 
         module.overlap = overlapping
@@ -196,7 +196,7 @@ def steer() -> None:
             module.shape = chosen
 
 
-def warm(work: Work, shape: tuple[int, int] | None, pdl: bool) -> None:
+def warm(work: Work, shape: tuple[int, ...] | None, pdl: bool) -> None:
     choice.shape, choice.pdl = shape, pdl
     work.ours[0]()
     choice.shape, choice.pdl = None, True

@@ -2,8 +2,9 @@
 
 `python benchmarks/quant.py` on a GPU: checks, products, then the 8B shape at batch 1 and 256 with
 weights as they are, int8, int4, fp8 and nf4. Weights are random, nothing is downloaded; prompts are
-token ids, decoding is greedy, the prefix cache is off. A step is (time of 72 new tokens - time of
-8) / 64, the median of `--repeats`.
+token ids, decoding is greedy, the prefix cache is off. A step is (time of 168 new tokens - time of
+40) / 128, the median of `--repeats`: with fewer than 40 the first answers of 256 end while the last
+prompts are read, which then takes one step less, as long as ten that decode.
 
 `--cpu`: the 135M shape at batch 1 on the threads that torch has (OMP_NUM_THREADS). The models take
 turns, and are compared turn by turn. Beside other programs `--clock cpu` counts the time that this
@@ -128,7 +129,7 @@ def _graphed(work: Callable[[], None]) -> float:
 
 
 def steps(
-    shape: str, methods: Sequence[str | None], batches: tuple[int, ...], repeats: int,
+    shape: str, methods: Sequence[str | None], batches: Sequence[int], repeats: int,
     **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """ms of a decode step by method and batch, and seconds until the model was ready."""
@@ -144,7 +145,7 @@ def steps(
                 prompts = workloads.fixed(batch, 512)
                 _seconds(llm, prompts, 4)
                 times = [
-                    (_seconds(llm, prompts, 72) - _seconds(llm, prompts, 8)) / 64
+                    (_seconds(llm, prompts, 168) - _seconds(llm, prompts, 40)) / 128
                     for _ in range(repeats)
                 ]
                 mine[f"batch {batch}"] = ms = 1e3 * statistics.median(times)
@@ -205,6 +206,7 @@ def main() -> None:
     names = [method or "bf16" for method in METHODS]
     parser.add_argument("--methods", nargs="+", choices=names, default=names, help="of the steps")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 256], help="of the steps")
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
     if not args.cpu:
@@ -224,7 +226,7 @@ def main() -> None:
         if args.only in (None, "products"):
             found["products_us"] = products(device)
         if args.only in (None, "steps"):
-            found["steps"] = steps("llama-3-8b", methods, (1, 256), args.repeats)
+            found["steps"] = steps("llama-3-8b", methods, args.batch, args.repeats)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -102,6 +102,22 @@ def test_kinds(form: str, kind: str) -> None:
     assert off(w4a16.run(FORMS[form], x, made), twin.linear(x, made)) < CLOSE
 
 
+@pytest.mark.parametrize("act", ["silu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("kind", ["table", "int8", "int8-zero", "fp8"])
+def test_gates(kind: str, act: str) -> None:
+    """A gate and its up are rows of the matrix that lie half of it apart; 21 of them fill no tile.
+    Where tensor cores multiply, they are made behind the product."""
+    made = matrix(kind, 2 * N)
+    for rows, given in ((1, {"norm": torch.rand(K) / 512, "eps": 1e-3}), (3, {}), (20, {})):
+        x = torch.randn(rows, K) / (1 if given else 512)
+        ref = twin.linear(x, made, gated=act, **given)
+        if rows < 4 or w4a16.serves(rows, made):
+            assert off(w4a16.linear(x, made, gated=act, **given), ref) < 2 * CLOSE
+        for form in (FORMS["fma"], FORMS["carried"], FORMS["fma"]._replace(block_n=1)):
+            if rows < 4:
+                assert off(w4a16.run(form, x, made, gated=act, **given), ref) < 2 * CLOSE
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["int4-zero", "int8-zero"])
 def test_zeros_beside_scales(kind: str, dtype: torch.dtype) -> None:

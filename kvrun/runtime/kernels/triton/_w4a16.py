@@ -9,7 +9,14 @@ import triton.language as tl
 
 from kvrun.runtime.kernels.triton._codes import grid, multiply_codes
 from kvrun.runtime.kernels.triton._overlap import release, wait
-from kvrun.runtime.kernels.triton._skinny import _arrive, _collect, _finish, _input
+from kvrun.runtime.kernels.triton._skinny import (
+    _arrive,
+    _collect,
+    _finish,
+    _finish_gated,
+    _input,
+    _row,
+)
 
 
 @triton.jit
@@ -188,12 +195,12 @@ def fma(
     PARTS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
     NORM: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-    ASM: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs [ROWS, BLOCK_N], summed in registers; see `_skinny.fma`."""
     release(PDL)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    own = tl.minimum(n, N - 1).to(tl.int64)[None, :, None]
+    own = _row(n, N, GATED)[None, :, None]
     PER: tl.constexpr = 2 if KIND == "fp8" else 4  # words of a thread that stand side by side
     j = tl.arange(0, BLOCK_W)[None, None, :]
     if KIND == "fp8":  # no more words than columns of x are loaded in one go
@@ -233,7 +240,10 @@ def fma(
     y = tl.sum(sums, 2)
     if NORM:
         y *= tl.rsqrt(tl.sum(squares, 2) / K + eps)
-    _finish(y, m, n[None, :], bias, add, out, M, N, add_stride, out_stride, BIAS, ADD)
+    if GATED != "":
+        _finish_gated(y, m, n[None, :], out, M, N, out_stride, GATED)
+    else:
+        _finish(y, m, n[None, :], bias, add, out, M, N, add_stride, out_stride, BIAS, ADD)
 
 
 @triton.jit

@@ -41,8 +41,7 @@ class Shape(NamedTuple):
 
 # Lanes of 8 logits a thread and step are read by 16 bytes. The largest first.
 SHAPES = (
-    Shape(1024, 32, 2, 4),
-    Shape(1024, 16, 2, 4),
+    Shape(1024, 16, 4, 4),
     Shape(1024, 8, 2, 4),
     Shape(1024, 4, 2, 4),
     Shape(1024, 2, 2, 4),
@@ -94,9 +93,9 @@ def draw(
 
 
 def shape(rows: int, vocab: int) -> Shape:
-    """The largest that leaves work for every multiprocessor."""
+    """The largest that leaves work for every multiprocessor, as it was fastest on an H100."""
     for found in SHAPES:
-        if rows * triton.cdiv(vocab, found.lanes * found.steps) >= 512:
+        if rows * triton.cdiv(vocab, found.lanes * found.steps) >= 128:
             return found
     return SHAPES[-1]
 

@@ -63,7 +63,7 @@ def linear(
         form = config(len(x), n, k, _kind(matrix), sm_count(x.device))
         form = fitting(form, matrix.bits, _wide(matrix), shared_memory(x.device))
     given: Any = {"bias": bias, "add": add, "norm": norm, "eps": eps, "act": act}
-    if gated is not None and not (form.turning and form.dot):
+    if gated is not None and form.dot != bool(form.turning):  # neither `fma` nor `row_dot`
         return gates_of.gated(run(form, x, matrix, **given), gated, out=out)
     return run(form, x, matrix, gated=gated, out=out, **given)
 
@@ -74,8 +74,10 @@ def run(
     norm: torch.Tensor | None = None, eps: float = 0.0, act: str | None = None,
     gated: str | None = None, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """`linear` in a form of the caller's choice; `gated` where that is `row_dot`'s."""
+    """`linear` in a form of the caller's choice; `gated` where that is `fma`'s or `row_dot`'s."""
     (m, n), device = (len(x), len(matrix.codes)), x.device
+    if gated is not None:
+        form = form._replace(block_n=max(2, form.block_n))  # a gate and its up at least
     if out is None:
         out = torch.empty((m, n // 2 if gated else n), dtype=x.dtype, device=device)
     if not m:
@@ -100,16 +102,14 @@ def run(
             options |= {"GATED": gated or "", "maxnreg": form.registers}
         _turn(form, options, x, matrix, bias, add, norm, eps, out)
         return out
-    assert gated is None
     if not form.dot:
         fma[(tiles,)](
             x, *stored, bias, add, norm, out, m, n, *strides, eps,
-            NORM=norm is not None, ACT=act or "", BLOCK_W=form.block_w,
+            NORM=norm is not None, ACT=act or "", GATED=gated or "", BLOCK_W=form.block_w,
             ASM=device.type == "cuda", **options,
         )  # fmt: skip
         return out
-    assert norm is None
-    assert act is None
+    assert (norm, act, gated) == (None, None, None)
     m_tiles = triton.cdiv(m, form.rows)
     span, splits = _cut(form, words.shape[1])
     parts = counters = None
@@ -187,7 +187,9 @@ def takes_in(m: int, matrix: Coded) -> bool:
 
 def gates(m: int, matrix: Coded) -> bool:
     """Whether `linear` for so many rows is the place for gates of what it makes."""
-    return m == 1 and _hopper(matrix.codes.device) and _turns(matrix, dot=True)
+    kind = _kind(matrix)
+    turns = kind != "int4" or (_hopper(matrix.codes.device) and _turns(matrix, dot=True))
+    return 0 < m <= _few(kind) and turns
 
 
 def _few(kind: str) -> int:
@@ -227,11 +229,13 @@ def config(m: int, n: int, k: int, kind: str, sm_count: int) -> Form:
 
 
 def _streamed(m: int, n: int, words: int, kind: str, sm_count: int) -> Form:
-    """How `fma` is cut, measured as above. A thread of 4-bit codes loads 16 bytes of each row."""
+    """How `fma` is cut, measured as above, 8 bits of one row in a chain of layers. A thread of
+    4-bit codes loads 16 bytes of each row."""
     warps = 4 if words >= 512 else 2 if words >= 256 else 1
     block_n, registers = 8 if kind == "fp8" and m == 1 else 4, None
-    if kind == "fp8" and m == 1 and words == 1024 and n > 16384:
-        warps = 8
+    eight = kind in ("int8", "fp8") and m == 1
+    if eight and 512 < words <= 1024 and n > 40 * sm_count:
+        block_n, warps = 8, 8  # all words of a row are on their way before the row of x is there
     elif kind == "int4" and m == 1 and words > _LONG:
         warps, registers = 2, 112
     elif kind == "int4" and m == 1 and n * words > 1 << 21:

@@ -80,7 +80,8 @@ def forms(m: int, n: int, k: int, bits: int) -> list[Form]:
         for per_sm in (1, 2, 4):
             most = k // twin.block(bits) // 2
             splits = max(1, min(round(per_sm * sm_count / tiles), most, 8))
-            found.append(Form(True, block_n, warps, rows=rows, stages=stages, splits=splits))
+            form = Form(True, block_n, warps, rows=rows, stages=stages, splits=splits)
+            found += [form, form._replace(each=True)] if bits == 4 else [form]
     return list(dict.fromkeys(found))
 
 
@@ -129,6 +130,7 @@ def timed(call: Callable[..., torch.Tensor], copies: list[twin.Coded]) -> float:
 def said(form: Form) -> str:
     cut = f"{form.block_n} x {form.rows}, {form.warps} warps, {form.stages} stages"
     kind, more = ("dot", f", K in {form.splits}") if form.dot else ("fma", "")
+    more += ", values scaled" if form.each else ""
     return f"{kind} {cut}{more}"
 
 

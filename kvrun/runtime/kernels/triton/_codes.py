@@ -24,6 +24,14 @@ prmt.b32 d, a, b, 0x7632;
 sub.TYPE $LOW, c, $10;
 sub.TYPE $HIGH, d, $11;
 }"""
+# And then times the scales of both halves, rounded.
+_INT4_SCALED = (
+    _INT4[:-1]
+    + """
+mul.TYPE $LOW, $LOW, $12;
+mul.TYPE $HIGH, $HIGH, $13;
+}"""
+)
 # 8 bits are one more than a mantissa of bf16 holds: the highest says how much is taken off.
 _INT8_BF16 = """
 {
@@ -46,10 +54,14 @@ sub.f16x2 $FIELD, a, middle;
 def _of_words(kind: str, sixteen: str) -> str:
     """The assembly for all fields of two words; `sixteen`: bf16x2 or f16x2."""
     text = ""
-    if kind == "int4":
+    if kind.startswith("int4"):
         one = "0x43004300" if sixteen == "bf16x2" else "0x64006400"
         for field in range(4):
-            now = _INT4.replace("SHIFT", str(4 * field)).replace("ONE", one)
+            now = (
+                (_INT4 if kind == "int4" else _INT4_SCALED)
+                .replace("SHIFT", str(4 * field))
+                .replace("ONE", one)
+            )
             now = now.replace("TYPE", sixteen)
             text += now.replace("LOW", str(field)).replace("HIGH", str(field + 4))
         return text
@@ -62,6 +74,8 @@ def _of_words(kind: str, sixteen: str) -> str:
 
 _INT4_BF16_ASM = tl.constexpr(_of_words("int4", "bf16x2"))
 _INT4_F16_ASM = tl.constexpr(_of_words("int4", "f16x2"))
+_SCALED_BF16_ASM = tl.constexpr(_of_words("int4 scaled", "bf16x2"))
+_SCALED_F16_ASM = tl.constexpr(_of_words("int4 scaled", "f16x2"))
 _INT8_BF16_ASM = tl.constexpr(_of_words("int8", "bf16x2"))
 _INT8_F16_ASM = tl.constexpr(_of_words("int8", "f16x2"))
 
@@ -120,6 +134,43 @@ def _fields(words, low, high, KIND: tl.constexpr, dtype: tl.constexpr, ASM: tl.c
             _field(words, 0, KIND, dtype), _field(words, 1, KIND, dtype),
             _field(words, 2, KIND, dtype), _field(words, 3, KIND, dtype),
         )  # fmt: skip
+
+
+@triton.jit
+def _scaled(words, low, high, of_low, of_high, dtype: tl.constexpr, ASM: tl.constexpr):
+    """As `_fields` of 4 bits, times scales [N, 1] of both halves: values, rounded to `dtype`."""
+    if ASM and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            _SCALED_BF16_ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r",
+            [words, (low + (128.0 + 8.0)).to(dtype), (high + (128.0 + 8.0)).to(dtype),
+             of_low.to(dtype), of_high.to(dtype)],
+            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+             tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), True, 2,
+        )  # fmt: skip
+    elif ASM:  # noqa: RET505
+        return tl.inline_asm_elementwise(
+            _SCALED_F16_ASM, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r",
+            [words, (low + (1024.0 + 8.0)).to(dtype), (high + (1024.0 + 8.0)).to(dtype),
+             of_low.to(dtype), of_high.to(dtype)],
+            (tl.float16, tl.float16, tl.float16, tl.float16,
+             tl.float16, tl.float16, tl.float16, tl.float16), True, 2,
+        )  # fmt: skip
+    else:
+        a, b, c, d, e, f, g, h = _fields(words, low, high, "int4", tl.float32, ASM)
+        return (
+            (a * of_low).to(dtype), (b * of_low).to(dtype), (c * of_low).to(dtype),
+            (d * of_low).to(dtype), (e * of_high).to(dtype), (f * of_high).to(dtype),
+            (g * of_high).to(dtype), (h * of_high).to(dtype),
+        )  # fmt: skip
+
+
+@triton.jit
+def _together(values):
+    """Eight matrices [N, 32] side by side."""
+    a, b, c, d, e, f, g, h = values
+    even, odd = tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h))
+    whole = tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1))
+    return tl.reshape(whole, [whole.shape[0], 256])
 
 
 @triton.jit
@@ -209,4 +260,32 @@ def multiply_codes(
                 sums += part * factor[:, None]
     if WHOLE and not ZERO:
         sums *= tl.load(scale).to(tl.float32)[:, None]
+    return sums
+
+
+@triton.jit
+def multiply_scaled(
+    rows, words, scale, zero, first, last,
+    K: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, ZERO: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """`multiply_codes` of 4 bits where each half of a word's fields is of one group, with a zero
+    beside its scale or none: values are scaled, and rounded, and not the sums of groups. So all
+    fields of 32 words are one product, which tensor cores begin while values are made."""
+    EVEN: tl.constexpr = WORDS * 8 == K
+    sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    none = tl.zeros([BLOCK_N], tl.float32)
+    for j0 in tl.range(first, last, 32, num_stages=STAGES):
+        of_low, low = grid(scale, zero, j0 * 8 // G, True, ZERO, False)
+        at = tl.minimum(j0 * 8 + 128, K - 1) // G
+        of_high, high = grid(scale, zero, at, True, ZERO, False)
+        if not ZERO:
+            low, high = none, none
+        tile = tl.load(words + j0 + tl.arange(0, 32)[None, :])
+        values = _scaled(
+            tile, low[:, None], high[:, None], of_low[:, None], of_high[:, None], dtype, ASM
+        )
+        k = (j0 * 8 + tl.arange(0, 256))[:, None]
+        row = tl.load(rows + k) if EVEN else tl.load(rows + k, mask=k < K, other=0.0)
+        sums = tl.dot(_together(values), row.to(dtype), sums, input_precision="ieee")
     return sums

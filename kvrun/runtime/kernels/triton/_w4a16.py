@@ -7,7 +7,7 @@ belong to. Of e4m3 a word is what lies in 4 neighbouring columns, and is read as
 import triton
 import triton.language as tl
 
-from kvrun.runtime.kernels.triton._codes import grid, multiply_codes
+from kvrun.runtime.kernels.triton._codes import grid, multiply_codes, multiply_scaled
 from kvrun.runtime.kernels.triton._overlap import release, wait
 from kvrun.runtime.kernels.triton._skinny import (
     _arrive,
@@ -312,7 +312,7 @@ def dot(
     PARTS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     BIAS: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
-    ASM: tl.constexpr, PDL: tl.constexpr,
+    EACH: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, transposed [BLOCK_N, ROWS], over words `span` · split and on."""
     release(PDL)
@@ -331,7 +331,12 @@ def dot(
     if ZERO:
         zero += own * groups
     last = tl.minimum(first + span, WORDS)
-    if KIND == "int4" or KIND == "int8":
+    if EACH:
+        y = multiply_scaled(
+            rows, words, scale, zero, first, last,
+            K, G, WORDS, ZERO, ROWS, BLOCK_N, STAGES, ASM, dtype,
+        )  # fmt: skip
+    elif KIND == "int4" or KIND == "int8":
         y = multiply_codes(
             rows, words, scale, zero, first, last,
             K, G, WORDS, FIELDS, PARTS, KIND, ZERO, ROWS, BLOCK_N, STAGES, ASM, dtype,

@@ -40,6 +40,7 @@ class Form(NamedTuple):
     splits: int = 1  # programs that share K, of `dot`
     turning: int = 0  # programs that turn to one tile after another with the only row of x
     registers: int | None = None  # of a thread, at most; fewer let more programs run at once
+    each: bool = False  # `dot` scales values of 4 bits and not sums, where it can; not timed yet
 
 
 def linear(
@@ -118,7 +119,7 @@ def run(
         parts, counters = torch.empty(size, device=device), skinny._counters(device)
     dot[(tiles * m_tiles, splits)](
         x, *stored, bias, add, out, parts, counters, m, n, *strides, span, splits,
-        SPLIT=splits > 1, STAGES=form.stages,
+        SPLIT=splits > 1, STAGES=form.stages, EACH=form.each and scales_each(x.dtype, matrix),
         ASM=x.element_size() == 2 and _hopper(device),
         # Triton's interpreter multiplies the bits of bf16 as integers.
         WIDE=device.type == "cpu", **options,
@@ -176,6 +177,14 @@ def _dequantise(matrix: Coded, ids: torch.Tensor | None, out: torch.Tensor) -> t
 def serves(m: int, matrix: Coded) -> bool:
     """Whether `linear` takes so many rows in one go."""
     return 0 < m <= (MOST[matrix.bits] if matrix.table is None else FEW)
+
+
+def scales_each(dtype: torch.dtype, matrix: Coded) -> bool:
+    """Whether `dot` can scale each value: its result has then the dtype of the scale and of x."""
+    half, group = block(4) // 2, matrix.group
+    inside = _kind(matrix) == "int4" and group % half == 0 and group < matrix.columns
+    sixteen = dtype.itemsize == 2 and matrix.scale.dtype is dtype
+    return inside and sixteen and _zero(matrix) != 1
 
 
 def takes_in(m: int, matrix: Coded) -> bool:

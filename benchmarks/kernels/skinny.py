@@ -253,8 +253,9 @@ def copy_rate() -> float:
     return 2 * a.numel() / seconds([partial(b.copy_, a)] * 4)
 
 
-def seconds(calls: list[Callable[[], Any]], replays: int = 5) -> float:
-    """Seconds per call, of all calls in one graph: the median of some replays."""
+def seconds(calls: list[Callable[[], Any]], replays: int = 5, warm: float = 0.0) -> float:
+    """Seconds per call, of all calls in one graph: the median of some replays, behind others for
+    `warm` seconds."""
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
@@ -263,6 +264,10 @@ def seconds(calls: list[Callable[[], Any]], replays: int = 5) -> float:
         for call in calls:
             call()
     graph.replay()
+    until = time.monotonic() + warm
+    while time.monotonic() < until:
+        graph.replay()
+        torch.cuda.synchronize()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
     marks[0].record()
     for mark in marks[1:]:

@@ -1,10 +1,11 @@
 """Products with codes of 4 and 8 bits on a GPU: which form is the fastest for how many rows.
 
-`python benchmarks/kernels/w4a16.py [--bits 4 8] [--rows 1 16 256]`. The four products of a layer of
+`python benchmarks/kernels/w4a16.py [--bits 4 8] [--rows 1 16 256] [--warm 0.5]`. The four products of a layer of
 Llama 3 8B, codes in groups of 128 with zeros (4 bits) or with a scale for each row (8 bits), from
 rotating copies larger than the L2 cache, inside one CUDA graph; every form is right within 1e-2 or
 is not timed. Beside the forms: `values`, which makes all values and multiplies them by cuBLAS, and
-`now`, the form in use. Microseconds.
+`now`, the form in use. Microseconds. With many rows a card that has computed for seconds is slower
+than one that has just begun: `--warm` seconds go before each measurement.
 """
 
 import argparse
@@ -37,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 8])
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    parser.add_argument("--warm", type=float, default=0.0)
     args = parser.parse_args()
     begun = time.monotonic()
     jobs = {
@@ -56,7 +58,7 @@ def main() -> None:
             size = n * k * bits // 8
             copies = [matrix(bits, n, k) for _ in range(max(2, -(-(120 << 20) // size)))]
             for m in args.rows:
-                totals[m] += product(name, m, copies)
+                totals[m] += product(name, m, copies, args.warm)
         print(f"int{bits}, all four:", ", ".join(f"{m} rows {t:.0f}" for m, t in totals.items()))
 
 
@@ -97,7 +99,7 @@ def compiled(job: Job) -> str:
     return ""
 
 
-def product(name: str, m: int, copies: list[twin.Coded]) -> float:
+def product(name: str, m: int, copies: list[twin.Coded], warm: float) -> float:
     """Prints the fastest forms of one product; microseconds of the one in use."""
     n, k, bits = len(copies[0].codes), copies[0].columns, copies[0].bits
     x = torch.randn(m, k, device="cuda").bfloat16()
@@ -107,13 +109,13 @@ def product(name: str, m: int, copies: list[twin.Coded]) -> float:
     for form in forms(m, n, k, bits):
         got = w4a16.run(form, x, copies[0], out=out).double()
         if float((got - wanted).norm() / wanted.norm()) < 1e-2:
-            times[said(form)] = timed(partial(w4a16.run, form, x, out=out), copies)
+            times[said(form)] = timed(partial(w4a16.run, form, x, out=out), copies, warm)
         else:
             print(f"{name}, {m} rows: {form} is wrong")
     if m >= 128:
         weights = {id(c.codes): Fused(c, None) for c in copies}
-        times["values"] = timed(lambda matrix: weights[id(matrix.codes)]._many(x), copies)
-    now = timed(lambda matrix: Fused(matrix, None).matmul(x), copies)
+        times["values"] = timed(lambda matrix: weights[id(matrix.codes)]._many(x), copies, warm)
+    now = timed(lambda matrix: Fused(matrix, None).matmul(x), copies, warm)
     best = sorted(times, key=times.__getitem__)[:4]
     print(
         f"int{bits} {m:3} {name:8} now {now:6.1f} | "
@@ -123,8 +125,8 @@ def product(name: str, m: int, copies: list[twin.Coded]) -> float:
     return now
 
 
-def timed(call: Callable[..., torch.Tensor], copies: list[twin.Coded]) -> float:
-    return 1e6 * seconds([partial(call, matrix=matrix) for matrix in turns(copies)])
+def timed(call: Callable[..., torch.Tensor], copies: list[twin.Coded], warm: float) -> float:
+    return 1e6 * seconds([partial(call, matrix=matrix) for matrix in turns(copies)], warm=warm)
 
 
 def said(form: Form) -> str:

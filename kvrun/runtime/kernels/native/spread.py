@@ -46,6 +46,7 @@ def spread(part: Bits, matrices: Sequence[Matrix], stored: torch.dtype, dtype: t
     for (rows, columns), scale, targets in matrices:
         whole.append((begin, rows, columns, columns, 0, 0, 0, scale))
         for place, dim, ranges in targets:
+            assert place.strides[1] == dtype.itemsize, "rows must be dense"
             address, apart = place.__array_interface__["data"][0], place.strides[0]
             for first, last in ranges or ((0, columns if dim else rows),):
                 size = (rows, last - first) if dim else (last - first, columns)

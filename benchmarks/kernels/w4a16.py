@@ -1,11 +1,11 @@
 """Products with codes of 4 and 8 bits on a GPU: which form is the fastest for how many rows.
 
-`python benchmarks/kernels/w4a16.py [--bits 4 8] [--rows 1 16 256] [--warm 0.5]`. The four products of a layer of
-Llama 3 8B, codes in groups of 128 with zeros (4 bits) or with a scale for each row (8 bits), from
-rotating copies larger than the L2 cache, inside one CUDA graph; every form is right within 1e-2 or
-is not timed. Beside the forms: `values`, which makes all values and multiplies them by cuBLAS, and
-`now`, the form in use. Microseconds. With many rows a card that has computed for seconds is slower
-than one that has just begun: `--warm` seconds go before each measurement.
+`python benchmarks/kernels/w4a16.py [--bits 4 8] [--rows 1 16 256] [--warm 0.5]`. The four products
+of a layer of Llama 3 8B, codes in groups of 128 with zeros (4 bits) or with a scale for each row (8
+bits), from rotating copies larger than the L2 cache, inside one CUDA graph; every form is right
+within 1e-2 or is not timed. Beside the forms: `values`, which makes all values and multiplies them
+by cuBLAS, and `now`, the form in use. Microseconds. With many rows a card that has computed for
+seconds is slower than one that has just begun: `--warm` seconds go before each measurement.
 """
 
 import argparse

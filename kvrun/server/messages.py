@@ -69,13 +69,13 @@ def _content(message: Message, number: int) -> str | list[dict[str, Any]]:
     """Its text in one piece, or the parts of a message that shows images."""
     if not isinstance(message.content, list):
         return message.content or ""
-    parts = [_part(part, number) for part in message.content]
+    parts = [_part(part, f"{number}, part {n}") for n, part in enumerate(message.content)]
     if any(part["type"] == "image" for part in parts):
         return parts
     return "\n".join(part["text"] for part in parts)
 
 
-def _part(part: Part, number: int) -> dict[str, Any]:
+def _part(part: Part, where: str) -> dict[str, Any]:
     if part.type in ("text", "input_text", "output_text") and part.text is not None:
         return {"type": "text", "text": part.text}
     if part.type in IMAGES and part.image_url is not None:
@@ -86,9 +86,11 @@ def _part(part: Part, number: int) -> dict[str, Any]:
                 "image": file_of(given if isinstance(given, str) else given.url),
             }
         except InvalidRequest as error:
-            raise ApiError("validation", error.in_one_line, param="messages") from None
+            raise ApiError(
+                "validation", f"Message {where}: {error.in_one_line}", param="messages"
+            ) from None
     raise ApiError(
         "validation",
-        f"Message {number} has a part that is neither text nor an image.",
+        f"Message {where}, is neither text nor an image.",
         param="messages",
     )

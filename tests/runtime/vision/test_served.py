@@ -152,7 +152,10 @@ async def test_image_parts_over_http(http: httpx2.AsyncClient, folder: Folder) -
         ({"url": "https://example.com/a.png"}, "no URL is ever fetched"),
         ({"url": "file:///etc/hostname"}, "no URL is ever fetched"),
         ({"url": "/etc/hostname"}, "no URL is ever fetched"),
-        ({"url": "data:image/png;base64,%%%"}, "not in base64"),
+        (
+            {"url": "data:image/png;base64,%%%"},
+            "Message 0, part 0: an image's data: URL is not in base64",
+        ),
         ({"url": url(b"no image")}, "image 1 of the request is no PNG or JPEG"),
         (None, "neither text nor an image"),
     ],

@@ -178,7 +178,7 @@ def same(
     return ids, finite
 
 
-@pytest.mark.parametrize("cap", [None, 4.0, 30.0])
+@pytest.mark.parametrize("cap", [None, 4.0])
 @pytest.mark.parametrize("vocab", [1, 2048, 3001])
 def test_every_shape(shaped: triton.Shape, vocab: int, cap: float | None) -> None:
     temperature = [0.0, 1.0, 0.7, 100.0, 0.05]

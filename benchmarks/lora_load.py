@@ -1,6 +1,6 @@
 """What becomes of the time when an adapter is loaded: from a folder in the page cache to the GPU.
 
-`python benchmarks/lora_load.py [--stored F32] [--threads 8]`, without a GPU as far as that goes.
+`python benchmarks/lora_load.py [--stored F32] [--threads 12]`, without a GPU as far as that goes.
 Random matrices of rank 16 on all seven products of Llama 3 8B: 448 tensors, 84 MB in bf16. Each
 line is one load, in milliseconds: headers and checks (`open`), all of `read`, then, summed over its
 threads, where they were: bytes into memory (`bytes`), `hash`, `spread` (scaled, rounded, checked,

@@ -3,8 +3,8 @@
 `python benchmarks/quant.py` on a GPU: checks, products, then the 8B shape at batch 1 and 256 with
 weights as they are, int8, int4, fp8 and nf4. Weights are random, nothing is downloaded; prompts are
 token ids, decoding is greedy, the prefix cache is off. A step is (time of 168 new tokens - time of
-40) / 128, the median of `--repeats`: with fewer than 40 the first answers of 256 end while the last
-prompts are read, which then takes one step less, as long as ten that decode.
+40) / 128, the median of `--repeats`: with fewer than 40 the first answers of 256 would end while
+the last prompts are read, and both times would not read them alike.
 
 `--cpu`: the 135M shape at batch 1 on the threads that torch has (OMP_NUM_THREADS). The models take
 turns, and are compared turn by turn. Beside other programs `--clock cpu` counts the time that this

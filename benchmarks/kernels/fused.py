@@ -36,6 +36,7 @@ MODELS = {
     "8B": {"size": 4096, "inner": 14336, "heads": 32, "kv_heads": 8, "vocab": 128256},
     "0.6B": {"size": 1024, "inner": 3072, "heads": 16, "kv_heads": 8, "vocab": 151936},
 }
+CAPPED = 256_000, 30.0  # Gemma 2's vocabulary, and the cap of its logits
 L2 = 60 << 20
 
 
@@ -127,7 +128,7 @@ def rotary_work(model: str, tokens: int) -> Work:
 
 
 def draw_work(model: str, rows: int, dtype: torch.dtype, greedy: bool) -> Work:
-    vocab = MODELS[model]["vocab"]
+    vocab, cap = (MODELS[model]["vocab"], None) if model in MODELS else CAPPED
     moved = rows * vocab * dtype.itemsize
     sets = [floats(rows, vocab, dtype=dtype, scale=3.0) for _ in range(copies(moved))]
     temperature = torch.full((rows,), 0.0 if greedy else 0.8, device=DEVICE)
@@ -135,6 +136,8 @@ def draw_work(model: str, rows: int, dtype: torch.dtype, greedy: bool) -> Work:
     out = torch.empty_like(positions), torch.empty(rows, dtype=torch.bool, device=DEVICE)
 
     def usual(logits: torch.Tensor) -> torch.Tensor:
+        if cap is not None:
+            logits = logits.float().div_(cap).tanh_().mul_(cap)
         if greedy:
             return logits.argmax(-1)
         odds = (logits.float() / temperature[:, None]).softmax(-1)
@@ -143,9 +146,9 @@ def draw_work(model: str, rows: int, dtype: torch.dtype, greedy: bool) -> Work:
     tuned = t_draw.SHAPES
     return Work(
         f"draw {'greedy' if greedy else 'drawn'} {str(dtype)[6:]}", model, rows, t_draw,
-        [lambda s=s: t_draw.draw(s, temperature, keys, positions, out=out) for s in sets],
+        [lambda s=s: t_draw.draw(s, temperature, keys, positions, cap=cap, out=out) for s in sets],
         [lambda s=s: usual(s) for s in sets], moved,
-        tuned if model == "8B" and not greedy else (), (rows, vocab),
+        tuned if model != "0.6B" and not greedy else (), (rows, vocab),
     )  # fmt: skip
 
 
@@ -236,6 +239,7 @@ def every_work() -> Iterator[Callable[[], Work]]:
             if tokens == 1:
                 yield lambda m=model: layer_work(m)
         if tokens in (1, 256):
+            yield lambda t=tokens: draw_work("Gemma 2", t // 4 or 1, BF16, False)
             yield lambda t=tokens: tables_work(t)
             yield lambda t=tokens: step_work(t)
 

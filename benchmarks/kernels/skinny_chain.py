@@ -9,7 +9,7 @@ chain takes is the least of 8 runs. The rules of `_skinny_forms.py` come from su
 
 import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -86,6 +86,21 @@ def microseconds(run: Callable[[], Any]) -> float:
     return 1e6 * best(captured(run).replay, 8)
 
 
+def improved(
+    wanted: Sequence[Sequence[Any]], spent: Callable[[tuple[Any, ...]], float]
+) -> tuple[float, float, tuple[Any, ...]]:
+    """What a chain takes by the first form of each product and at best, and the forms of that."""
+    fastest = tuple(forms[0] for forms in wanted)
+    least = first = spent(fastest)
+    for _ in range(2):
+        for turn in ORDER:
+            for form in wanted[turn]:
+                now = (*fastest[:turn], form, *fastest[turn + 1 :])
+                if (taken := spent(now)) < least:
+                    least, fastest = taken, now
+    return first, least, fastest
+
+
 def compiled(rows: int, products: tuple[tuple[int, int], ...], forms: Forms) -> None:
     """In a process of its own: the cache on disk then has the kernels of one form each."""
     torch.set_default_device("cuda")
@@ -110,15 +125,7 @@ def search(sizes: Sizes, rows: int, pool: ProcessPoolExecutor) -> None:
         for of_layer in weights:
             y = layer(forms, y, of_layer, gain)
 
-    fastest: Forms = tuple(forms[0] for forms in wanted)
-    least = first = microseconds(partial(chain, fastest))
-    for _ in range(2):
-        for turn in ORDER:
-            for form in wanted[turn]:
-                now = (*fastest[:turn], form, *fastest[turn + 1 :])
-                spent = microseconds(partial(chain, now))
-                if spent < least:
-                    least, fastest = spent, now
+    first, least, fastest = improved(wanted, lambda forms: microseconds(partial(chain, forms)))
     bytes_read = sizes.layers * sum(2 * n * k for n, k in products)
     print(f"{rows} rows: {first:.0f} us by config, {least:.0f} at best: "
           f"{bytes_read / least / 1e6:.2f} TB/s")  # fmt: skip

@@ -4,8 +4,8 @@
 of a layer of Llama 3 8B, codes in groups of 128 with zeros (4 bits) or with a scale for each row (8
 bits), from rotating copies larger than the L2 cache, inside one CUDA graph; every form is right
 within 1e-2 or is not timed. Beside the forms: `values`, which makes all values and multiplies them
-by cuBLAS, and `now`, the form in use. Microseconds. With many rows a card that has computed for
-seconds is slower than one that has just begun: `--warm` seconds go before each measurement.
+by cuBLAS, and `now`, the form in use. Microseconds. `--warm` seconds of the same go before each
+measurement, for cards that slow down under load.
 """
 
 import argparse

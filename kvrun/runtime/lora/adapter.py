@@ -15,7 +15,7 @@ import torch
 from kvrun.errors import BadCheckpoint, NotFound, Unsupported
 from kvrun.runtime.kernels.spread import Target, bits, check_finite
 from kvrun.runtime.lora import experts, extras
-from kvrun.runtime.lora.pieces import Matrix, lay_in, tensor
+from kvrun.runtime.lora.pieces import StoredMatrix, lay_in, tensor
 from kvrun.runtime.lora.sites import Layout, Place, Sites
 from kvrun.runtime.lora.tensors import Parts, by_module
 from kvrun.runtime.tensorfile import Stored, TensorFile
@@ -133,9 +133,9 @@ class AdapterFolder:
             raise BadCheckpoint(f"{path} cannot be read.", cause=error.strerror or "") from error
         raise BadCheckpoint(f"{path} has changed while it was read.", hint="load it again")
 
-    def _matrices(self, flat: torch.Tensor) -> list[Matrix]:
+    def _matrices(self, flat: torch.Tensor) -> list[StoredMatrix]:
         """All A and B of products, and where they go."""
-        matrices: dict[int, Matrix] = {}
+        matrices: dict[int, StoredMatrix] = {}
         where = bits(flat)
         for place, pair in self._pairs.items():
             shard = self._sites.shard(place)
@@ -144,7 +144,7 @@ class AdapterFolder:
                 (pair.a, 1.0, Target(a, 1, shard.cols)),
                 (pair.b, pair.scale, Target(b, 0, shard.rows)),
             ):
-                matrix = matrices.setdefault(stored.start, Matrix(stored, scale))
+                matrix = matrices.setdefault(stored.start, StoredMatrix(stored, scale))
                 matrix.targets.append(target)
         return list(matrices.values())
 

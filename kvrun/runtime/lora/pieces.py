@@ -28,7 +28,7 @@ _THREADS = 12
 
 
 @dataclass
-class Matrix:
+class StoredMatrix:
     """One tensor of a file, times `scale`, and where it goes."""
 
     stored: Stored
@@ -37,7 +37,7 @@ class Matrix:
 
 
 def lay_in(
-    file: int, matrices: Sequence[Matrix], dtype: torch.dtype, *, header: int
+    file: int, matrices: Sequence[StoredMatrix], dtype: torch.dtype, *, header: int
 ) -> list[bytes]:
     """Bring matrices of an open file to their targets, which are of `dtype`.
 
@@ -74,9 +74,9 @@ def tensor(file: int, stored: Stored) -> tuple[torch.Tensor, bytes]:
     return torch.from_numpy(buffer).view(DTYPES[stored.dtype]).view(stored.shape), hashed
 
 
-def _pieces(matrices: Iterable[Matrix]) -> Iterator[list[Matrix]]:
+def _pieces(matrices: Iterable[StoredMatrix]) -> Iterator[list[StoredMatrix]]:
     """Neighbours in the file, stored alike."""
-    piece: list[Matrix] = []
+    piece: list[StoredMatrix] = []
     size = 0
     for matrix in matrices:
         more = matrix.stored.nbytes
@@ -89,12 +89,12 @@ def _pieces(matrices: Iterable[Matrix]) -> Iterator[list[Matrix]]:
         yield piece
 
 
-def _joins(piece: Sequence[Matrix], size: int, stored: Stored) -> bool:
+def _joins(piece: Sequence[StoredMatrix], size: int, stored: Stored) -> bool:
     first = piece[0].stored
     return stored.dtype == first.dtype and stored.start == first.start + size
 
 
-def _size(piece: Sequence[Matrix]) -> int:
+def _size(piece: Sequence[StoredMatrix]) -> int:
     return sum(matrix.stored.nbytes for matrix in piece)
 
 

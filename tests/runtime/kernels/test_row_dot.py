@@ -119,7 +119,7 @@ def test_each_column_is_its_own() -> None:
             torch.testing.assert_close(got, values[:, column], rtol=1e-2, atol=1e-3)
 
 
-def test_infinity_and_rows_apart() -> None:
+def test_nan_and_rows_apart() -> None:
     """What is not finite is so in every output; outputs beside these stay as they are."""
     made, x = matrix(21, 608, 128, zero=True), torch.randn(1, 608).bfloat16()
     wide = torch.zeros(1, 30, dtype=torch.bfloat16)

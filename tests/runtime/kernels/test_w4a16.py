@@ -103,21 +103,21 @@ def test_kinds(form: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("zero", [False, True])
-@pytest.mark.parametrize("group", [128, 256, 512])
+@pytest.mark.parametrize("group", [128, 256, 512, 1 << 20])
 def test_each_value_is_scaled(group: int, zero: bool) -> None:
     """Where the scale has x's dtype; else sums of groups are, whatever the form says."""
     made = matrix("int4-zero" if zero else "int4", group=group)
     made = twin.beside(made._replace(scale=made.scale.half()))
     x = torch.randn(20, K).half()
-    assert w4a16.scales_each(torch.float16, made)
-    assert not w4a16.scales_each(torch.bfloat16, made)
+    assert w4a16._scales_each(torch.float16, made)
+    assert not w4a16._scales_each(torch.bfloat16, made)
     for form in (FORMS["dot"], FORMS["split"], Form(True, 64, 4, rows=32, stages=3)):
         ref = twin.linear(x, made)
         assert off(w4a16.run(form._replace(each=True), x, made), ref) < TOLERANCE[torch.float16]
     others = [matrix("int4-float-zero", group=group), matrix("int8-zero", group=group)]
     for other in (*others, matrix("int4", group=64)):
         other = other._replace(scale=other.scale.half())
-        assert not w4a16.scales_each(torch.float16, other)
+        assert not w4a16._scales_each(torch.float16, other)
         got = w4a16.run(FORMS["dot"]._replace(each=True), x, other)
         assert off(got, twin.linear(x, other)) < TOLERANCE[torch.float16]
 

@@ -13,7 +13,7 @@ import torch
 
 from kvrun.runtime.kernels.native import lora as native
 from kvrun.runtime.lora import adapter, rows, sites
-from kvrun.runtime.lora.pieces import Matrix
+from kvrun.runtime.lora.pieces import StoredMatrix
 from tests.runtime.driver import Driver
 from tests.runtime.lora.adapters import ALL, Adapted, edit, peft_model
 from tests.runtime.models import zoo
@@ -183,7 +183,7 @@ def test_all_targets_are_in_the_model(made: Any) -> None:
 
 
 def _no_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter, "Matrix", lambda stored, scale: Matrix(stored))
+    monkeypatch.setattr(adapter, "StoredMatrix", lambda stored, scale: StoredMatrix(stored))
 
 
 def _no_root(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Matrices of an adapter's file to where they belong by one call, in C; twin: kernels/spread.py.
 
-The twin's many calls each give the interpreter's lock away; threads that read together wait for it
-longer than they compute.
+The twin's many calls each give the interpreter's lock away, for which threads that read together
+then wait.
 """
 
 import ctypes

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from kvrun.runtime.kernels.triton import gated as gates_of
+from kvrun.runtime.kernels.triton import gated as gated_kernel
 from kvrun.runtime.kernels.triton import skinny
 from kvrun.runtime.kernels.triton._device import shared_memory, sm_count
 from kvrun.runtime.kernels.triton._one_row import one_row
@@ -36,7 +36,7 @@ class Form(NamedTuple):
     warps: int
     block_w: int = WORDS  # words of a row per turn of its loop, of `fma`; of `row_dot` all
     rows: int = 1  # rows of x in a tile
-    stages: int = 1  # tiles in flight, of `dot`; of `row_dot` but one of them in L2
+    stages: int = 1  # tiles in flight, of `dot`; of `row_dot` all but the first in L2
     splits: int = 1  # programs that share K, of `dot`
     turning: int = 0  # programs that turn to one tile after another with the only row of x
     registers: int | None = None  # of a thread, at most; fewer let more programs run at once
@@ -65,7 +65,7 @@ def linear(
         form = fitting(form, matrix.bits, _wide(matrix), shared_memory(x.device))
     given: Any = {"bias": bias, "add": add, "norm": norm, "eps": eps, "act": act}
     if gated is not None and form.dot != bool(form.turning):  # neither `fma` nor `row_dot`
-        return gates_of.gated(run(form, x, matrix, **given), gated, out=out)
+        return gated_kernel.gated(run(form, x, matrix, **given), gated, out=out)
     return run(form, x, matrix, gated=gated, out=out, **given)
 
 
@@ -99,9 +99,7 @@ def run(
     if form.turning:
         assert m == 1 and act is None  # noqa: PT018
         options = {key: options[key] for key in _ONE_ROW}
-        if form.dot:
-            options |= {"GATED": gated or "", "maxnreg": form.registers}
-        _turn(form, options, x, matrix, bias, add, norm, eps, out)
+        _turn(form, options, x, matrix, bias, add, norm, eps, gated, out)
         return out
     if not form.dot:
         fma[(tiles,)](
@@ -119,7 +117,7 @@ def run(
         parts, counters = torch.empty(size, device=device), skinny._counters(device)
     dot[(tiles * m_tiles, splits)](
         x, *stored, bias, add, out, parts, counters, m, n, *strides, span, splits,
-        SPLIT=splits > 1, STAGES=form.stages, EACH=form.each and scales_each(x.dtype, matrix),
+        SPLIT=splits > 1, STAGES=form.stages, EACH=form.each and _scales_each(x.dtype, matrix),
         ASM=x.element_size() == 2 and _hopper(device),
         # Triton's interpreter multiplies the bits of bf16 as integers.
         WIDE=device.type == "cpu", **options,
@@ -130,16 +128,19 @@ def run(
 def _turn(
     form: Form, options: dict[str, Any], x: torch.Tensor, matrix: Coded,
     bias: torch.Tensor | None, add: torch.Tensor | None, norm: torch.Tensor | None, eps: float,
-    out: torch.Tensor,
+    gated: str | None, out: torch.Tensor,
 ) -> None:  # fmt: skip
     """`run` by programs that turn to one tile after another."""
     words, (n, groups) = _words(matrix), (len(matrix.codes), matrix.scale.stride(0))
     if options["ZERO"]:  # they are pairs
         groups //= 2
     if form.dot:
-        ahead = 0 if options["GATED"] else form.stages - 1
-        options |= {"WARPS": form.warps, "AHEAD": ahead}
+        options |= {
+            "WARPS": form.warps, "AHEAD": 0 if gated else form.stages - 1, "GATED": gated or "",
+            "maxnreg": form.registers,
+        }  # fmt: skip
     else:
+        assert gated is None
         options |= {"BLOCK_N": form.block_n}
     tiles = triton.cdiv(n, form.block_n)
     (row_dot if form.dot else one_row)[(min(tiles, form.turning),)](
@@ -177,14 +178,6 @@ def _dequantise(matrix: Coded, ids: torch.Tensor | None, out: torch.Tensor) -> t
 def serves(m: int, matrix: Coded) -> bool:
     """Whether `linear` takes so many rows in one go."""
     return 0 < m <= (MOST[matrix.bits] if matrix.table is None else FEW)
-
-
-def scales_each(dtype: torch.dtype, matrix: Coded) -> bool:
-    """Whether `dot` can scale each value: its result has then the dtype of the scale and of x."""
-    half, group = block(4) // 2, matrix.group
-    inside = _kind(matrix) == "int4" and group % half == 0 and group < matrix.columns
-    sixteen = dtype.itemsize == 2 and matrix.scale.dtype is dtype
-    return inside and sixteen and _zero(matrix) != 1
 
 
 def takes_in(m: int, matrix: Coded) -> bool:
@@ -261,13 +254,21 @@ def _by_cores(x: torch.Tensor, norm: bool) -> bool:
     return x.dtype in kinds and _hopper(x.device)
 
 
+def _by_halves(matrix: Coded) -> bool:
+    """Whether codes have 4 bits, each half of a word's fields has one group, and zeros lie with
+    their scales or there are none."""
+    whole = matrix.group % (block(4) // 2) == 0 or matrix.group >= matrix.columns
+    return _kind(matrix) == "int4" and whole and _zero(matrix) != 1
+
+
 def _turns(matrix: Coded, dot: bool) -> bool:
-    """Whether there is `one_row`, or `row_dot`, for this matrix: all words of a row at once, one
-    group for each half of their fields, zeros with their scales or none."""
-    half, words = block(4) // 2, _words(matrix).shape[1]
-    whole = matrix.group % half == 0 or matrix.group >= matrix.columns
-    most = 2048 if dot else 512
-    return _kind(matrix) == "int4" and words <= most and whole and _zero(matrix) != 1
+    """Whether there is `one_row`, or `row_dot`, for this matrix: all words of a row at once."""
+    return _by_halves(matrix) and _words(matrix).shape[1] <= (2048 if dot else 512)
+
+
+def _scales_each(dtype: torch.dtype, matrix: Coded) -> bool:
+    """Whether `dot` can scale the values of this matrix: scale and x have the same 16 bits."""
+    return _by_halves(matrix) and dtype.itemsize == 2 and matrix.scale.dtype is dtype
 
 
 def _turning(n: int, words: int, sm_count: int, dot: bool) -> Form:

@@ -83,7 +83,7 @@ def forms(m: int, n: int, k: int, bits: int) -> list[Form]:
             most = k // twin.block(bits) // 2
             splits = max(1, min(round(per_sm * sm_count / tiles), most, 8))
             form = Form(True, block_n, warps, rows=rows, stages=stages, splits=splits)
-            found += [form, form._replace(each=True)] if bits == 4 else [form]
+            found += [form, form._replace(joined=True)]
     return list(dict.fromkeys(found))
 
 
@@ -132,7 +132,7 @@ def timed(call: Callable[..., torch.Tensor], copies: list[twin.Coded], warm: flo
 def said(form: Form) -> str:
     cut = f"{form.block_n} x {form.rows}, {form.warps} warps, {form.stages} stages"
     kind, more = ("dot", f", K in {form.splits}") if form.dot else ("fma", "")
-    more += ", values scaled" if form.each else ""
+    more += ", fields joined" if form.joined else ""
     return f"{kind} {cut}{more}"
 
 

@@ -104,22 +104,34 @@ def test_kinds(form: str, kind: str) -> None:
 
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("group", [128, 256, 512, 1 << 20])
-def test_each_value_is_scaled(group: int, zero: bool) -> None:
-    """Where the scale has x's dtype; else sums of groups are, whatever the form says."""
+def test_fields_of_4_bits_joined(group: int, zero: bool) -> None:
+    """Values are scaled where the scale has x's dtype; else sums of groups are, whatever the form
+    says."""
     made = matrix("int4-zero" if zero else "int4", group=group)
     made = twin.beside(made._replace(scale=made.scale.half()))
     x = torch.randn(20, K).half()
-    assert w4a16._scales_each(torch.float16, made)
-    assert not w4a16._scales_each(torch.bfloat16, made)
+    assert w4a16._joins(torch.float16, made)
+    assert not w4a16._joins(torch.bfloat16, made)
     for form in (FORMS["dot"], FORMS["split"], Form(True, 64, 4, rows=32, stages=3)):
         ref = twin.linear(x, made)
-        assert off(w4a16.run(form._replace(each=True), x, made), ref) < TOLERANCE[torch.float16]
-    others = [matrix("int4-float-zero", group=group), matrix("int8-zero", group=group)]
-    for other in (*others, matrix("int4", group=64)):
+        assert off(w4a16.run(form._replace(joined=True), x, made), ref) < TOLERANCE[torch.float16]
+    for other in (matrix("int4-float-zero", group=group), matrix("int4", group=64)):
         other = other._replace(scale=other.scale.half())
-        assert not w4a16._scales_each(torch.float16, other)
-        got = w4a16.run(FORMS["dot"]._replace(each=True), x, other)
+        assert not w4a16._joins(torch.float16, other)
+        got = w4a16.run(FORMS["dot"]._replace(joined=True), x, other)
         assert off(got, twin.linear(x, other)) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_fields_of_8_bits_joined(dtype: torch.dtype) -> None:
+    """Where a row has one scale and no zero."""
+    x, whole = torch.randn(20, K).to(dtype), matrix("int8", group=1 << 20)
+    groups, zero = matrix("int8", group=64), matrix("int8-zero", group=1 << 20)
+    assert [w4a16._joins(dtype, made) for made in (whole, groups, zero)] == [True, False, False]
+    for made in (whole, groups, zero):
+        for form in (FORMS["dot"], FORMS["split"], Form(True, 64, 4, rows=32, stages=3)):
+            got = w4a16.run(form._replace(joined=True), x, made)
+            assert off(got, twin.linear(x, made)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(
@@ -199,13 +211,15 @@ def test_rows_apart() -> None:
         assert not wide[:, N:].any()
 
 
-@pytest.mark.parametrize("m", [0, 1, 2, 7, 16, 33])
+@pytest.mark.parametrize("m", [0, 1, 2, 7, 16, 33, 64, 100, 200])
+@pytest.mark.parametrize("group", [64, 128, 1 << 20])
 @pytest.mark.parametrize("kind", ["int4-zero", "int8"])
-def test_the_form_it_chooses_itself(m: int, kind: str) -> None:
-    made, x = matrix(kind, 24, 256, 64), torch.randn(m, 256)
+def test_the_form_it_chooses_itself(m: int, group: int, kind: str) -> None:
+    made, x = matrix(kind, 24, 2048, group), torch.randn(m, 2048).half()
+    made = twin.beside(made._replace(scale=made.scale.half()))
     got = w4a16.linear(x, made)
     assert got.shape == (m, 24)
-    assert m == 0 or off(got, twin.linear(x, made)) < CLOSE
+    assert m == 0 or off(got, twin.linear(x, made)) < TOLERANCE[torch.float16]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

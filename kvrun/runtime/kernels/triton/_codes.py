@@ -165,12 +165,16 @@ def _scaled(words, low, high, of_low, of_high, dtype: tl.constexpr, ASM: tl.cons
 
 
 @triton.jit
-def _together(values):
-    """Eight matrices [N, 32] side by side."""
-    a, b, c, d, e, f, g, h = values
-    even, odd = tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h))
-    whole = tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1))
-    return tl.reshape(whole, [whole.shape[0], 256])
+def _together(values, FIELDS: tl.constexpr):
+    """FIELDS matrices [N, 32] side by side."""
+    if FIELDS == 8:
+        a, b, c, d, e, f, g, h = values
+        even, odd = tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h))
+        whole = tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1))
+    else:
+        a, b, c, d = values
+        whole = tl.permute(tl.join(tl.join(a, c), tl.join(b, d)), (0, 2, 3, 1))
+    return tl.reshape(whole, [whole.shape[0], 32 * FIELDS])
 
 
 @triton.jit
@@ -216,7 +220,8 @@ def multiply_codes(
     rows, words, scale, zero, first, last,
     K: tl.constexpr, G: tl.constexpr, WORDS: tl.constexpr, FIELDS: tl.constexpr,
     PARTS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, JOINED: tl.constexpr, ASM: tl.constexpr,
+    dtype: tl.constexpr,
 ):  # fmt: skip
     """Values · rows transposed [BLOCK_N, ROWS] over words first to last, a block per turn.
 
@@ -240,7 +245,12 @@ def multiply_codes(
             _, high = grid(scale, zero, at, True, ZERO, False)
         tile = tl.load(words + j0 + inner[None, :])
         values = _fields(tile, low[:, None], high[:, None], KIND, dtype, ASM)
-        for p in tl.static_range(PARTS):
+        if JOINED:
+            k = (j0 * FIELDS + tl.arange(0, 32 * FIELDS))[:, None]
+            row = tl.load(rows + k) if EVEN else tl.load(rows + k, mask=k < K, other=0.0)
+            both = _together(values, FIELDS)
+            sums = tl.dot(both, row.to(dtype), sums, input_precision="ieee")
+        for p in tl.static_range(0 if JOINED else PARTS):
             if WHOLE and not ZERO:
                 part = sums
             else:
@@ -287,5 +297,5 @@ def multiply_scaled(
         )
         k = (j0 * 8 + tl.arange(0, 256))[:, None]
         row = tl.load(rows + k) if EVEN else tl.load(rows + k, mask=k < K, other=0.0)
-        sums = tl.dot(_together(values), row.to(dtype), sums, input_precision="ieee")
+        sums = tl.dot(_together(values, 8), row.to(dtype), sums, input_precision="ieee")
     return sums

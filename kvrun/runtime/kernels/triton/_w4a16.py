@@ -312,7 +312,7 @@ def dot(
     PARTS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     BIAS: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
-    EACH: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    JOINED: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs, transposed [BLOCK_N, ROWS], over words `span` · split and on."""
     release(PDL)
@@ -331,7 +331,7 @@ def dot(
     if ZERO:
         zero += own * groups
     last = tl.minimum(first + span, WORDS)
-    if EACH:
+    if JOINED and KIND == "int4":
         y = multiply_scaled(
             rows, words, scale, zero, first, last,
             K, G, WORDS, ZERO, ROWS, BLOCK_N, STAGES, ASM, dtype,
@@ -339,7 +339,7 @@ def dot(
     elif KIND == "int4" or KIND == "int8":
         y = multiply_codes(
             rows, words, scale, zero, first, last,
-            K, G, WORDS, FIELDS, PARTS, KIND, ZERO, ROWS, BLOCK_N, STAGES, ASM, dtype,
+            K, G, WORDS, FIELDS, PARTS, KIND, ZERO, ROWS, BLOCK_N, STAGES, JOINED, ASM, dtype,
         )  # fmt: skip
     else:
         y = _multiply(

@@ -26,6 +26,7 @@ FEW = 4  # rows up to which `fma` may be used
 MOST = {4: 256, 8: 512}
 _ONE_ROW = ("K", "G", "WORDS", "ZERO", "BIAS", "ADD", "num_warps")
 _LONG = 1024  # words of a row of 4 bits beyond which it is cut in another way
+_SHORT = 4096  # columns up to which many rows of x are cut in another way
 
 
 class Form(NamedTuple):
@@ -40,7 +41,7 @@ class Form(NamedTuple):
     splits: int = 1  # programs that share K, of `dot`
     turning: int = 0  # programs that turn to one tile after another with the only row of x
     registers: int | None = None  # of a thread, at most; fewer let more programs run at once
-    each: bool = False  # `dot` scales values of 4 bits and not sums, where it can; not timed yet
+    joined: bool = False  # all fields of a word are one product of `dot`, where they can be
 
 
 def linear(
@@ -117,7 +118,7 @@ def run(
         parts, counters = torch.empty(size, device=device), skinny._counters(device)
     dot[(tiles * m_tiles, splits)](
         x, *stored, bias, add, out, parts, counters, m, n, *strides, span, splits,
-        SPLIT=splits > 1, STAGES=form.stages, EACH=form.each and _scales_each(x.dtype, matrix),
+        SPLIT=splits > 1, STAGES=form.stages, JOINED=form.joined and _joins(x.dtype, matrix),
         ASM=x.element_size() == 2 and _hopper(device),
         # Triton's interpreter multiplies the bits of bf16 as integers.
         WIDE=device.type == "cpu", **options,
@@ -200,10 +201,11 @@ def _few(kind: str) -> int:
 
 
 # By rows of a tile: outputs of a program, and how many programs there should be for each SM.
-# Measured on an H100 with the products of a layer of Llama 3 8B.
+# Measured on an H100 in a chain of layers of Llama 3 8B.
 _CUTS = {
-    ("int4", 16): (64, 4), ("int4", 32): (64, 2), ("int4", 64): (64, 2),
-    ("int8", 16): (128, 2), ("int8", 32): (64, 4), ("int8", 64): (128, 2),
+    ("int4", 16): (64, 4), ("int4", 32): (64, 3), ("int4", 64): (64, 2),
+    ("int8", 16): (128, 2), ("int8", 32): (64, 4), ("int8", 64): (64, 3),
+    ("int4", 128): (128, 1), ("int8", 128): (64, 2),
 }  # fmt: skip
 
 
@@ -223,11 +225,16 @@ def config(m: int, n: int, k: int, kind: str, sm_count: int) -> Form:
     rows = min(128, rows)
     block_n, per_sm = _CUTS.get((kind, rows), (128, 1))
     tiles = triton.cdiv(n, block_n) * triton.cdiv(m, rows)
-    if kind == "int4" and m > rows and tiles < sm_count and words <= _LONG // 2:
-        return Form(True, 64, 4, rows=64, stages=3)  # short rows gain less by programs that share K
-    splits = max(1, min(round(per_sm * sm_count / tiles), words // WORDS // 2, 8))
-    stages = 2 if kind == "int8" and rows == 128 and splits == 1 else 3
-    return Form(True, block_n, block_n // 16, rows=rows, stages=stages, splits=splits)
+    short = rows == 128 and k <= _SHORT  # programs that share K gain less
+    joined = kind == "int8" or rows >= 64 or tiles >= sm_count or words > _LONG // 2
+    if kind == "int4" and short and tiles < sm_count:
+        if 2 * tiles > sm_count:
+            return Form(True, 64, 4, rows=64, stages=2, joined=joined)
+        block_n, tiles = 64, 2 * tiles
+    most = min(words // WORDS // 2, 2 if short else 8)
+    splits = max(1, min(round(per_sm * sm_count / tiles), most))
+    cut = (block_n, block_n // 16)
+    return Form(True, *cut, rows=rows, stages=3, splits=splits, joined=joined)
 
 
 def _streamed(m: int, n: int, words: int, kind: str, sm_count: int) -> Form:
@@ -266,8 +273,11 @@ def _turns(matrix: Coded, dot: bool) -> bool:
     return _by_halves(matrix) and _words(matrix).shape[1] <= (2048 if dot else 512)
 
 
-def _scales_each(dtype: torch.dtype, matrix: Coded) -> bool:
-    """Whether `dot` can scale the values of this matrix: scale and x have the same 16 bits."""
+def _joins(dtype: torch.dtype, matrix: Coded) -> bool:
+    """Whether all fields of a word can be one product: of 8 bits if a row has one scale and no
+    zero, of 4 bits if values can be scaled before, where scale and x have the same 16 bits."""
+    if _kind(matrix) == "int8":
+        return matrix.zero is None and matrix.group >= matrix.columns
     return _by_halves(matrix) and dtype.itemsize == 2 and matrix.scale.dtype is dtype
 
 

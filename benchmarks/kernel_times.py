@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=16, help="kernels that are listed")
     args = parser.parse_args()
     needs.gpu("profile a CPU with torch.profiler")
-    longest = max(args.prompt or 0, args.context + 2 * STEPS)
+    room = 2 * STEPS + uneven(max(args.batch), args.context)
+    longest = max(args.prompt or 0, args.context + room)
     adapters = {f"a{n}": f"dummy:16:{n}" for n in range(args.adapters)}
     with shapes.folder(args.shape) as folder:
         llm = LLM(
@@ -58,9 +59,16 @@ def main() -> None:
         return
     for batch in args.batch:
         run(llm, batch, args.context, 8, list(adapters))
-        events = recorded(llm, batch, args.context, STEPS + 8, list(adapters))
-        steps = list(parted(events))[-STEPS:]
+        # The first sequences, whose answers began while other prompts were read, end before others.
+        alone = uneven(batch, args.context)
+        events = recorded(llm, batch, args.context, STEPS + 8 + alone, list(adapters))
+        steps = list(parted(events))[: -alone or None][-STEPS:]
         show(f"a step of {batch} at {args.context} tokens", steps, args.top)
+
+
+def uneven(batch: int, context: int) -> int:
+    """Steps in which such prompts are read, at most: 4096 tokens or more go into one."""
+    return batch * context // 4096
 
 
 def run(llm: LLM, batch: int, prompt: int, new: int, adapters: list[str]) -> None:

@@ -184,7 +184,8 @@ def keep(
         eight = matrix.codes.dtype is torch.float8_e4m3fn
         if eight:
             refuse_nan(matrix.codes)
-        return (Scaled if eight and one else Fused)(matrix, bias)
+        scaled = eight and one and dtype is torch.bfloat16
+        return (Scaled if scaled else Fused)(matrix, bias)
     kind = next((kind for kind in (Native, Int4, Int8) if kind.takes(matrix)), None)
     if kind is None:
         return None

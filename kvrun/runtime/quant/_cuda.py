@@ -52,7 +52,7 @@ class Fused(Unfused):
                 x, self._matrix, bias=self._bias, add=add, out=out, **fused
             )
             return y
-        y = self._many(x)
+        y = self._many(x, **fused)
         if add is not None:
             y = add.add_(y)
         return y if out is None or out is y else out.copy_(y)
@@ -62,8 +62,9 @@ class Fused(Unfused):
         values: torch.Tensor = self._kernel.rows(self._matrix, ids, dtype)
         return values
 
-    def _many(self, x: torch.Tensor) -> torch.Tensor:
+    def _many(self, x: torch.Tensor, **fused: Any) -> torch.Tensor:
         """More rows than the kernel takes: by values that are still in the cache when used."""
+        assert not fused
         n, k = len(self._matrix.codes), self._matrix.columns
         y = torch.empty((len(x), n), dtype=x.dtype, device=x.device)
         step = max(1, _VALUES // k // 128) * 128
@@ -83,9 +84,10 @@ def _rows(matrix: Coded, some: slice) -> Coded:
 
 
 class Scaled(Fused):
-    """e4m3 with one scale for a row, whose products of many rows run in 8 bits on both sides.
+    """e4m3 with one scale for a row, for x in bf16: products of many rows run in 8 bits on both
+    sides.
 
-    Each row of x gets a scale of its own.
+    Each row of x gets a scale of its own, by a kernel that takes in norms and gates.
     """
 
     def __init__(self, matrix: Coded, bias: torch.Tensor | None) -> None:
@@ -94,13 +96,17 @@ class Scaled(Fused):
         self._rows = kernel("fp8", matrix.codes.device)
         n, k = matrix.codes.shape
         hopper = torch.cuda.get_device_capability(matrix.codes.device) >= (9, 0)
-        self._eight = hopper and n % 16 == 0 and k % 16 == 0
-        self.most = _BOTH if self._eight else None
+        self.most = _BOTH if hopper and n % 16 == 0 and k % 16 == 0 else None
 
-    def _many(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._eight or x.dtype is not torch.bfloat16:
-            return super()._many(x)
-        codes, scale = self._rows.quantise_rows(x)
+    def takes_in(self, rows: int) -> bool:
+        if self.most is not None and rows > self.most:
+            return self._order is None
+        return super().takes_in(rows)
+
+    def _many(self, x: torch.Tensor, **fused: Any) -> torch.Tensor:
+        if self.most is None:
+            return super()._many(x, **fused)
+        codes, scale = self._rows.quantise_rows(x, **fused)
         y: torch.Tensor = torch._scaled_mm(
             codes,
             self._matrix.codes.t(),

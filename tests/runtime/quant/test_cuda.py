@@ -1,5 +1,7 @@
 """The weights of a GPU, with their Triton kernels in the interpreter."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from kvrun.errors import BadCheckpoint
 from kvrun.runtime.device import TRITON
 from kvrun.runtime.kernels import w4a16
 from kvrun.runtime.quant import _coded, _cuda, _round
-from kvrun.runtime.quant._cuda import Fused
+from kvrun.runtime.quant._cuda import Fused, Scaled
 
 N, K = 24, 64
 
@@ -59,6 +61,51 @@ def test_more_rows_than_a_weight_wants_are_multiplied_as_values() -> None:
     weight.most = 2
     x = torch.randn(5, K)
     assert off(weight.matmul(x), F.linear(x, w4a16.dequantise(made, torch.float32))) < 1e-6
+
+
+def scaled_mm(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    *,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    use_fast_accum: bool,
+) -> torch.Tensor:
+    """What torch documents of the function of a GPU, for scales of rows and columns."""
+    assert codes.stride(0) == 1, "the second matrix lies by columns"
+    y = (x.float() * scale_a) @ (codes.float() * scale_b)
+    return (y if bias is None else y + bias.float()).to(out_dtype)
+
+
+@pytest.mark.parametrize(
+    "before", [{}, {"norm": torch.rand(K) + 0.5, "eps": 1e-3}, {"act": "silu"}]
+)
+@pytest.mark.parametrize("rows", [1, 20, 40])
+def test_8_bits_on_both_sides(
+    monkeypatch: pytest.MonkeyPatch, rows: int, before: dict[str, Any]
+) -> None:
+    """Many rows are quantised behind their norm or gate; a few are multiplied as they are, by a
+    kernel that takes in what comes before only for the fewest."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    weight = torch.randn(32, K)
+    made, bias = _round.coded(weight, "fp8"), torch.randn(32).bfloat16()
+    scaled = Scaled(made, bias)
+    assert scaled.takes_in(rows) == (rows != 20)
+    assert not Scaled(made._replace(order=torch.randperm(K)), bias).takes_in(rows)
+    x, add = torch.randn(rows, 2 * K if "act" in before else K).bfloat16(), torch.randn(rows, 32)
+    ref = x.float()
+    if "act" in before:
+        ref = F.silu(ref[:, :K]) * ref[:, K:]
+    if "norm" in before:
+        ref = F.rms_norm(ref, (K,), before["norm"], 1e-3)
+    ref = F.linear(ref, w4a16.dequantise(made, torch.float32), bias.float()) + add
+    if before and not scaled.takes_in(rows):
+        return
+    got = scaled.matmul(x, add.bfloat16(), **before)
+    assert off(got.float(), ref) < 0.1  # Triton's interpreter loses more than a GPU
 
 
 def test_nan_is_no_number() -> None:

@@ -216,14 +216,20 @@ def config(m: int, n: int, k: int, kind: str, sm_count: int) -> Form:
     words = triton.cdiv(k, block(bits)) * WORDS
     if m <= _few(kind):
         return _streamed(m, n, words, kind, sm_count)
-    rows = max(16, triton.next_power_of_2(m))
     if kind == "fp8":
-        rows = min(256, rows)
+        rows = max(16, min(256, triton.next_power_of_2(m)))
         tiles = triton.cdiv(n, 64) * triton.cdiv(m, rows)
         splits = max(1, min(words // WORDS // 4, 4 * sm_count // tiles, 8)) if m <= 64 else 1
         return Form(True, 64, 4 if rows <= 64 else 8, rows=rows, stages=3, splits=splits)
-    rows = min(128, rows)
+    return _tiled(m, n, k, words, kind, sm_count)
+
+
+def _tiled(m: int, n: int, k: int, words: int, kind: str, sm_count: int) -> Form:
+    """How `dot` is cut for integers."""
+    rows = max(16, min(128, triton.next_power_of_2(m)))
     block_n, per_sm = _CUTS.get((kind, rows), (128, 1))
+    if kind == "int8" and rows in (64, 128) and m <= rows and n >= 128 * sm_count:
+        block_n, per_sm = 128, 1
     tiles = triton.cdiv(n, block_n) * triton.cdiv(m, rows)
     short = rows == 128 and k <= _SHORT  # programs that share K gain less
     joined = kind == "int8" or rows >= 64 or tiles >= sm_count or words > _LONG // 2

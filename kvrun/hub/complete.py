@@ -17,7 +17,7 @@ from typing import Any
 
 from kvrun.errors import BadCheckpoint, KvrunError, MissingExtra, NotFound
 from kvrun.hub import choose
-from kvrun.hub.local import PACKAGE
+from kvrun.hub.local import PACKAGE, refuse_gguf
 
 STAGING = ".kvrun-"
 TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
@@ -36,7 +36,9 @@ def complete(folder: Path, say: Say) -> list[str]:
 
 
 def lacks(folder: Path) -> list[str]:
-    """What `complete` would make in a local folder, in words. Raises NotFound without a model."""
+    """What `complete` would make in a local folder, in words. Raises NotFound without a model, and
+    Unsupported for one of GGUF."""
+    refuse_gguf(folder)
     if not any((folder / name).is_file() for name in choose.MANIFESTS):
         hint = "a model folder holds config.json, an adapter adapter_config.json"
         raise NotFound(f"{folder} holds no model.", hint=hint)

@@ -23,11 +23,13 @@ def resolve(name: str) -> Path:
 
     A built-in name wins over a folder called the same; ./NAME is always the folder. Raises
     NotFound with a way to get it, BadCheckpoint for a download that is not complete and
-    Unsupported for weights that are not stored as safetensors.
+    Unsupported for weights that are not stored as safetensors, such as GGUF.
     """
     if name in BUILTIN:
         return _with_config(BUILTIN[name], f"The built-in model '{name}'", "install kvrun again")
     path = _existing(name)
+    if path is not None:
+        refuse_gguf(path)
     if path is not None and path.is_dir():
         hint = "a model folder holds config.json, *.safetensors and tokenizer.json"
         return _with_config(path, f"the folder {name}", hint)
@@ -168,6 +170,18 @@ def _with_config(folder: Path, what: str, hint: str) -> Path:
     if not (folder / "config.json").is_file():
         raise NotFound(f"{what} has no config.json.", cause=str(folder), hint=hint)
     return folder
+
+
+def refuse_gguf(path: Path) -> None:
+    """Raises Unsupported for a file of GGUF, and for a folder that has such files for a model."""
+    found = path if path.suffix == ".gguf" else None
+    if path.is_dir() and not (path / "config.json").is_file():
+        found = next(iter(sorted(path.glob("*.gguf"))), None)
+    if found is not None and found.is_file():
+        raise Unsupported(
+            f"{found.name} is GGUF, which kvrun does not read.",
+            hint="pull the repository that holds the model as safetensors: kvrun pull ORG/NAME",
+        )
 
 
 def _cache_folder(repo: str) -> Path:

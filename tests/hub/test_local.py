@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvrun.errors import BadCheckpoint, KvrunError, NotFound, Unsupported
-from kvrun.hub import local
+from kvrun.hub import complete, local
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "fedcba9876543210fedcba9876543210fedcba98"
@@ -66,11 +66,26 @@ def test_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_file_and_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_text("")
-    assert "is a file" in refused("./model.gguf").what
+    (tmp_path / "model.bin").write_text("")
+    assert "is a file" in refused("./model.bin").what
     assert "no folder ./nothing" in refused("./nothing").what
     assert "no folder /nothing/at/all" in refused("/nothing/at/all").what
-    assert not local.is_model_name("model.gguf")
+    assert not local.is_model_name("model.bin")
+
+
+def test_gguf_is_named(tmp_path: Path) -> None:
+    """A file, or a folder with no other model in it; the way to one that is read is said."""
+    folder = tmp_path / "its folder"
+    folder.mkdir()
+    (folder / "small.q4.gguf").write_text("")
+    for name in (str(folder), str(folder / "small.q4.gguf")):
+        error = refused(name, Unsupported)
+        assert error.what.startswith("small.q4.gguf is GGUF")
+        assert "safetensors" in (error.hint or "")
+    with pytest.raises(Unsupported, match="is GGUF"):
+        complete.lacks(folder)
+    (folder / "config.json").write_text("{}")
+    assert local.resolve(str(folder)) == folder
 
 
 def test_the_built_in_model_wins_over_a_folder(

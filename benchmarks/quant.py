@@ -24,7 +24,7 @@ import needs  # beside this file
 import torch
 
 from kvrun import LLM, SamplingParams
-from kvrun.bench import shapes, workloads
+from kvrun.bench import cuda_rates, shapes, workloads
 from kvrun.runtime.kernels import fp8 as fp8_twin
 from kvrun.runtime.kernels import w4a16 as twin
 from kvrun.runtime.kernels.w4a16 import Coded
@@ -111,21 +111,8 @@ def _lay_out(plain: torch.Tensor, method: str | None) -> Any:
 
 
 def _graphed(work: Callable[[], None]) -> float:
-    """µs of one run in a CUDA graph, the median of 20."""
-    work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    times = []
-    for _ in range(20):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * start.elapsed_time(stop))
-    return statistics.median(times)
+    """µs of one run in a CUDA graph, the least of 20."""
+    return 1e6 * cuda_rates.best(cuda_rates.captured(work).replay, 20)
 
 
 def steps(

@@ -12,10 +12,10 @@ the kernel's own is measured. The fastest stand first.
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import gpu  # beside this file
 import torch
 import torch.nn.functional as F
 
@@ -134,8 +134,7 @@ def main() -> None:
     parser.add_argument("--cuts", type=cut, nargs="+")
     parser.add_argument("--top", type=int, default=12, help="cuts that are printed")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("error: this measures kernels on a CUDA device, and there is none.")
+    gpu.needed()
     torch.set_default_device("cuda")
     print(f"{torch.cuda.get_device_name()}, {options.shape}, {options.context} tokens")
     for batch in options.batch:

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import gpu  # beside this file
 import torch
 
 from kvrun.folder import load
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json")
     options = parser.parse_args()
+    gpu.needed()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     rows: list[dict[str, Any]] = []
     for shape, lengths, window in CASES:

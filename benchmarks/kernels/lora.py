@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import gpu  # beside this file
 import numpy as np
 import torch
 
@@ -33,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--pieces", nargs="+", type=int, default=[lora._FEWEST_PIECES])
     args = parser.parse_args()
+    gpu.needed()
     for pieces in args.pieces:
         lora._FEWEST_PIECES = pieces
         print(f"at least {pieces} pieces of the input")

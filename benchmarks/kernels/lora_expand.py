@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Sequence
 
+import gpu  # beside this file
 import torch
 from lora import CASES, PRODUCTS, RANK, RATE, Case, micros  # beside this file
 
@@ -90,6 +91,7 @@ def main() -> None:
     parser.add_argument("--best", type=int, default=8)
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1))
     args = parser.parse_args()
+    gpu.needed()
     begun = time.perf_counter()
     every = forms()
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:

@@ -15,6 +15,7 @@ from functools import partial
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
+import gpu  # beside this file
 import torch
 
 from kvrun.bench import shapes
@@ -138,8 +139,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(shapes.SHAPES), default="qwen3-0.6b")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32], help="up to 64")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("error: this measures kernels on a CUDA device, and there is none.")
+    gpu.needed()
     torch.set_default_device("cuda")
     sizes = Sizes.of(args.shape)
     print(f"{torch.cuda.get_device_name()}, {args.shape}, {sizes.layers} layers")

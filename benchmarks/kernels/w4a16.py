@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+import gpu  # beside this file
 import torch
 from skinny import seconds, turns  # beside this file
 
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--warm", type=float, default=0.0)
     args = parser.parse_args()
+    gpu.needed()
     begun = time.monotonic()
     jobs = {
         (form._replace(splits=min(2, form.splits)), form.rows, k, bits)

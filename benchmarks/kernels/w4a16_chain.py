@@ -15,6 +15,7 @@ from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
+import gpu  # beside this file
 import torch
 from skinny_chain import BF16, EPS, Sizes, improved, microseconds  # beside this file
 
@@ -123,8 +124,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=("int4", "int8", "fp8"),
                         default=["int4", "int8", "fp8"])  # fmt: skip
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("error: this measures kernels on a CUDA device, and there is none.")
+    gpu.needed()
     torch.set_default_device("cuda")
     sizes = Sizes.of(SHAPE)
     print(f"{torch.cuda.get_device_name()}, {SHAPE}, {sizes.layers} layers")

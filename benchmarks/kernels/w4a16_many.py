@@ -15,6 +15,7 @@ from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
+import gpu  # beside this file
 import torch
 import torch.nn.functional as F
 from skinny import seconds  # beside this file
@@ -153,8 +154,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 64, 256], help="more than 1")
     parser.add_argument("--in-use", action="store_true", help="no other forms than these")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("error: this measures kernels on a CUDA device, and there is none.")
+    gpu.needed()
     torch.set_default_device("cuda")
     sizes = Sizes.of(SHAPE)
     print(f"{torch.cuda.get_device_name()}, {SHAPE}, {sizes.layers} layers")

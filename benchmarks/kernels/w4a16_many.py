@@ -125,7 +125,8 @@ def search(method: str, rows: int, sizes: Sizes, pool: ProcessPoolExecutor, in_u
         dict.fromkeys(kernel(form, n, k) for (n, k), forms in wanted.items() for form in forms)
     )
     failures = list(pool.map(partial(compiled, method, rows), jobs))
-    print("\n".join(filter(None, failures)))
+    for failure in filter(None, failures):
+        print(failure)
     bad = {job for job, failure in zip(jobs, failures, strict=True) if failure}
     right = [[form for form in forms if kernel(form, n, k) not in bad]
              for (n, k), forms in wanted.items()]  # fmt: skip

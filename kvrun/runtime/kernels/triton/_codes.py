@@ -1,9 +1,10 @@
 """Words of codes into what tensor cores multiply, one or two operations a value, for `_w4a16.dot`.
 
 Each field of 32 neighbouring words is 32 neighbouring columns: a matrix for a product of its own
-with these columns of x. So nothing moves between threads, and groups of columns are ranges of
-fields, whose scale is applied to their sum. A value is an integer, exact in 16 bits, unless zeros
-are no integers.
+with these columns of x, or one beside the others in a product of all. So nothing moves between
+threads, and groups of columns are ranges of fields, whose scale is applied to their sum, or to
+their values. A value before it is scaled is an integer, exact in 16 bits, unless zeros are no
+integers.
 """
 
 import triton
@@ -227,6 +228,7 @@ def multiply_codes(
 
     rows: pointers [1, ROWS] to rows of x; words: [BLOCK_N, 1] to those of the matrix; scale, zero:
     [BLOCK_N], of one dimension so that a thread loads what several of its values share once.
+    JOINED: all fields are one product, of codes with one scale for a row and no zeros.
     """
     EVEN: tl.constexpr = WORDS * FIELDS == K
     SHARE: tl.constexpr = FIELDS // PARTS

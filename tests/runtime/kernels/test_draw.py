@@ -181,11 +181,11 @@ def same(
 @pytest.mark.parametrize("cap", [None, 4.0])
 @pytest.mark.parametrize("vocab", [1, 2048, 3001])
 def test_every_shape(shaped: triton.Shape, vocab: int, cap: float | None) -> None:
-    temperature = [0.0, 1.0, 0.7, 100.0, 0.05]
+    temperature = [0.0, 0.7, 100.0]
     for dtype in FLOATS:
-        logits = (torch.randn(5, vocab + 8) * 4).to(dtype)[:, 3 : 3 + vocab]
+        logits = (torch.randn(3, vocab + 8) * 4).to(dtype)[:, 3 : 3 + vocab]
         same(logits, temperature, cap)
-    same(torch.zeros(5, vocab), temperature, cap)
+    same(torch.zeros(3, vocab), temperature, cap)
 
 
 def test_a_cap_is_that_of_softcap(kernel: ModuleType) -> None:
@@ -245,9 +245,8 @@ def test_what_is_not_finite_in_every_shape(
     logits[4, 2099] = 1.0
     logits[5] = NAN
     logits[6, 2099] = NAN
-    for dtype in FLOATS:
-        ids, finite = same(logits.to(dtype), [temperature] * 8, cap)
-        bad = [0, 5, 6] if cap else [0, 1, 2, 5, 6]
-        assert (~finite).nonzero()[:, 0].tolist() == bad
-        if cap is None:
-            assert ids[4] == 2099
+    ids, finite = same(logits, [temperature] * 8, cap)
+    bad = [0, 5, 6] if cap else [0, 1, 2, 5, 6]
+    assert (~finite).nonzero()[:, 0].tolist() == bad
+    if cap is None:
+        assert ids[4] == 2099

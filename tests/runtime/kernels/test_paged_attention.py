@@ -387,7 +387,7 @@ def test_parts_with_the_newest_token(programs: int, early: str) -> None:
         step = Step(sequences, sinks=True)
         new = New(step, make(step))
         assert new.agrees(tiling)
-        assert torch.equal(new.attend(tiling)[0], new.attend(tiling)[0])
+    assert torch.equal(new.attend(tiling)[0], new.attend(tiling)[0])
 
 
 def test_a_newest_token_without_a_slot() -> None:

@@ -140,9 +140,9 @@ def test_fields_of_8_bits_joined(dtype: torch.dtype) -> None:
 def test_gates(kind: str, act: str) -> None:
     """A gate and its up are rows of the matrix that lie half of it apart; 21 of them fill no tile.
     Where tensor cores multiply, they are made behind the product."""
-    made = matrix(kind, 2 * N)
-    for rows, given in ((1, {"norm": torch.rand(K) / 512, "eps": 1e-3}), (3, {}), (20, {})):
-        x = torch.randn(rows, K) / (1 if given else 512)
+    made = matrix(kind, 2 * N, half := K // 2)
+    for rows, given in ((1, {"norm": torch.rand(half) / 512, "eps": 1e-3}), (3, {}), (20, {})):
+        x = torch.randn(rows, half) / (1 if given else 512)
         ref = twin.linear(x, made, gated=act, **given)
         if rows < 4 or w4a16.serves(rows, made):
             assert off(w4a16.linear(x, made, gated=act, **given), ref) < 2 * CLOSE

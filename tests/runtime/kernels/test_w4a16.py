@@ -222,7 +222,7 @@ def test_the_form_it_chooses_itself(m: int, group: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("group", [128, 256, 1 << 20])
+@pytest.mark.parametrize("group", [128, 1 << 20])
 @pytest.mark.parametrize("kind", ["int4", "int4-zero"])
 def test_one_row_that_stays(kind: str, group: int, dtype: torch.dtype) -> None:
     """By more programs than tiles, by one for all, and by some that come to few tiles."""

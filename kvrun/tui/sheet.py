@@ -39,8 +39,10 @@ class Sheet(ScrollView, can_focus=True):
 
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
         super().watch_scroll_y(old_value, new_value)
-        if self.size == self._laid_out:  # else the scrolling is that of a resize
-            self._at_end = new_value >= self.max_scroll_y - 1
+        at_end = new_value >= self.max_scroll_y - 1
+        # Between a resize and its lines the former scrolls too, but only what is beyond the end.
+        if self.size == self._laid_out or not at_end:
+            self._at_end = at_end
 
     def lay_out(self, entries: list[Entry]) -> None:
         """Show these entries; who was at the end stays there."""

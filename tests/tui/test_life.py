@@ -93,6 +93,18 @@ async def test_resizing_keeps_the_end_in_sight(show: Show) -> None:
         await screen.sees("paragraph 0")
 
 
+async def test_who_scrolls_while_a_resize_is_under_way_stays_there(show: Show) -> None:
+    async with show(size=(100, 20)) as screen:
+        await screen.ask("say " + "\n\n".join(f"paragraph {n}" for n in range(30)))
+        await screen.answered()
+        await screen.sees("paragraph 29")
+        column = screen.column(1)
+        column._laid_out = column.size - (1, 0)  # its lines are those of another size
+        column.scroll_home(animate=False, immediate=True)
+        column.flow()
+        await screen.sees("paragraph 0")
+
+
 async def test_a_paste_the_model_cannot_take_is_refused(show: Show) -> None:
     async with show() as screen:
         screen.app.prompt.post_message(events.Paste("word " * 40_000))

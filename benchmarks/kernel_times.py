@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=16, help="kernels that are listed")
     args = parser.parse_args()
     needs.gpu("profile a CPU with torch.profiler")
-    room = 2 * STEPS + uneven(max(args.batch), args.context)
+    room = 2 * STEPS + reading(max(args.batch), args.context)
     longest = max(args.prompt or 0, args.context + room)
     adapters = {f"a{n}": f"dummy:16:{n}" for n in range(args.adapters)}
     with shapes.folder(args.shape) as folder:
@@ -59,14 +59,15 @@ def main() -> None:
         return
     for batch in args.batch:
         run(llm, batch, args.context, 8, list(adapters))
-        # The first sequences, whose answers began while other prompts were read, end before others.
-        alone = uneven(batch, args.context)
-        events = recorded(llm, batch, args.context, STEPS + 8 + alone, list(adapters))
-        steps = list(parted(events))[: -alone or None][-STEPS:]
+        # Answers that began while other prompts were read end before others, and these steps are
+        # left out.
+        last = reading(batch, args.context)
+        events = recorded(llm, batch, args.context, STEPS + 8 + last, list(adapters))
+        steps = list(parted(events))[: -last or None][-STEPS:]
         show(f"a step of {batch} at {args.context} tokens", steps, args.top)
 
 
-def uneven(batch: int, context: int) -> int:
+def reading(batch: int, context: int) -> int:
     """Steps in which such prompts are read, at most: 4096 tokens or more go into one."""
     return batch * context // 4096
 

@@ -153,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--method", choices=("int4", "int8"), default="int4")
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 64, 256], help="more than 1")
-    parser.add_argument("--in-use", action="store_true", help="no other forms than these")
+    parser.add_argument("--in-use", action="store_true", help="time only the forms in use")
     args = parser.parse_args()
     gpu.needed()
     torch.set_default_device("cuda")

@@ -38,8 +38,8 @@ def complete(folder: Path, say: Say) -> list[str]:
 def lacks(folder: Path) -> list[str]:
     """What `complete` would make in a local folder, in words. Raises NotFound without a model, and
     Unsupported for one of GGUF."""
-    refuse_gguf(folder)
     if not any((folder / name).is_file() for name in choose.MANIFESTS):
+        refuse_gguf(folder)
         hint = "a model folder holds config.json, an adapter adapter_config.json"
         raise NotFound(f"{folder} holds no model.", hint=hint)
     if not converted(folder) and not _pickles(folder):

@@ -28,12 +28,11 @@ def resolve(name: str) -> Path:
     if name in BUILTIN:
         return _with_config(BUILTIN[name], f"The built-in model '{name}'", "install kvrun again")
     path = _existing(name)
-    if path is not None:
-        refuse_gguf(path)
     if path is not None and path.is_dir():
         hint = "a model folder holds config.json, *.safetensors and tokenizer.json"
         return _with_config(path, f"the folder {name}", hint)
     if path is not None:
+        refuse_gguf(path)
         raise NotFound(f"{name} is a file.", hint=f"name the folder: {path.parent}")
     parts = _parts(name)
     if parts is None:
@@ -168,18 +167,17 @@ def _is_path(name: str) -> bool:
 
 def _with_config(folder: Path, what: str, hint: str) -> Path:
     if not (folder / "config.json").is_file():
+        refuse_gguf(folder)
         raise NotFound(f"{what} has no config.json.", cause=str(folder), hint=hint)
     return folder
 
 
 def refuse_gguf(path: Path) -> None:
-    """Raises Unsupported for a file of GGUF, and for a folder that has such files for a model."""
-    found = path if path.suffix == ".gguf" else None
-    if path.is_dir() and not (path / "config.json").is_file():
-        found = next(iter(sorted(path.glob("*.gguf"))), None)
-    if found is not None and found.is_file():
+    """Raises Unsupported where what is no model is a file of GGUF, or a folder that has one."""
+    found = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
+    if found and found[0].suffix == ".gguf":
         raise Unsupported(
-            f"{found.name} is GGUF, which kvrun does not read.",
+            f"{found[0].name} is GGUF, which kvrun does not read.",
             hint="pull the repository that holds the model as safetensors: kvrun pull ORG/NAME",
         )
 

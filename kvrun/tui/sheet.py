@@ -40,7 +40,7 @@ class Sheet(ScrollView, can_focus=True):
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
         super().watch_scroll_y(old_value, new_value)
         at_end = new_value >= self.max_scroll_y - 1
-        # Between a resize and its lines the former scrolls too, but only what is beyond the end.
+        # Before its lines are made a resize may scroll too, but never away from the end.
         if self.size == self._laid_out or not at_end:
             self._at_end = at_end
 

@@ -88,6 +88,12 @@ def test_gguf_is_named(tmp_path: Path) -> None:
     assert local.resolve(str(folder)) == folder
 
 
+def test_gguf_beside_an_adapter_is_no_hindrance(tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter.gguf"):
+        (tmp_path / name).write_text("{}")
+    assert complete.lacks(tmp_path) == []
+
+
 def test_the_built_in_model_wins_over_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

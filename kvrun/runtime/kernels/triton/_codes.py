@@ -179,6 +179,17 @@ def _together(values, FIELDS: tl.constexpr):
 
 
 @triton.jit
+def _add_all(
+    sums, values, rows, j0,
+    K: tl.constexpr, FIELDS: tl.constexpr, EVEN: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """sums + all fields of 32 words from j0 on, in one product with their columns of x."""
+    k = (j0 * FIELDS + tl.arange(0, 32 * FIELDS))[:, None]
+    row = tl.load(rows + k) if EVEN else tl.load(rows + k, mask=k < K, other=0.0)
+    return tl.dot(_together(values, FIELDS), row.to(dtype), sums, input_precision="ieee")
+
+
+@triton.jit
 def _less(values, offset, ASM: tl.constexpr):
     """values - offset, two at a time where there is an instruction for that."""
     if ASM and values.dtype == tl.bfloat16:
@@ -248,10 +259,7 @@ def multiply_codes(
         tile = tl.load(words + j0 + inner[None, :])
         values = _fields(tile, low[:, None], high[:, None], KIND, dtype, ASM)
         if JOINED:
-            k = (j0 * FIELDS + tl.arange(0, 32 * FIELDS))[:, None]
-            row = tl.load(rows + k) if EVEN else tl.load(rows + k, mask=k < K, other=0.0)
-            both = _together(values, FIELDS)
-            sums = tl.dot(both, row.to(dtype), sums, input_precision="ieee")
+            sums = _add_all(sums, values, rows, j0, K, FIELDS, EVEN, dtype)
         for p in tl.static_range(0 if JOINED else PARTS):
             if WHOLE and not ZERO:
                 part = sums
@@ -297,7 +305,5 @@ def multiply_scaled(
         values = _scaled(
             tile, low[:, None], high[:, None], of_low[:, None], of_high[:, None], dtype, ASM
         )
-        k = (j0 * 8 + tl.arange(0, 256))[:, None]
-        row = tl.load(rows + k) if EVEN else tl.load(rows + k, mask=k < K, other=0.0)
-        sums = tl.dot(_together(values, 8), row.to(dtype), sums, input_precision="ieee")
+        sums = _add_all(sums, values, rows, j0, K, 8, EVEN, dtype)
     return sums

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from kvrun.runtime.kernels.fp8 import LARGEST, LEAST
 from kvrun.runtime.kernels.triton._overlap import overlap, release, wait
-from kvrun.runtime.kernels.triton.gated import _both
+from kvrun.runtime.kernels.triton.gated import _gates
 
 
 @triton.jit(do_not_specialize=["eps"])
@@ -24,7 +24,7 @@ def _rows(
     x += row * stride + k
     values = tl.load(x, mask=k < K, other=0.0)
     if ACT != "":
-        values = _both(values, tl.load(x + K, mask=k < K, other=0.0), ACT)
+        values = _gates(values, tl.load(x + K, mask=k < K, other=0.0), ACT)
     dtype = values.dtype
     values = values.to(tl.float32)
     if NORM:

@@ -53,11 +53,11 @@ def _gated(
     gate = tl.load(both_at, mask=inside, other=0.0)
     up = tl.load(both_at + INNER, mask=inside, other=0.0)
     release(PDL)
-    tl.store(out_at + row * out_stride + columns, _both(gate, up, ACT), mask=inside)
+    tl.store(out_at + row * out_stride + columns, _gates(gate, up, ACT), mask=inside)
 
 
 @triton.jit
-def _both(gate, up, ACT: tl.constexpr):
+def _gates(gate, up, ACT: tl.constexpr):
     """act(gate) · up, rounded as in the twin."""
     y = _act(gate.to(tl.float32), ACT).to(gate.dtype)
     return (y.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)

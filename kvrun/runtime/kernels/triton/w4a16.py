@@ -232,6 +232,7 @@ def _tiled(m: int, n: int, k: int, words: int, kind: str, sm_count: int) -> Form
         block_n, per_sm = 128, 1
     tiles = triton.cdiv(n, block_n) * triton.cdiv(m, rows)
     short = rows == 128 and k <= _SHORT  # programs that share K gain less
+    # Few rows and 4 bits gain by it only where there is much to multiply.
     joined = kind == "int8" or rows >= 64 or tiles >= sm_count or words > _LONG // 2
     if kind == "int4" and short and tiles < sm_count:
         if 2 * tiles > sm_count:
